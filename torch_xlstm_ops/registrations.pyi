@@ -1,0 +1,1 @@
+"""Effects only: importing it registers the operators."""
