@@ -1,0 +1,1 @@
+"""Generated Metal, proven on Linux."""
