@@ -87,13 +87,13 @@ def test_a_span_says_what_ran_where_and_how_long() -> None:
     trace.set_layer(3)
     with trace.record() as recording:
         assert trace.active()
-        with trace.span("mlstm", phase="backward", band=1, segment=2, device=CPU, nbytes=64, queue_depth=5):
+        with trace.span("mlstm", schedule="queued", phase="backward", band=1, segment=2, nbytes=64, queue_depth=5):
             time.sleep(0.01)
     trace.set_layer(None)
     (entry,) = recording.entries()
     assert 10_000 <= entry.duration_us < 1e6
     assert 0 <= entry.start_us < 1e6
-    expected = Entry("mlstm", "backward", 3, 1, 2, "cpu", threading.current_thread().name, 0.0, 0.0, 64, 5)
+    expected = Entry("mlstm", "queued", "backward", 3, 1, 2, "cpu", threading.current_thread().name, 0.0, 0.0, 64, 5)
     assert entry._replace(start_us=0.0, duration_us=0.0) == expected
 
 
@@ -113,6 +113,18 @@ def test_a_recording_inside_another_adds_to_both() -> None:
             pass
     assert [entry.op for entry in inner.entries()] == ["inside"]
     assert [entry.op for entry in outer.entries()] == ["before", "inside", "after"]
+
+
+def test_what_runs_while_paused_is_seen_only_from_inside() -> None:
+    with trace.record() as outer:
+        with trace.paused():
+            assert not trace.active()
+            with trace.record() as inner, trace.span("warm-up"):
+                pass
+        with trace.span("work"):
+            pass
+    assert [entry.op for entry in inner.entries()] == ["warm-up"]
+    assert [entry.op for entry in outer.entries()] == ["work"]
 
 
 def test_every_thread_adds_under_its_name() -> None:
@@ -183,8 +195,8 @@ def test_cuda_spans_cover_the_work_not_the_launch() -> None:
 
 def _two_entries() -> trace.Recording:
     recording = trace.Recording()
-    recording._add(Entry("mlstm", "forward", 0, 0, 1, "cpu", "main", 10.0, 500.0, 1000, 2))
-    recording._add(Entry("model", "prefill", None, None, None, "cuda:0", "main", 0.0, 1500.0, None, None))
+    recording._add(Entry("mlstm", "inductor", "forward", 0, 0, 1, "cpu", "main", 10.0, 500.0, 1000, 2))
+    recording._add(Entry("model", None, "prefill", None, None, None, "cuda:0", "main", 0.0, 1500.0, None, None))
     return recording
 
 
@@ -205,7 +217,7 @@ def test_chrome_trace_is_what_perfetto_reads(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "a.json").read_text())
     assert_expected_inline("\n".join(json.dumps(event) for event in content["traceEvents"]), """\
 {"name": "model", "cat": "prefill", "ph": "X", "ts": 0.0, "dur": 1500.0, "pid": 0, "tid": 0, "args": {"phase": "prefill"}}
-{"name": "mlstm", "cat": "forward", "ph": "X", "ts": 10.0, "dur": 500.0, "pid": 1, "tid": 0, "args": {"phase": "forward", "layer": 0, "band": 0, "segment": 1, "bytes": 1000}}
+{"name": "mlstm", "cat": "forward", "ph": "X", "ts": 10.0, "dur": 500.0, "pid": 1, "tid": 0, "args": {"phase": "forward", "schedule": "inductor", "layer": 0, "band": 0, "segment": 1, "bytes": 1000}}
 {"name": "queue depth", "ph": "C", "ts": 10.0, "pid": 1, "tid": 0, "args": {"tasks": 2}}
 {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "cuda:0"}}
 {"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "main"}}

@@ -140,16 +140,19 @@ SETTINGS: Mapping[str, Setting] = {
 }
 
 
-def _check(setting: Setting, value: object, where: str, *, text: bool) -> object:
-    """Return `value` as the setting's type; a ValueError names `where`, what was expected, and what was found."""
+def check(kind: Kind, value: object, where: str, *, text: bool) -> object:
+    """Return `value` as `kind` has it; a ValueError says where it stands, what was expected, and what was found.
+
+    text: whether a str is to be read as text, as from a variable or a flag.
+    """
     found = value
-    if isinstance(value, str) and (text or setting.kind.textual):
+    if isinstance(value, str) and (text or kind.textual):
         try:
-            value = setting.kind.read(value)
+            value = kind.read(value)
         except ValueError:
             value = None
-    if value is None or not setting.kind.accepts(value):
-        raise ValueError(f"{where} must be {setting.kind.expects}, got {found!r}")
+    if value is None or not kind.accepts(value):
+        raise ValueError(f"{where} must be {kind.expects}, got {found!r}")
     return value
 
 
@@ -196,7 +199,7 @@ def _read_variable(setting: Setting, name: str, environ: Mapping[str, str]) -> S
     if name not in environ:
         return None
     where = f"environment variable {name}"
-    return Source(_check(setting, environ[name], where, text=True), where)
+    return Source(check(setting.kind, environ[name], where, text=True), where)
 
 
 def _read_aliases(setting: Setting, environ: Mapping[str, str]) -> Source | None:
@@ -220,7 +223,7 @@ def _from_file(path: str) -> _Values:
     found: dict[str, Source] = {}
     for key, value in table.items():
         setting = _setting(key, f"a key in {path}", key)
-        found[key] = Source(_check(setting, value, f"{key} in {path}", text=False), f"file {path}")
+        found[key] = Source(check(setting.kind, value, f"{key} in {path}", text=False), f"file {path}")
     return found
 
 
@@ -247,7 +250,7 @@ def _load() -> _Layer:
                 _defaults(),
                 _from_file(path) if path is not None else {},
                 _from_environment(os.environ),
-                {f: Source(_check(SETTINGS[f], text, SETTINGS[f].flag, text=True), f"flag {SETTINGS[f].flag}")
+                {f: Source(check(SETTINGS[f].kind, text, SETTINGS[f].flag, text=True), f"flag {SETTINGS[f].flag}")
                  for f, text in _flags.items()},
             )
             for listener in _listeners:
@@ -282,7 +285,7 @@ def for_call(*, schedule: Schedule | str | None = None, chunk_size: int | None =
     if schedule is None and chunk_size is None:
         return config
     asked = {"schedule": schedule, "chunk_size": chunk_size}
-    values = {f: _check(SETTINGS[f], v, f, text=False) for f, v in asked.items() if v is not None}
+    values = {f: check(SETTINGS[f].kind, v, f, text=False) for f, v in asked.items() if v is not None}
     return dataclasses.replace(config, **values)  # type: ignore[arg-type]
 
 
@@ -301,7 +304,7 @@ def use(**fields: object) -> Iterator[Config]:
         setting = _setting(field, "a field of config.use", field)
         if field == "trace":
             raise ValueError("a field of config.use must not be trace, which is process-wide: use trace.record(FILE)")
-        checked = defaults[field].value if value is None else _check(setting, value, field, text=False)
+        checked = defaults[field].value if value is None else check(setting.kind, value, field, text=False)
         layer[field] = Source(checked, "config.use")
     token = _scoped.set(_stack(outer.sources, layer))
     try:

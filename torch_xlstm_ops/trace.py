@@ -3,7 +3,7 @@
 Off unless someone records, at the cost of one branch. The code that runs the work writes
 
     if trace.active():
-        with trace.span("mlstm_chunkwise", phase="forward", band=b, segment=s, device=h.device):
+        with trace.span("mlstm_chunkwise", schedule="inductor", band=b, segment=s, device=h.device):
             work()
     else:
         work()
@@ -43,6 +43,7 @@ class _Mark(NamedTuple):
     """What is known of a span before its times are."""
 
     op: str
+    schedule: str | None
     phase: str
     layer: int | None
     band: int | None
@@ -53,8 +54,8 @@ class _Mark(NamedTuple):
     queue_depth: int | None
 
     def at(self, start_us: float, duration_us: float) -> Entry:
-        op, phase, layer, band, segment, device, thread, size, depth = self
-        return Entry(op, phase, layer, band, segment, str(device), thread, start_us, duration_us, size, depth)
+        op, schedule, phase, layer, band, segment, device, thread, size, depth = self
+        return Entry(op, schedule, phase, layer, band, segment, str(device), thread, start_us, duration_us, size, depth)
 
 
 _Pending = tuple[_Mark, devices.Event, devices.Event]
@@ -181,6 +182,7 @@ def active() -> bool:
 def span(
     op: str,
     *,
+    schedule: str | None = None,
     phase: str = "forward",
     band: int | None = None,
     segment: int | None = None,
@@ -191,7 +193,8 @@ def span(
 ) -> AbstractContextManager[object]:
     """Return a context manager that times the work submitted inside it; work that raises leaves no entry.
 
-    op: what runs. phase: forward, backward, prefill, decode, or any other word.
+    op: what runs. schedule: which schedule runs it, if one does.
+    phase: forward, backward, prefill, decode, or any other word.
     band, segment: which task of a plan, counted from 0. layer: default that of `set_layer`, in this thread's context.
     device: where the work runs, default the CPU. nbytes: read and written. queue_depth: tasks in flight.
     """
@@ -200,7 +203,8 @@ def span(
         return _OFF
     if layer is None:
         layer = _layer.get()
-    mark = _Mark(op, phase, layer, band, segment, device, threading.current_thread().name, nbytes, queue_depth)
+    thread = threading.current_thread().name
+    mark = _Mark(op, schedule, phase, layer, band, segment, device, thread, nbytes, queue_depth)
     if not devices.has_events(device):
         return _HostSpan(recordings, mark)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -250,6 +254,19 @@ def _stop(recording: Recording) -> None:
     global _recordings
     with _switch:
         _recordings = tuple(other for other in _recordings if other is not recording)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Keep what runs inside a ``with`` block, such as a warm-up, out of every recording begun before it."""
+    global _recordings
+    with _switch:
+        held, _recordings = _recordings, ()
+    try:
+        yield
+    finally:
+        with _switch:
+            _recordings = (*held, *_recordings)
 
 
 class _Process(NamedTuple):

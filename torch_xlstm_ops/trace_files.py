@@ -14,6 +14,7 @@ class Entry(NamedTuple):
     """One finished span."""
 
     op: str
+    schedule: str | None
     phase: str  # forward, backward, prefill, decode, or what the caller names
     layer: int | None
     band: int | None
@@ -68,10 +69,11 @@ def _write_chrome(file: TextIO, entries: Sequence[Entry], dropped: int) -> None:
     for entry in entries:
         threads = rows.setdefault(entry.device, {})
         place = {"pid": list(rows).index(entry.device), "tid": threads.setdefault(entry.thread, len(threads))}
-        details = {"layer": entry.layer, "band": entry.band, "segment": entry.segment, "bytes": entry.bytes}
+        details = {"phase": entry.phase, "schedule": entry.schedule, "layer": entry.layer, "band": entry.band,
+                   "segment": entry.segment, "bytes": entry.bytes}
         known = {key: value for key, value in details.items() if value is not None}
         events.append({"name": entry.op, "cat": entry.phase, "ph": "X", "ts": entry.start_us,
-                       "dur": entry.duration_us, **place, "args": {"phase": entry.phase, **known}})
+                       "dur": entry.duration_us, **place, "args": known})
         if entry.queue_depth is not None:
             events.append({"name": "queue depth", "ph": "C", "ts": entry.start_us, **place,
                            "args": {"tasks": entry.queue_depth}})
