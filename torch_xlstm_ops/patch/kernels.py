@@ -1,0 +1,65 @@
+"""The mLSTM as every peer calls it: any length, any state it may hold, one operator call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops.functional import mlstm_chunkwise, mlstm_step
+from torch_xlstm_ops.shapes import MLSTMState, state_dtype
+
+
+def mlstm(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
+    c: Tensor | None, n: Tensor | None, m: Tensor | None, *, eps: float,
+) -> tuple[Tensor, MLSTMState]:
+    """Run a sequence (B, NH, S, D) in one call: the step for a single token at inference, else the chunkwise op.
+
+    c, n, m: states of any floating dtype on any device; a missing one is zero.
+    Returns h in v's dtype and new states in float32 (float64 for float64 inputs), whatever the given ones were.
+    """
+    B, NH, S, DHQK = q.shape
+    wide = state_dtype(q.dtype)
+    learning = torch.is_grad_enabled() and _any_requires_grad(q, k, v, igate, fgate, c, n, m)
+    one_step = S == 1 and not learning
+    if c is None and n is None and m is None and not one_step:
+        return mlstm_chunkwise(q, k, v, igate, fgate, eps=eps)
+    # Peers overwrite the state they passed as soon as they have the new one, so autograd must not have saved theirs.
+    c = q.new_zeros((B, NH, DHQK, v.shape[-1]), dtype=wide) if c is None else c.to(q.device, wide, copy=learning)
+    n = q.new_zeros((B, NH, DHQK), dtype=wide) if n is None else n.to(q.device, wide, copy=learning)
+    m = q.new_zeros((B, NH, 1), dtype=wide) if m is None else m.to(q.device, wide, copy=learning)
+    if not one_step:
+        return mlstm_chunkwise(q, k, v, igate, fgate, c, n, m, eps=eps)
+    h, state = mlstm_step(q.squeeze(2), k.squeeze(2), v.squeeze(2), igate, fgate, c, n, m, eps=eps)
+    return h.unsqueeze(2), state
+
+
+def returns_states(asked: bool | None, mode: str | None, *, mode_default: str, states_default: bool) -> bool:
+    """Say whether a peer's backend returns (h, states) or h alone; inference always returns both.
+
+    Raises ValueError for a mode that is neither, and for states after padding, as the peers do.
+    """
+    mode = mode_default if mode is None else mode
+    if "train" in mode:
+        wanted = states_default if asked is None else asked
+        if wanted and mode_default == "train_with_padding":
+            raise ValueError("return_last_states must be False in mode train_with_padding, got True")
+        return wanted
+    if "inference" in mode:
+        return True
+    raise ValueError(f"mode must be train, train_with_padding or inference, got {mode!r}")
+
+
+def check_signature(function: Callable[..., object], names: Sequence[str]) -> None:
+    """Raise RuntimeError unless a peer's function takes exactly the parameters that our replacement takes."""
+    found = list(inspect.signature(function).parameters)
+    if found != list(names):
+        place = f"{function.__module__}.{function.__qualname__}"
+        raise RuntimeError(f"{place} must take ({', '.join(names)}) to be patched, got ({', '.join(found)})")
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
