@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.utils import _cpp_embed_headers
 
 from . import build
 from .log import Launch, Log, aten_call
@@ -113,6 +114,9 @@ def recording(*, linger_us: int = 0) -> Iterator[Log]:
 
 def _prefer_headers(folder: Path) -> None:
     """Take c10/metal headers from `folder` where it has them: how the self-test breaks them on purpose."""
-    from . import shader
+    original = _cpp_embed_headers._embed_headers
 
-    shader.header_folders.insert(0, folder)
+    def embed(content: list[str], include_dirs: list[Path], processed_files: set[str]) -> str:
+        return original(content, [folder, *include_dirs], processed_files)
+
+    _cpp_embed_headers._embed_headers = embed

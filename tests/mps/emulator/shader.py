@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._cpp_embed_headers import _embed_headers
 
 from . import build, device
 from .log import Launch, Operand
@@ -24,7 +23,6 @@ STATISTICS = (
     "groups", "threads", "barriers", "simd_operations", "partial_simd_operations", "divergent_barriers",
     "divergent_simd", "threadgroup_bytes", "out_of_bounds",
 )
-header_folders = [Path(torch.__file__).parent / "include"]
 
 
 class Library:
@@ -56,8 +54,7 @@ class Library:
         return getattr(self._dll, f"launch_{name}")
 
     def _build(self, kernels: list[KernelSource]) -> ctypes.CDLL:
-        embedded = _embed_headers(self.source.splitlines(keepends=True), header_folders, set())
-        return ctypes.CDLL(str(build.kernel_library(to_cpp(embedded, kernels_of(embedded)))))
+        return ctypes.CDLL(str(build.kernel_library(to_cpp(self.source, kernels))))
 
 
 class Kernel:
@@ -80,7 +77,8 @@ class Kernel:
         if error_buf_idx is not None:
             arguments.insert(error_buf_idx, (ctypes.c_char * ERROR_BUFFER_BYTES)())
         if len(arguments) != len(self.source.buffers):
-            raise TypeError(f"{self.source.name} has {len(self.source.buffers)} buffers, got {len(arguments)} arguments")
+            expected = len(self.source.buffers)
+            raise TypeError(f"{self.source.name} has {expected} buffers, got {len(arguments)} arguments")
         grid = _sizes(threads) if threads is not None else (args[0].numel(),)
         group = _sizes(group_size) if group_size is not None else None
         self._check_group(group)

@@ -1,0 +1,67 @@
+"""Work for a process of its own: the emulated device cannot be taken back, and Inductor's Metal headers leak."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TESTS = Path(__file__).parents[1]
+TIMEOUT_S = 540
+PARALLEL = 2
+
+
+class Job(NamedTuple):
+    """One task of `worker.py`; `arguments` is JSON, so that equal jobs are one job."""
+
+    task: str
+    arguments: str
+
+    def __str__(self) -> str:
+        return " ".join([self.task, *(str(value) for value in json.loads(self.arguments).values())])
+
+
+def job(task: str, **arguments: Any) -> Job:
+    """Return the job that runs `task` of the worker with keyword `arguments`."""
+    return Job(task, json.dumps(arguments, sort_keys=True))
+
+
+def run(wanted: Job, **environment: str) -> dict[str, Any]:
+    """Run a job in a new process and return its report; raise RuntimeError with its last words if it dies."""
+    command = [sys.executable, "-m", "mps.worker", wanted.task, wanted.arguments]
+    paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    variables = {
+        **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        **environment,
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=TIMEOUT_S, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{wanted} ended with {done.returncode}:\n{done.stderr[-6000:]}")
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+class Reports:
+    """The reports of jobs, `PARALLEL` at a time, each run once."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(PARALLEL)
+        self._running: dict[Job, Future[dict[str, Any]]] = {}
+
+    def start(self, wanted: Job) -> None:
+        """Queue a job."""
+        if wanted not in self._running:
+            self._running[wanted] = self._pool.submit(run, wanted)
+
+    def __call__(self, wanted: Job) -> dict[str, Any]:
+        """Return a job's report, waiting for it."""
+        self.start(wanted)
+        return self._running[wanted].result()
+
+    def close(self) -> None:
+        """Drop what has not started."""
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,36 @@
+"""One job in a process with an emulated MPS device: ``python -m mps.worker TASK ARGUMENTS`` prints a JSON report."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from . import emulator
+
+# task -> module and function; imported only once the device exists.
+TASKS = {
+    "device": "probes:device",
+    "shader": "probes:shader",
+    "reductions": "probes:reductions",
+    "unsynchronised_threads": "probes:unsynchronised_threads",
+    "function": "measure:function",
+    "operation": "measure:operation",
+    "threads": "measure:threads",
+    "model": "measure:model",
+}
+
+
+def main(task: str, arguments: str) -> None:
+    """Run a task and print its report as the last line."""
+    emulator.start()
+    module, name = TASKS[task].split(":")
+    work: Callable[..., dict[str, Any]] = getattr(importlib.import_module(f".{module}", __package__), name)
+    report = work(**json.loads(arguments))
+    print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
