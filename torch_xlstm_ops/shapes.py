@@ -96,10 +96,10 @@ def check_all_or_none(**tensors: Tensor | None) -> None:
                          f"without {', '.join(missing)}")
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is greater than zero."""
-    if not value > 0:
-        raise ValueError(f"{name} must be greater than 0, got {value}")
+def check_not_negative(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is zero or more."""
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def check_mlstm_sequence(

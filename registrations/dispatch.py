@@ -1,0 +1,90 @@
+"""What the operators share of the dispatcher: which keys they serve, and how autocast, vmap and autograd treat them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops.registrations.schemas import LIBRARY
+
+DEVICES = ("CPU", "CUDA", "MPS")
+Arguments = Sequence[Any]
+
+
+def overload(name: str) -> Any:
+    """Return the operator `name`, bound once so that a call skips the look-up."""
+    return getattr(torch.ops.xlstm, name).default
+
+
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Serve `name` on every device by one function."""
+    for device in DEVICES:
+        LIBRARY.impl(name, function, device)
+
+
+def fake(name: str, function: Callable[..., Any]) -> None:
+    """Give `name` the function that checks its arguments and allocates its results."""
+    torch.library.register_fake(f"xlstm::{name}", function, lib=LIBRARY)
+
+
+def learns(args: Arguments) -> bool:
+    """Return whether autograd would record this call."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def autograd(name: str, when_learning: Callable[..., Any]) -> None:
+    """Call `when_learning` where autograd would record `name`, and the operator below autograd elsewhere."""
+    op = overload(name)
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if learns(args):
+            return when_learning(*args, **kwargs)
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def autocast(name: str, casts: slice) -> None:
+    """Under autocast, cast the arguments in `casts` (the streams; states and gates keep their precision)."""
+    op = overload(name)
+
+    def under(device: str) -> Callable[..., Any]:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            streams = [_cast(a, dtype) for a in args[casts]]
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*args[:casts.start], *streams, *args[casts.stop:], **kwargs)
+
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+        return kernel
+
+    for device in DEVICES:
+        LIBRARY.impl(name, under(device.lower()), f"Autocast{device}")
+
+
+def vmap(name: str) -> None:
+    """Fold the mapped axis into the batch, which is the first axis of every tensor of every operator."""
+    op = overload(name)
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any, **kwargs: Any) -> Any:
+        size = info.batch_size
+        folded = [
+            _batch_first(a, dim, size).flatten(0, 1) if isinstance(a, Tensor) else a
+            for a, dim in zip(args, in_dims, strict=True)
+        ]
+        out = op(*folded, **kwargs)
+        unfolded = [t.unflatten(0, (size, -1)) if t.shape[0] else t.view(size, 0, *t.shape[1:]) for t in out]
+        return tuple(unfolded), (0,) * len(unfolded)
+
+    torch.library.register_vmap(f"xlstm::{name}", rule, lib=LIBRARY)
+
+
+def _batch_first(t: Tensor, dim: int | None, size: int) -> Tensor:
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t

@@ -1,0 +1,213 @@
+"""The mLSTM operators: one implementation for every device, fakes, autograd, autocast and vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops import compiled, config, devices, mlstm, schedules
+from torch_xlstm_ops.registrations.dispatch import autocast, autograd, fake, implement, overload, vmap
+from torch_xlstm_ops.registrations.schemas import LIBRARY
+from torch_xlstm_ops.schedules import inductor, plan
+from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state
+from torch_xlstm_ops.shapes import check_mlstm_sequence, check_mlstm_step, check_not_negative, check_shape, state_dtype
+
+_Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _run(fn: compiled.PureFunction, **static: Any) -> Run:
+    """Return a callable that compiles `fn` for the arguments it is called with."""
+
+    def run(args: list[Tensor]) -> Sequence[Tensor]:
+        return compiled.get(fn, mlstm.AXES[fn], args, **static)(args)
+
+    return run
+
+
+def _kernels(eps: float) -> Kernels:
+    return Kernels(
+        operands=_run(mlstm.operands, eps=eps), emit=mlstm.emit, step=_run(mlstm.step, eps=eps),
+        after=_run(mlstm.after), backward=_run(mlstm.segment_backward, eps=eps),
+    )
+
+
+# --- step ---
+
+_Signature = tuple[Any, ...]
+_steps: dict[_Signature, compiled.RawCallable] = {}  # calls whose arguments were checked and compiled for
+
+
+def _compiled_step(fn: compiled.PureFunction, args: list[Tensor], eps: float) -> compiled.RawCallable:
+    """Return the callable for a step; arguments of a signature seen before are not checked again."""
+    signature = (fn, eps, *[t.shape for t in args], *[t.dtype for t in args], *[t.device for t in args])
+    call = _steps.get(signature)
+    if call is None:
+        check_mlstm_step(*args)
+        check_not_negative("eps", eps)
+        call = compiled.get(fn, mlstm.AXES[fn], args, eps=eps)
+        if len(_steps) >= compiled.CAPACITY:
+            _steps.clear()
+        _steps[signature] = call
+    return call
+
+
+def _step(*args: Tensor, eps: float = 1e-6) -> _Results:
+    contiguous = [t.contiguous() for t in args]
+    with devices.submission(args[0].device):
+        h, c, n, m = _compiled_step(mlstm.step, contiguous, eps)(contiguous)
+    return h, c, n, m
+
+
+def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:
+    contiguous = [t.contiguous() for t in args]
+    states = [(given, used) for given, used in zip(args[5:], contiguous[5:], strict=True) if given is not used]
+    with devices.submission(args[0].device):
+        (h,) = _compiled_step(mlstm.step_, contiguous, eps)(contiguous)
+        for given, used in states:
+            given.copy_(used)
+    return h
+
+
+def _step_fake(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float = 1e-6
+) -> _Results:
+    check_mlstm_step(q, k, v, igate, fgate, c, n, m)
+    check_not_negative("eps", eps)
+    return v.new_empty(v.shape), c.new_empty(c.shape), n.new_empty(n.shape), m.new_empty(m.shape)
+
+
+def _step_learning(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float = 1e-6
+) -> _Results:
+    """A step is a sequence of one token, and the sequence has gradients."""
+    check_mlstm_step(q, k, v, igate, fgate, c, n, m)
+    h, c, n, m = overload("mlstm_chunkwise")(q[:, :, None], k[:, :, None], v[:, :, None], igate, fgate, c, n, m, eps=eps)
+    return h.squeeze(2), c, n, m
+
+
+def _step_refuses(*args: Tensor, eps: float = 1e-6) -> Tensor:
+    raise RuntimeError("mlstm_step_ writes over its states and has no gradient: call it under torch.no_grad(), or use "
+                       "mlstm_step or mlstm_chunkwise, got an argument that requires grad")
+
+
+# --- chunkwise ---
+
+
+def _planned(
+    q: Tensor, v: Tensor, chunk_size: int | None, schedule: str, eps: float
+) -> tuple[plan.Plan, Kernels]:
+    B, NH, S, DHQK = q.shape
+    cfg = config.for_call(schedule=None if schedule == "auto" else schedule, chunk_size=chunk_size)
+    check_not_negative("eps", eps)
+    return plan.make(plan.Shape(B * NH, S, DHQK, v.shape[-1]), q.device.type, cfg), _kernels(eps)
+
+
+def _chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
+    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
+    *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
+) -> _Results:
+    check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
+    planned, kernels = _planned(q, v, chunk_size, schedule, eps)
+    module = schedules.load(planned.schedule, q.device)
+    with devices.submission(q.device):
+        state = initial_state(q, v, (c, n, m))
+        if v.numel() == 0:
+            return v.new_empty(v.shape), *_shaped(state, q)  # type: ignore[return-value]
+        h, state = module.forward(planned, kernels, (q, k, v, igate, fgate), state)
+        return h.view(v.shape), *_shaped(state, q)  # type: ignore[return-value]
+
+
+def _chunkwise_fake(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
+    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
+    *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
+) -> _Results:
+    check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
+    config.for_call(schedule=schedule, chunk_size=chunk_size)
+    check_not_negative("eps", eps)
+    (B, NH, _, DHQK), wide = q.shape, state_dtype(q.dtype)
+    return (
+        v.new_empty(v.shape), q.new_empty((B, NH, DHQK, v.shape[-1]), dtype=wide),
+        q.new_empty((B, NH, DHQK), dtype=wide), q.new_empty((B, NH, 1), dtype=wide),
+    )
+
+
+def _chunkwise_backward(
+    dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
+    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
+    *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
+) -> tuple[Tensor, ...]:
+    _check_gradients(dh, dc, dn, dm, q, k, v, igate, fgate, c, n, m)
+    planned, kernels = _planned(q, v, chunk_size, schedule, eps)
+    streams = (q, k, v, igate, fgate)
+    with devices.submission(q.device):
+        state, dstate = initial_state(q, v, (c, n, m)), initial_state(q, v, (dc, dn, dm))
+        if v.numel() == 0:
+            return *[torch.zeros_like(t, memory_format=torch.contiguous_format) for t in streams], *_shaped(dstate, q)
+        gradients, dstate = inductor.backward(planned, kernels, streams, state, dh.flatten(0, 1), dstate)
+        return *[g.view(t.shape) for g, t in zip(gradients, streams, strict=True)], *_shaped(dstate, q)
+
+
+def _chunkwise_backward_fake(
+    dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
+    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
+    *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
+) -> tuple[Tensor, ...]:
+    _check_gradients(dh, dc, dn, dm, q, k, v, igate, fgate, c, n, m)
+    return tuple(t.new_empty(t.shape) for t in (q, k, v, igate, fgate, dc, dn, dm))
+
+
+def _check_gradients(
+    dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
+    c: Tensor | None, n: Tensor | None, m: Tensor | None,
+) -> None:
+    check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
+    B, NH, S, DHQK = q.shape
+    sizes = {"B": B, "NH": NH, "S": S, "DHQK": DHQK, "DHHV": v.shape[-1]}
+    for name, t, axes in (("dh", dh, "B NH S DHHV"), ("dc", dc, "B NH DHQK DHHV"), ("dn", dn, "B NH DHQK"), ("dm", dm, "B NH 1")):
+        check_shape(name, t, axes, sizes)
+
+
+def _shaped(state: Sequence[Tensor], q: Tensor) -> list[Tensor]:
+    """Part batch and heads again."""
+    return [t.view(*q.shape[:2], *t.shape[1:]) for t in state]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: _Results) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.how = keyword_only_inputs
+
+
+def _gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    found = overload("mlstm_chunkwise_backward")(*gradients, *saved, **ctx.how)
+    return tuple(g if t is not None else None for g, t in zip(found, saved, strict=True))
+
+
+def _no_double_backward(*args: Tensor, **how: Any) -> tuple[Tensor, ...]:
+    raise NotImplementedError("mlstm_chunkwise has no second derivative: call backward with create_graph=False")
+
+
+_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "mlstm_step": (_step, _step_fake),
+    "mlstm_step_": (_step_, lambda *args, **how: _step_fake(*args, **how)[0]),
+    "mlstm_chunkwise": (_chunkwise, _chunkwise_fake),
+    "mlstm_chunkwise_backward": (_chunkwise_backward, _chunkwise_backward_fake),
+}
+for _name, (_implementation, _fake) in _OPERATORS.items():
+    implement(_name, _implementation)
+    fake(_name, _fake)
+autograd("mlstm_step", _step_learning)
+autograd("mlstm_step_", _step_refuses)
+autograd("mlstm_chunkwise_backward", _no_double_backward)
+torch.library.register_autograd("xlstm::mlstm_chunkwise", _gradients, setup_context=_save, lib=LIBRARY)
+for _name in ("mlstm_step", "mlstm_step_", "mlstm_chunkwise"):
+    autocast(_name, slice(0, 3))
+for _name in ("mlstm_step", "mlstm_chunkwise", "mlstm_chunkwise_backward"):
+    vmap(_name)

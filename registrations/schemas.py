@@ -1,0 +1,25 @@
+"""Every operator's schema, and the one library that owns them."""
+
+from __future__ import annotations
+
+import torch
+
+LIBRARY = torch.library.Library("xlstm", "DEF")  # noqa: TOR901
+
+_STREAMS = "Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate"
+_STATE = "Tensor c, Tensor n, Tensor m"
+_MAYBE_STATE = "Tensor? c=None, Tensor? n=None, Tensor? m=None"
+_HOW = 'int? chunk_size=None, str schedule="auto", float eps=1e-06'
+
+SCHEMAS = {
+    "mlstm_step": f"({_STREAMS}, {_STATE}, *, float eps=1e-06) -> (Tensor, Tensor, Tensor, Tensor)",
+    "mlstm_step_": f"({_STREAMS}, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, *, float eps=1e-06) -> Tensor",
+    "mlstm_chunkwise": f"({_STREAMS}, {_MAYBE_STATE}, *, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "mlstm_chunkwise_backward": (
+        f"(Tensor dh, Tensor dc, Tensor dn, Tensor dm, {_STREAMS}, {_MAYBE_STATE}, *, {_HOW})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))

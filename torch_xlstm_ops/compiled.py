@@ -1,0 +1,159 @@
+"""The only caller of Inductor: pure functions to raw callables, one compile for each family of shapes.
+
+A raw callable has no guards: it trusts sizes, strides, dtypes and device. So arguments are contiguous, everything that
+a kernel is specialised on is in the cache key, and the sizes left free are checked, once each, against the conditions
+that the compiler recorded while it generalised.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+PureFunction = Callable[..., tuple[Tensor, ...]]
+RawCallable = Callable[[list[Tensor]], Sequence[Tensor]]
+
+CAPACITY = 1024  # entries a cache keeps; the oldest leaves first
+# Axes that stay symbolic, with the size to trace them at: large enough for Inductor to parallelise over.
+FREE_AXES = {"G": 11, "NC": 13}
+DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
+    "mps": {"max_fusion_unique_io_buffers": 28},  # Metal allows 31 buffers a kernel, and Inductor does not split on it
+}
+
+
+def get(
+    fn: PureFunction, axes: Sequence[str], args: Sequence[Tensor], *, release_gil: bool = False, **static: Any
+) -> RawCallable:
+    """Return a compiled ``fn(*args, **static)``, to be called with one list of contiguous tensors.
+
+    fn: pure, returns a tuple of fresh tensors, and may end by ``copy_`` into arguments.
+    axes: the axes of each argument, e.g. ``"G NC L DHQK"``; names in FREE_AXES stay symbolic, all others are fixed.
+    release_gil: generate a C++ wrapper, which costs compile time and lets other Python threads run meanwhile (CPU).
+    """
+    key = (fn, release_gil, args[0].device, *static.values(), *[t.shape for t in args], *[t.dtype for t in args])
+    call = _callables.get(key)
+    if call is None:
+        family = _family(fn, axes, args, release_gil, static)
+        with family.lock:  # of threads that race for a first call, one compiles and the others wait
+            call = _callables.get(key) or family.find(args)
+        _remember(_callables, key, call)
+    return call
+
+
+def clear() -> None:
+    """Forget every callable; the next call compiles again (or loads from Inductor's cache on disk)."""
+    with _lock:
+        _callables.clear()
+        _families.clear()
+
+
+class _Family:
+    """One compile that is valid for all sizes of the free axes but those its conditions exclude."""
+
+    def __init__(self, fn: PureFunction, axes: Sequence[str], release_gil: bool) -> None:
+        self.fn, self.axes, self.release_gil = fn, [_split(names) for names in axes], release_gil
+        self.lock = threading.Lock()
+        self.general: tuple[RawCallable, Callable[[dict[str, int]], bool]] | None = None
+
+    def find(self, args: Sequence[Tensor]) -> RawCallable:
+        if self.general is None:
+            self.general = _compile(self.fn, self.axes, args, frozenset(FREE_AXES), self.release_gil)
+        call, admits = self.general
+        sizes = {a: s for names, t in zip(self.axes, args, strict=True) for a, s in zip(names, t.shape, strict=True)}
+        if admits(sizes):
+            return call
+        return _compile(self.fn, self.axes, args, frozenset(), self.release_gil)[0]
+
+
+_Key = tuple[Any, ...]
+_callables: OrderedDict[_Key, RawCallable] = OrderedDict()  # by every size
+_families: OrderedDict[_Key, _Family] = OrderedDict()  # by the fixed sizes
+_lock = threading.Lock()
+
+
+def _family(
+    fn: PureFunction, axes: Sequence[str], args: Sequence[Tensor], release_gil: bool, static: dict[str, Any]
+) -> _Family:
+    fixed = [s for names, t in zip(axes, args, strict=True)
+             for a, s in zip(_split(names), t.shape, strict=True) if a not in FREE_AXES]
+    key = (fn, release_gil, args[0].device, *static.items(), *[t.dtype for t in args], *fixed)
+    family = _families.get(key)
+    if family is None:
+        family = _remember(_families, key, _Family(functools.partial(fn, **static), axes, release_gil))
+    return family
+
+
+_T = TypeVar("_T")
+
+
+def _remember(cache: OrderedDict[_Key, _T], key: _Key, value: _T) -> _T:
+    """Keep `value` unless another thread was first; return the one that is kept."""
+    with _lock:
+        value = cache.setdefault(key, value)
+        while len(cache) > CAPACITY:
+            cache.popitem(last=False)
+        return value
+
+
+@functools.cache
+def _split(axes: str) -> tuple[str, ...]:
+    return tuple(axes.split())
+
+
+def _compile(
+    fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], release_gil: bool
+) -> tuple[RawCallable, Callable[[dict[str, int]], bool]]:
+    """Compile `fn` for tensors like `args`, with the axes in `free` symbolic; also return which sizes it is valid for."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    device = args[0].device
+    options = {"size_asserts": False, "cpp_wrapper": release_gil, **DEVICE_OPTIONS.get(device.type, {})}
+    with (
+        torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), _disable_current_modes()
+    ):
+        return _compile_raw(fn, axes, args, free, options)
+
+
+def _compile_raw(
+    fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], options: dict[str, Any]
+) -> tuple[RawCallable, Callable[[dict[str, int]], bool]]:
+    from torch._dynamo.source import ConstantSource
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    env = ShapeEnv()
+    symbols: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
+    for axis in sorted({axis for names in axes for axis in names if axis in free}):
+        hint, source = FREE_AXES[axis], ConstantSource(axis)
+        symbols[axis] = env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+        sizes[axis] = env.create_symintnode(symbols[axis], hint=hint, source=source)
+    mode = FakeTensorMode(shape_env=env)
+    with mode:
+        examples = [
+            torch.empty([sizes.get(a, size) for a, size in zip(names, t.shape, strict=True)], dtype=t.dtype, device=t.device)
+            for names, t in zip(axes, args, strict=True)
+        ]
+        graph = make_fx(fn, decomposition_table=select_decomp_table(), tracing_mode="real")(*examples)
+    with config.patch(options), tracing(TracingContext(mode)):
+        call = compile_fx_inner(graph, examples).current_callable
+    conditions = {guard.expr for guard in env.guards}
+
+    def admits(sizes: dict[str, int]) -> bool:
+        # The compiler records size != 1 where it decides not to broadcast or to trust strides. Arguments are contiguous
+        # and a free axis never meets a literal 1, so index arithmetic is the same at 1: judge it as 2.
+        values = {symbol: max(2, sizes[axis]) for axis, symbol in symbols.items()}
+        return all(bool(condition.subs(values)) for condition in conditions)
+
+    return call, admits

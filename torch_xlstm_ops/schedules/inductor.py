@@ -1,0 +1,105 @@
+"""Segments one after another, each one compiled call: the default."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops import trace
+from torch_xlstm_ops.schedules.plan import Plan, Segment
+from torch_xlstm_ops.schedules.tasks import Kernels, Rows
+
+OP = "mlstm_chunkwise"
+
+
+def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return h (R, S, DHHV) and the last state.
+
+    streams: q, k, v, igate, fgate as the op has them. state: c, n, m by row, fresh: they may be written.
+    """
+    rows = Rows(plan, streams)
+    h = streams[2].new_empty(plan.rows, plan.tokens, streams[2].shape[-1])
+    for index, band in enumerate(plan.bands):
+        current = [t[band] for t in state]
+        for number, segment in enumerate(plan.segments):
+            if trace.active():
+                with trace.span(OP, schedule=str(plan.schedule), band=index, segment=number, device=h.device):
+                    current = run(kernels, rows, h, band, segment, current)
+            else:
+                current = run(kernels, rows, h, band, segment, current)
+        state = _keep(state, band, current)
+    return h, state
+
+
+def run(
+    kernels: Kernels, rows: Rows, h: Tensor, band: slice, segment: Segment, state: list[Tensor]
+) -> list[Tensor]:
+    """Compute one task: write its slice of h and return the state after it."""
+    streams = rows.take_all(band, segment)
+    v = streams[2]
+    P, q_gated, C_before, *new = kernels.operands([*streams, *state])
+    if h.device.type == "cpu" and not math.isfinite(new[0].sum().item()):
+        return step_through(kernels, rows, h, band, segment, state)
+    slot = rows.slot(h, band, segment)
+    out = v.new_empty(P.shape[0], *v.shape[2:]) if slot is None else slot
+    kernels.emit(P, q_gated, C_before, v, out)
+    if slot is None:
+        rows.put(h, band, segment, out.view(v.shape))
+    return new
+
+
+def step_through(
+    kernels: Kernels, rows: Rows, h: Tensor, band: slice, segment: Segment, state: list[Tensor]
+) -> list[Tensor]:
+    """Compute one task token by token.
+
+    Also where a NaN or an infinity came in: in a matrix product 0 * NaN would carry it to earlier tokens, in the
+    recurrence it touches what follows it alone.
+    """
+    state = [t[None] for t in state]  # the step's shapes: one batch entry, G heads
+    for t in range(segment.start, segment.stop):
+        q, k, v, igate, fgate = (s[None, band, t] for s in rows.streams)
+        args = [x.contiguous() for x in (q, k, v, igate[..., None], fgate[..., None])]
+        h[None, band, t], *state = kernels.step([*args, *state])
+    return [t[0] for t in state]
+
+
+def backward(
+    plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: list[Tensor], dh: Tensor, dstate: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients of the streams (R, S, ...) and of the initial state, segments in reverse.
+
+    Only the state at each boundary is kept; everything else is computed again.
+    """
+    rows = Rows(plan, streams)
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in rows.streams]
+    for index, band in enumerate(plan.bands):
+        segments = plan.segments
+        before = [[t[band] for t in state]]
+        for segment in segments[:-1]:
+            before.append(list(kernels.after([*rows.take_all(band, segment)[1:], *before[-1]])))
+        current = [t[band] for t in dstate]
+        for number in reversed(range(len(segments))):
+            args = [*rows.take_all(band, segments[number]), *before.pop(), rows.gradient(dh, band, segments[number]), *current]
+            if trace.active():
+                with trace.span(OP, schedule=str(plan.schedule), phase="backward", band=index, segment=number, device=dh.device):
+                    parts = kernels.backward(args)
+            else:
+                parts = kernels.backward(args)
+            for whole, part in zip(gradients, parts[:5], strict=True):
+                rows.put(whole, band, segments[number], part)
+            current = list(parts[5:])
+        dstate = _keep(dstate, band, current)
+    return gradients, dstate
+
+
+def _keep(state: list[Tensor], band: slice, current: list[Tensor]) -> list[Tensor]:
+    """Put a band's state into that of all rows."""
+    if current[0].shape == state[0].shape:
+        return current
+    for whole, part in zip(state, current, strict=True):
+        whole[band] = part
+    return state

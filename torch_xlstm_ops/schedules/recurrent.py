@@ -1,0 +1,23 @@
+"""The compiled step in a loop: the strict token-by-token reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from torch_xlstm_ops import trace
+from torch_xlstm_ops.schedules.inductor import OP, step_through
+from torch_xlstm_ops.schedules.plan import Plan, Segment
+from torch_xlstm_ops.schedules.tasks import Kernels, Rows
+
+
+def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return h (R, S, DHHV) and the last state; arguments as of `inductor.forward`."""
+    rows = Rows(plan, streams)
+    h = streams[2].new_empty(plan.rows, plan.tokens, streams[2].shape[-1])
+    whole, everything = slice(0, plan.rows), Segment(0, plan.tokens, 0)
+    if trace.active():
+        with trace.span(OP, schedule=str(plan.schedule), band=0, segment=0, device=h.device):
+            return h, step_through(kernels, rows, h, whole, everything, state)
+    return h, step_through(kernels, rows, h, whole, everything, state)
