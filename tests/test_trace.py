@@ -240,8 +240,8 @@ def test_a_file_that_cannot_be_written_is_an_error_before_any_work(tmp_path: Pat
             raise AssertionError("the block ran")
         messages.append(str(caught.value).replace(str(tmp_path), "DIR"))
     assert_expected_inline("\n".join(messages), """\
-trace must be a file that can be written, got 'DIR/no/such/a.csv' in no directory
-trace must be a file that can be written, got 'DIR/folder.csv', a directory
+trace must be a file that can be written, got 'DIR/no/such/a.csv', whose directory is not there
+trace must be a file that can be written, got 'DIR/folder.csv', which is a directory
 trace must be a file name ending in .csv, .jsonl or .json, got 'DIR/a.txt'""")
 
 

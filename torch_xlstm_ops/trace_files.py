@@ -31,9 +31,9 @@ def check_file(name: str, path: str) -> None:
     """Raise ValueError unless `path` can be written; `name` is the argument to blame."""
     folder = os.path.dirname(path) or "."
     if os.path.isdir(path):
-        raise ValueError(f"{name} must be a file that can be written, got {path!r}, a directory")
+        raise ValueError(f"{name} must be a file that can be written, got {path!r}, which is a directory")
     if not os.path.isdir(folder):
-        raise ValueError(f"{name} must be a file that can be written, got {path!r} in no directory")
+        raise ValueError(f"{name} must be a file that can be written, got {path!r}, whose directory is not there")
     if not all(os.access(place, os.W_OK) for place in (folder, path) if os.path.exists(place)):
         raise ValueError(f"{name} must be a file that can be written, got {path!r}, which permissions forbid")
 

@@ -1,0 +1,60 @@
+"""`xlstm-ops`: `generate` writes text with an xLSTM and measures it, `info` says what this machine can do.
+
+What cannot be used ends with one line on stderr and exit status 2, before a model is loaded or a file is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from torch_xlstm_ops import config, devices, info, request, writing
+from torch_xlstm_ops.loading import BadInput, check_extra
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="xlstm-ops", description="xLSTM operators for PyTorch.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("torch_xlstm_ops"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    write = commands.add_parser("generate", help="write text with an xLSTM and time it", allow_abbrev=False)
+    request.add_flags(write)
+    tell = commands.add_parser("info", help="say what this machine can do", allow_abbrev=False)
+    tell.add_argument("--device", metavar="NAME", help="ask the schedules about auto, cpu, cuda or mps (default auto)")
+    config.add_flags(tell)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `xlstm-ops` and return its exit status: 2 for what cannot be used, 130 when interrupted."""
+    try:
+        parsed = _parser().parse_args(arguments)
+        return {"generate": _generate, "info": _info}[parsed.command](parsed)
+    except BadInput as error:
+        print(f"xlstm-ops: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output left; keep the interpreter from flushing to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _generate(parsed: argparse.Namespace) -> int:
+    check_extra()
+    return writing.run(request.read(parsed))
+
+
+def _info(parsed: argparse.Namespace) -> int:
+    with request.bad_input():
+        config.reload(flags=config.given_flags(parsed))
+        print(info.report(devices.resolve_device(parsed.device or "auto")))
+    return 0

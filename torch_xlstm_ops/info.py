@@ -1,0 +1,76 @@
+"""What `xlstm-ops info` prints: devices, versions, schedules, and the configuration with its sources."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+
+import torch
+
+from torch_xlstm_ops import config, devices, schedules
+
+PACKAGES = ("torch_xlstm_ops", "torch", "triton", "transformers", "safetensors", "rich", "xlstm", "mlstm_kernels",
+            "flashrnn", "tirex-ts", "ray")
+
+
+def report(device: torch.device) -> str:
+    """Return the text of `xlstm-ops info`; `device` is the one that schedules are asked about."""
+    sections = {
+        "versions": versions(),
+        "devices": device_rows(devices.report()),
+        f"schedules on {device.type}": schedule_rows(device),
+        "configuration": configuration_rows(),
+    }
+    return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in sections.items())
+
+
+def versions() -> list[tuple[str, ...]]:
+    """Return Python's version and those of the packages that are installed."""
+    rows: list[tuple[str, ...]] = [("python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    return rows
+
+
+def device_rows(report: Sequence[devices.Capabilities]) -> list[tuple[str, ...]]:
+    """Return a line for each kind of device, and one for the fallback that would hide a missing MPS operation."""
+    rows: list[tuple[str, ...]] = []
+    for found in report:
+        rows.append((found.kind, found.missing if found.missing is not None else _abilities(found)))
+    fallback = "on: MPS operations may run on the CPU unseen" if devices.mps_fallback() else "off"
+    rows.append(("PYTORCH_ENABLE_MPS_FALLBACK", fallback))
+    return rows
+
+
+def _abilities(found: devices.Capabilities) -> str:
+    parts = [*found.names, "streams" if found.streams else "no streams", "events" if found.events else "no events"]
+    if found.memory is not None:
+        parts.append(f"memory {gibibytes(found.memory.used)} of {gibibytes(found.memory.budget)}")
+    return ", ".join(parts)
+
+
+def gibibytes(size: int | None) -> str:
+    """Return a size in GiB as text."""
+    return "unknown" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def schedule_rows(device: torch.device) -> list[tuple[str, ...]]:
+    """Return a line for each schedule: that it can run, or why not."""
+    reasons = {schedule: schedules.unavailable(schedule, device) for schedule in config.Schedule}
+    return [(str(schedule), "can run" if reason is None else f"cannot run: {reason}")
+            for schedule, reason in reasons.items()]
+
+
+def configuration_rows() -> list[tuple[str, ...]]:
+    """Return a line for each setting: its value and where that came from."""
+    return [(name, "the plan chooses" if source.value is None and name != "trace" else str(source.value or "off"),
+             source.origin) for name, source in config.sources().items()]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

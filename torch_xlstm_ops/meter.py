@@ -1,0 +1,93 @@
+"""Tokens a second, from a clock that is read only when the device has finished what was asked of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TextIO
+
+import torch
+
+from torch_xlstm_ops import devices
+from torch_xlstm_ops.trace_files import whole_file
+
+
+class Row(NamedTuple):
+    """One line of the statistics: where a phase stood when the device had finished what was asked of it."""
+
+    phase: str
+    tokens: int
+    seconds: float
+    interval_tok_s: float
+    average_tok_s: float
+    memory_bytes: int | None
+
+
+@dataclass
+class Meter:
+    """Reads the clock, always after a synchronise.
+
+    every: tokens between rows, at least; None keeps no rows but a phase's last.
+    """
+
+    device: torch.device
+    every: int | None = None
+    rows: list[Row] = field(default_factory=list)
+    _phase: str = ""
+    _began: float = 0.0
+    _tokens: int = 0
+    _last: tuple[int, float] = (0, 0.0)
+
+    def start(self, phase: str) -> None:
+        """Begin a phase."""
+        self._phase, self._tokens, self._last = phase, 0, (0, 0.0)
+        devices.synchronize(self.device)
+        self._began = time.perf_counter()
+
+    def add(self, tokens: int, *, last: bool = False) -> None:
+        """Count tokens of the phase, and read the clock if a row is due or the phase is over."""
+        self._tokens += tokens
+        due = self.every is not None and self._tokens - self._last[0] >= self.every
+        if not due and not (last and self._tokens > self._last[0]):
+            return
+        devices.synchronize(self.device)
+        seconds = time.perf_counter() - self._began
+        before, at = self._last
+        used = devices.memory(self.device).used
+        self.rows.append(Row(self._phase, self._tokens, seconds, _rate(self._tokens - before, seconds - at),
+                             _rate(self._tokens, seconds), used))
+        self._last = (self._tokens, seconds)
+
+    def final(self, phase: str) -> Row | None:
+        """Return a phase's last row."""
+        return next((row for row in reversed(self.rows) if row.phase == phase), None)
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / seconds if seconds > 0 else 0.0
+
+
+def write_stats(path: str, rows: Sequence[Row], about: dict[str, object]) -> None:
+    """Write the rows to a .csv file, or to a .json file together with what is known `about` the run."""
+    with whole_file(path) as file:
+        _STATS[os.path.splitext(path)[1]](file, rows, about)
+
+
+def _stats_csv(file: TextIO, rows: Sequence[Row], about: dict[str, object]) -> None:
+    writer = csv.writer(file)
+    writer.writerow(Row._fields)
+    writer.writerows(rows)
+
+
+def _stats_json(file: TextIO, rows: Sequence[Row], about: dict[str, object]) -> None:
+    json.dump({"run": about, "rows": [row._asdict() for row in rows]}, file, indent=1)
+
+
+_STATS: dict[str, Callable[[TextIO, Sequence[Row], dict[str, object]], None]] = {
+    ".csv": _stats_csv,
+    ".json": _stats_json,
+}

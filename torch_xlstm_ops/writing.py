@@ -1,0 +1,148 @@
+"""Run a request: text on stdout as it comes, progress on stderr, and a table of what was measured at the end."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+from torch_xlstm_ops import config, devices, generate, info, sampling, trace
+from torch_xlstm_ops.loading import Loaded, encode, end_tokens, load
+from torch_xlstm_ops.meter import Meter, Row, write_stats
+from torch_xlstm_ops.request import Request
+
+QUIET_SECONDS = 5.0  # between progress lines where there is no terminal
+STATS_EVERY = 16
+
+
+def run(request: Request) -> int:
+    """Write what was requested and return the exit status: 130 if the user interrupted."""
+    shown = Progress()
+    with shown.status(f"loading {request.model.name}"):
+        loaded = load(request.model, request.device, request.values["dtype"])
+        prompt = encode(loaded, request.prompt)
+    every = (request.values["stats_every"] or STATS_EVERY) if request.values["stats_log"] is not None else None
+    meter = Meter(loaded.device, every)
+    with ExitStack() as undo:
+        if request.patched:
+            from torch_xlstm_ops.patch import patch
+
+            undo.callback(patch("transformers").remove)
+        undo.enter_context(generate.prepared(loaded))
+        began = time.perf_counter()
+        with shown.status("compiling, once on this machine" if request.patched else "warming up"):
+            ran = generate.warm_up(loaded, prompt)
+        compiling = time.perf_counter() - began
+        ended = _write(request, loaded, prompt, meter, shown)
+    about = _about(request, loaded, ran, meter)
+    about |= {"prompt tokens": len(prompt), "ended by": ended, "warm-up s": round(compiling, 3)}
+    _print_table(about)
+    if request.values["stats_log"] is not None:
+        write_stats(request.values["stats_log"], meter.rows, about)
+    recording = trace.finish()
+    if recording is not None:
+        print(recording.summary())
+    return 130 if ended == "interrupt" else 0
+
+
+def _write(request: Request, loaded: Loaded, prompt: Sequence[int], meter: Meter, shown: Progress) -> str:
+    """Print the text as it comes, and return what ended it."""
+    values = request.values
+    choose = sampling.chooser(
+        temperature=values["temperature"], top_k=values["top_k"], top_p=values["top_p"], seed=values["seed"]
+    )
+    text = sampling.TextStream(loaded.tokenizer, prompt, request.stops)
+    ends = end_tokens(loaded)
+    with shown.prefill(len(prompt)) as progress:
+        tokens = generate.stream(loaded, prompt, choose, values["max_new_tokens"], meter, progress)
+        ended = "interrupt"
+        try:
+            first = next(tokens)
+        except KeyboardInterrupt:
+            return ended
+    try:
+        for token in itertools.chain((first,), tokens):
+            if token in ends:
+                ended = "end of text"
+                break
+            print(text.push(token), end="", flush=True)
+            if text.stopped:
+                ended = "stop text"
+                break
+        else:
+            ended = "length"
+    except KeyboardInterrupt:
+        pass  # what is there is shown and measured
+    finally:
+        tokens.close()
+    print(text.flush(), flush=True)
+    return ended
+
+
+def _about(request: Request, loaded: Loaded, ran: generate.Ran, meter: Meter) -> dict[str, object]:
+    """Return the rows of the table: what ran, on what, and how fast."""
+    prefill, decode = meter.final("prefill"), meter.final("decode")
+    schedule = ", ".join(ran.schedules) or str(config.current().schedule)
+    return {
+        "model": str(request.model),
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "schedule": schedule if request.patched else "none, as not patched",
+        "prefill kernel": ", ".join(ran.prefill) or "transformers native",
+        "decode kernel": ", ".join(ran.decode) or "transformers native",
+        "prefill tok/s": _speed(prefill),
+        "decode tok/s": _speed(decode),
+        "time to first token s": None if prefill is None else round(prefill.seconds, 4),
+        "peak memory": info.gibibytes(devices.memory(loaded.device).peak),
+        "new tokens": (decode.tokens if decode is not None else 0) + (prefill is not None),
+    }
+
+
+def _speed(row: Row | None) -> float | None:
+    return None if row is None else round(row.average_tok_s, 2)
+
+
+def _print_table(about: dict[str, object]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in about.items():
+        table.add_row(name, "-" if value is None else str(value))
+    Console(highlight=False, markup=False).print(table)
+
+
+class Progress:
+    """Progress on stderr: live on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._next = time.monotonic() + QUIET_SECONDS
+
+    def status(self, text: str) -> AbstractContextManager[object]:
+        """Return a context manager that shows what is being waited for."""
+        if self._console.is_terminal:
+            return self._console.status(text)
+        self._console.print(text, highlight=False, markup=False)
+        return nullcontext()
+
+    @contextmanager
+    def prefill(self, total: int) -> Iterator[Callable[[int], None]]:
+        """Yield what to call with the prompt tokens read so far."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if not self._console.is_terminal:
+            yield lambda done: self._line(f"prefill {done} of {total} tokens")
+            return
+        columns = (TextColumn("prefill"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done: bar.update(task, completed=done)
+
+    def _line(self, text: str) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + QUIET_SECONDS
+            self._console.print(text, highlight=False, markup=False)
