@@ -255,6 +255,23 @@ def test_a_trace_has_both_phases_and_a_summary_ends_the_run(write: Command, tmp_
     assert not trace.active()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning")  # of Inductor's own import
+def test_our_operators_write_the_same_text_and_say_so(
+    run: Command, model_directory: Path, loaded: loading.Loaded, tmp_path: Path
+) -> None:
+    status, out, _ = run("generate", "--model", model_directory, "--prompt", PROMPT, "--max-new-tokens", 30,
+                         "--schedule", "inductor", "--trace", tmp_path / "t.jsonl")
+    text, table = text_and_table(out)
+    assert status == 0
+    assert text == reference(loaded, 30)
+    ran = ("inductor", "xlstm::mlstm_chunkwise", "xlstm::mlstm_step")
+    assert (table["schedule"], table["prefill kernel"], table["decode kernel"]) == ran
+    entries = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    prefill = [entry for entry in entries if entry["op"] == "mlstm_chunkwise"]
+    assert [entry["layer"] for entry in prefill] == [0, 1]
+    assert {entry["schedule"] for entry in prefill} == {"inductor"}
+
+
 # Text and sampling
 
 

@@ -279,8 +279,17 @@ def test_a_record_block_that_loads_the_setting_does_not_end_it(tmp_path: Path) -
     with trace.record():
         config.reload(flags={"trace": str(tmp_path / "a.csv")})
     assert trace.active()
+    with trace.span("op"):
+        pass
     config.reload(flags={})
     assert (tmp_path / "a.csv").exists()
+
+
+def test_a_setting_under_which_nothing_ran_leaves_the_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("earlier")
+    config.reload(flags={"trace": str(tmp_path / "a.csv")})
+    config.reload(flags={})
+    assert (tmp_path / "a.csv").read_text() == "earlier"
 
 
 def test_the_variable_records_the_whole_process(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ and `span` by itself is right too, only dearer. A span on CUDA or MPS is two eve
 and is read when the device has passed them; nothing waits. On the CPU it is the host's clock.
 
 `record` collects inside a ``with`` block; ``XLSTM_OPS_TRACE`` (or any other source of the `trace` setting) collects
-for the whole process and writes the file when it exits. A recording holds its newest `capacity` entries.
+for the whole process and writes the file, if anything ran, when it exits. A recording holds its newest `capacity` entries.
 """
 
 from __future__ import annotations
@@ -294,13 +294,16 @@ def _follow(settled: config.Config) -> None:
 
 
 def finish() -> Recording | None:
-    """End the recording that the `trace` setting began, write its file, and return it; None if there is none."""
+    """End the recording that the `trace` setting began, write its file, and return it; None if there is none.
+
+    A recording without entries writes nothing: a run that failed early leaves an older file alone.
+    """
     global _process
     if _process is None:
         return None
     (path, recording, pid), _process = _process, None
     _stop(recording)
-    if pid == os.getpid():  # a forked child leaves the file to its parent
+    if pid == os.getpid() and recording.entries():  # a forked child leaves the file to its parent
         recording.write(path)
     return recording
 

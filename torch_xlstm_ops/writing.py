@@ -19,7 +19,7 @@ STATS_EVERY = 16
 def run(request: Request) -> int:
     """Write what was requested and return the exit status: 130 if the user interrupted."""
     shown = Progress()
-    with shown.status(f"loading {request.model.name}"):
+    with shown.status(f"loading {request.model.resolve().name}"):
         loaded = load(request.model, request.device, request.values["dtype"])
         prompt = encode(loaded, request.prompt)
     every = (request.values["stats_every"] or STATS_EVERY) if request.values["stats_log"] is not None else None
