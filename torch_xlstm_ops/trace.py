@@ -12,7 +12,8 @@ and `span` by itself is right too, only dearer. A span on CUDA or MPS is two eve
 and is read when the device has passed them; nothing waits. On the CPU it is the host's clock.
 
 `record` collects inside a ``with`` block; ``XLSTM_OPS_TRACE`` (or any other source of the `trace` setting) collects
-for the whole process and writes the file, if anything ran, when it exits. A recording holds its newest `capacity` entries.
+for the whole process and writes the file, if anything ran, when it exits. A recording holds its newest `capacity`
+entries.
 """
 
 from __future__ import annotations
