@@ -270,6 +270,7 @@ def test_our_operators_write_the_same_text_and_say_so(
     prefill = [entry for entry in entries if entry["op"] == "mlstm_chunkwise"]
     assert [entry["layer"] for entry in prefill] == [0, 1]
     assert {entry["schedule"] for entry in prefill} == {"inductor"}
+    assert {entry["layer"] for entry in entries if entry["op"] == "model"} == {None}
 
 
 # Text and sampling

@@ -22,7 +22,7 @@ from torch_xlstm_ops import config, devices, trace, trace_files
 from torch_xlstm_ops.trace_files import Entry
 
 CPU = torch.device("cpu")
-LATE = torch.device("meta")  # stands for a device that finishes work after the call returns
+LATE = torch.device("meta:0")  # stands for a device that finishes work after the call returns
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +191,7 @@ def test_cuda_spans_cover_the_work_not_the_launch() -> None:
         finished = time.perf_counter() - began
     (entry,) = recording.entries()
     assert launched < entry.duration_us / 1e6 <= finished
+    assert entry.device == "cuda:0"
 
 
 def _two_entries() -> trace.Recording:

@@ -70,13 +70,15 @@ def prepared(loaded: Loaded) -> Iterator[None]:
     """Make the model's head see the last position only, and its layers tell the trace which one runs."""
     head = loaded.model.get_output_embeddings()
     hooks = [head.register_forward_pre_hook(lambda module, args: (args[0][:, -1:],))]
-    for index, block in enumerate(loaded.model.backbone.blocks if trace.active() else ()):
-        hooks.append(block.register_forward_pre_hook(lambda module, args, index=index: trace.set_layer(index)))
+    if trace.active():
+        for index, block in enumerate(loaded.model.backbone.blocks):
+            hooks.append(block.register_forward_pre_hook(lambda module, args, index=index: trace.set_layer(index)))
+        hooks.append(loaded.model.backbone.register_forward_hook(lambda module, args, out: trace.set_layer(None)))
     try:
         with torch.inference_mode():
             yield
     finally:
-        trace.set_layer(None)
+        trace.set_layer(None)  # a forward that raised has not
         for hook in hooks:
             hook.remove()
 
@@ -99,7 +101,8 @@ def warm_up(loaded: Loaded, prompt: Sequence[int]) -> Ran:
         state: object = None
         for size in sizes:
             state = _forward(loaded, prompt[:size], state)[1]
-        _forward(loaded, prompt[:1], state)
+        logits = _forward(loaded, prompt[:1], state)[0]
+        logits.argmax(), logits.isnan().any()  # CUDA loads a kernel at its first use
         # Watched apart from compiling, which does not work under a dispatch mode.
         with trace.record() as recording:
             with _Seen() as prefill:

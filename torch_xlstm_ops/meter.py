@@ -78,7 +78,7 @@ def write_stats(path: str, rows: Sequence[Row], about: dict[str, object]) -> Non
 
 
 def _stats_csv(file: TextIO, rows: Sequence[Row], about: dict[str, object]) -> None:
-    writer = csv.writer(file)
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(Row._fields)
     writer.writerows(rows)
 

@@ -210,6 +210,9 @@ def span(
         return _HostSpan(recordings, mark)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _OFF  # a captured event has no time
+    if device.index is None:  # "cuda" and "cuda:0" are one clock
+        index = torch.cuda.current_device() if device.type == "cuda" else 0
+        mark = mark._replace(device=torch.device(device.type, index))
     return _DeviceSpan(recordings, mark)
 
 

@@ -53,7 +53,7 @@ def whole_file(path: str) -> Iterator[TextIO]:
 
 
 def _write_csv(file: TextIO, entries: Sequence[Entry], dropped: int) -> None:
-    writer = csv.writer(file)
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(Entry._fields)
     writer.writerows(entries)
 
