@@ -121,9 +121,8 @@ def test_the_text_is_transformers_own_greedy_text(write: Command, loaded: loadin
 def test_the_table_tells_what_ran_and_how_fast(write: Command) -> None:
     _, out, _ = write("--max-new-tokens", 3)
     table = text_and_table(out)[1]
-    for name in ("prefill tok/s", "decode tok/s", "time to first token s"):
+    for name in ("prefill tok/s", "decode tok/s", "time to first token s", "peak memory GiB"):
         assert float(table[name]) > 0
-    assert table["peak memory"].endswith("GiB")
     assert table["schedule"] == "none, as not patched"
     assert table["prefill kernel"] == table["decode kernel"] == "transformers native"
 
@@ -546,8 +545,8 @@ def test_a_process_ends_with_one_line_and_status_2(tmp_path: Path) -> None:
 
 def test_a_process_writes_text_to_a_pipe(model_directory: Path, loaded: loading.Loaded, tmp_path: Path) -> None:
     done = _process("generate", "--model", str(model_directory), "--prompt", PROMPT, "--no-patch",
-                    "--max-new-tokens", "8", folder=tmp_path, PYTHONIOENCODING="utf-8", OMP_NUM_THREADS="1")
+                    "--max-new-tokens", "8", folder=tmp_path, PYTHONIOENCODING="ascii", OMP_NUM_THREADS="1")
     assert done.returncode == 0
-    assert text_and_table(done.stdout)[0] == reference(loaded, 8)
+    assert done.stdout.startswith(reference(loaded, 8).encode("ascii", "replace").decode())
     assert done.stderr.splitlines() == ["loading tiny", "warming up"]
     assert os.listdir(tmp_path) == []

@@ -49,12 +49,11 @@ def device_rows(report: Sequence[devices.Capabilities]) -> list[tuple[str, ...]]
 def _abilities(found: devices.Capabilities) -> str:
     parts = [*found.names, "streams" if found.streams else "no streams", "events" if found.events else "no events"]
     if found.memory is not None:
-        parts.append(f"memory {gibibytes(found.memory.used)} of {gibibytes(found.memory.budget)}")
+        parts.append(f"memory {_gibibytes(found.memory.used)} of {_gibibytes(found.memory.budget)}")
     return ", ".join(parts)
 
 
-def gibibytes(size: int | None) -> str:
-    """Return a size in GiB as text."""
+def _gibibytes(size: int | None) -> str:
     return "unknown" if size is None else f"{size / 2**30:.2f} GiB"
 
 

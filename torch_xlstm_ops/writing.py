@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
-from torch_xlstm_ops import config, devices, generate, info, sampling, trace
+from torch_xlstm_ops import config, devices, generate, sampling, trace
 from torch_xlstm_ops.loading import Loaded, encode, end_tokens, load
 from torch_xlstm_ops.meter import Meter, Row, write_stats
 from torch_xlstm_ops.request import Request
@@ -18,6 +20,8 @@ STATS_EVERY = 16
 
 def run(request: Request) -> int:
     """Write what was requested and return the exit status: 130 if the user interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
     shown = Progress()
     with shown.status(f"loading {request.model.resolve().name}"):
         loaded = load(request.model, request.device, request.values["dtype"])
@@ -83,6 +87,7 @@ def _write(request: Request, loaded: Loaded, prompt: Sequence[int], meter: Meter
 def _about(request: Request, loaded: Loaded, ran: generate.Ran, meter: Meter) -> dict[str, object]:
     """Return the rows of the table: what ran, on what, and how fast."""
     prefill, decode = meter.final("prefill"), meter.final("decode")
+    peak = devices.memory(loaded.device).peak
     schedule = ", ".join(ran.schedules) or str(config.current().schedule)
     return {
         "model": str(request.model),
@@ -94,7 +99,7 @@ def _about(request: Request, loaded: Loaded, ran: generate.Ran, meter: Meter) ->
         "prefill tok/s": _speed(prefill),
         "decode tok/s": _speed(decode),
         "time to first token s": None if prefill is None else round(prefill.seconds, 4),
-        "peak memory": info.gibibytes(devices.memory(loaded.device).peak),
+        "peak memory GiB": None if peak is None else round(peak / 2**30, 2),
         "new tokens": (decode.tokens if decode is not None else 0) + (prefill is not None),
     }
 
