@@ -167,8 +167,10 @@ def test_bad_values_name_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
         error(config.reload, flags={"trace": "trace.txt"}),
     ]
     config.reload(flags={})
+    config.for_call(chunk_size=1)
     messages += [
         error(config.for_call, schedule="fast"),
+        error(config.for_call, chunk_size=True),
         error(config.for_call, chunk_size=0),
         error(config.use(window=True).__enter__),
         error(config.use(workers="2").__enter__),
@@ -181,6 +183,7 @@ environment variable XLSTM_CHUNKWISE_BACKEND must be one of auto, inductor, queu
 --segment must be a whole number of at least 1, got '0'
 --trace must be a file name ending in .csv, .jsonl or .json, got 'trace.txt'
 schedule must be one of auto, inductor, queued, ray, recurrent, got 'fast'
+chunk_size must be a whole number of at least 1, got True
 chunk_size must be a whole number of at least 1, got 0
 window must be a whole number of at least 1, got True
 workers must be a whole number of at least 1, got '2'""")

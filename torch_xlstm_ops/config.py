@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
+from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -284,6 +285,11 @@ def for_call(*, schedule: Schedule | str | None = None, chunk_size: int | None =
     config = current()
     if schedule is None and chunk_size is None:
         return config
+    return _over(config, schedule, chunk_size)
+
+
+@lru_cache(maxsize=1024, typed=True)  # typed: True is no chunk size, though it equals 1
+def _over(config: Config, schedule: str | None, chunk_size: int | None) -> Config:
     asked = {"schedule": schedule, "chunk_size": chunk_size}
     values = {f: check(SETTINGS[f].kind, v, f, text=False) for f, v in asked.items() if v is not None}
     return dataclasses.replace(config, **values)  # type: ignore[arg-type]
