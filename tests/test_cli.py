@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_xlstm_ops import cli, config, devices, generate, info, loading, meter, sampling, schedules, trace
@@ -172,12 +172,12 @@ def test_an_interrupt_shows_what_there_is_and_exits_130(write: Command, monkeypa
 
 
 @pytest.mark.parametrize(("segment", "length", "sizes"), [
-    (None, 4096, [4096]), (None, 4097, [4096, 1]), (None, 5, [5]), (1000, 9001, [4000, 4000, 1001]),
+    (None, 2048, [2048]), (None, 2049, [2048, 1]), (None, 5, [5]), (1000, 4001, [2000, 2000, 1]),
     (6000, 13000, [6000, 6000, 1000]),
 ])
 def test_pieces_are_whole_segments_and_a_tail(segment: int | None, length: int, sizes: list[int]) -> None:
     with config.use(segment=segment):
-        assert generate.pieces(length) == sizes
+        assert generate.pieces(length, CPU) == sizes
 
 
 def test_a_prompt_read_in_pieces_gives_the_whole_prompts_logits(
@@ -191,12 +191,14 @@ def test_a_prompt_read_in_pieces_gives_the_whole_prompts_logits(
         with generate.prepared(loaded):
             tokens = generate.stream(loaded, prompt, lambda x: seen.append(x) or 0, 1, meter.Meter(CPU), done.append)
             assert list(tokens) == [0]
-        assert done == ([7 * (i + 1) for i in range(len(prompt) // 7)] + [len(prompt)] if generate.PIECE == 7 else [])
+        progress.append(done)
         return seen[-1]
 
+    progress: list[list[int]] = []
     whole = logits()
-    monkeypatch.setattr(generate, "PIECE", 7)
+    monkeypatch.setitem(generate.PIECES, "cpu", 30)
     torch.testing.assert_close(logits(), whole, rtol=1e-4, atol=1e-5)
+    assert (len(prompt), progress) == (80, [[], [30, 60, 80]])
 
 
 def test_warm_up_and_preparation_leave_the_model_as_it_was(loaded: loading.Loaded) -> None:
@@ -282,6 +284,7 @@ class Bytes:
         return bytes(token_ids).decode("utf-8", errors="replace")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_streamed_text_is_the_whole_text(prompt: str, text: str) -> None:
     stream = sampling.TextStream(Bytes(), list(prompt.encode()))
@@ -290,6 +293,7 @@ def test_streamed_text_is_the_whole_text(prompt: str, text: str) -> None:
     assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
 
 
+@settings(deadline=None)
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_streamed_text_ends_before_the_first_stop(text: str, stops: list[str]) -> None:
     stream = sampling.TextStream(Bytes(), [], stops)
@@ -314,6 +318,7 @@ def test_broken_characters_are_shown_sooner_or_later() -> None:
     assert "".join(stream.push(0xFF) for _ in range(20)) + stream.flush() == "\ufffd" * 20
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0.01, 1.0))
 def test_candidates_are_the_likeliest_and_no_more_than_needed(seed: int, top_k: int, top_p: float) -> None:
     logits = torch.randn(30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
