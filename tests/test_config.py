@@ -254,5 +254,5 @@ def test_the_readme_table_shows_every_setting() -> None:
 | `XLSTM_OPS_WORKERS` | `--workers` | `workers` | a whole number of at least 1 | worker threads of the queued schedule, or Ray actors | `XLSTM_MPS_WORKERS` |
 | `XLSTM_OPS_STREAMS` | `--streams` | `streams` | a whole number of at least 1 | device streams of the queued schedule | `XLSTM_MPS_STREAMS` |
 | `XLSTM_OPS_WINDOW` | `--window` | `window` | a whole number of at least 1 | most tasks in flight at once |  |
-| `XLSTM_OPS_TRACE` | `--trace` | `trace` | a file name ending in .csv, .jsonl or .json | record timings: .csv, .jsonl, or .json for Perfetto |  |
+| `XLSTM_OPS_TRACE` | `--trace` | `trace` | a file name ending in .csv, .jsonl or .json | record timings (.json opens in Perfetto) |  |
 | `XLSTM_OPS_MEM_FRACTION` | `--mem-fraction` | `mem_fraction` | a number above 0 and at most 1 | most of the device's memory that a plan may use | `XLSTM_MEM_SOFT_PCT`, `XLSTM_MEM_HARD_PCT` |""")  # noqa: E501

@@ -134,7 +134,7 @@ SETTINGS: Mapping[str, Setting] = {
                 ("XLSTM_MPS_WORKERS",)),
         Setting("streams", WHOLE, "COUNT", "device streams of the queued schedule", ("XLSTM_MPS_STREAMS",)),
         Setting("window", WHOLE, "TASKS", "most tasks in flight at once"),
-        Setting("trace", TRACE_FILE, "FILE", "record timings: .csv, .jsonl, or .json for Perfetto"),
+        Setting("trace", TRACE_FILE, "FILE", "record timings (.json opens in Perfetto)"),
         Setting("mem_fraction", FRACTION, "FRACTION", "most of the device's memory that a plan may use",
                 ("XLSTM_MEM_SOFT_PCT", "XLSTM_MEM_HARD_PCT")),
     )
@@ -345,7 +345,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the table's flags; their text is checked by `reload`, so that errors read alike everywhere."""
     group = parser.add_argument_group("schedule")
     for setting in SETTINGS.values():
-        group.add_argument(setting.flag, dest=setting.field, metavar=setting.metavar, help=setting.help)
+        group.add_argument(setting.flag, dest=setting.field, metavar=setting.metavar,
+                           help=f"{setting.help}: {setting.kind.expects}")
 
 
 def given_flags(parsed: argparse.Namespace) -> dict[str, str]:
