@@ -171,7 +171,8 @@ def test_a_prompt_of_any_length_is_one_op_call_a_layer(monkeypatch: pytest.Monke
 def test_states_stay_float32_between_calls(dtype: torch.dtype) -> None:
     model, ids = build(dtype), prompt(40)
     with patch("transformers"):
-        cache = prefill(model, ids).cache_params
+        cache = prefill(model, ids[:, :33]).cache_params
+        decode(model, ids[:, 33:], cache)
     c, n, m = cache.rnn_state[0]
     assert c.dtype == n.dtype == m.dtype == torch.float32
     assert cache.dtype == dtype

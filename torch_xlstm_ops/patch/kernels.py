@@ -16,22 +16,21 @@ def mlstm(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
     c: Tensor | None, n: Tensor | None, m: Tensor | None, *, eps: float,
 ) -> tuple[Tensor, MLSTMState]:
-    """Run a sequence (B, NH, S, D) in one call: the step for a single token at inference, else the chunkwise op.
+    """Run a sequence (B, NH, S, D) in one call: the step for a single token, else the chunkwise op.
 
     c, n, m: states of any floating dtype on any device; a missing one is zero.
     Returns h in v's dtype and new states in float32 (float64 for float64 inputs), whatever the given ones were.
     """
     B, NH, S, DHQK = q.shape
     wide = state_dtype(q.dtype)
-    learning = torch.is_grad_enabled() and _any_requires_grad(q, k, v, igate, fgate, c, n, m)
-    one_step = S == 1 and not learning
-    if c is None and n is None and m is None and not one_step:
+    if c is None and n is None and m is None and S != 1:
         return mlstm_chunkwise(q, k, v, igate, fgate, eps=eps)
+    learning = torch.is_grad_enabled() and _any_requires_grad(q, k, v, igate, fgate, c, n, m)
     # Peers overwrite the state they passed as soon as they have the new one, so autograd must not have saved theirs.
     c = q.new_zeros((B, NH, DHQK, v.shape[-1]), dtype=wide) if c is None else c.to(q.device, wide, copy=learning)
     n = q.new_zeros((B, NH, DHQK), dtype=wide) if n is None else n.to(q.device, wide, copy=learning)
     m = q.new_zeros((B, NH, 1), dtype=wide) if m is None else m.to(q.device, wide, copy=learning)
-    if not one_step:
+    if S != 1:
         return mlstm_chunkwise(q, k, v, igate, fgate, c, n, m, eps=eps)
     h, state = mlstm_step(q.squeeze(2), k.squeeze(2), v.squeeze(2), igate, fgate, c, n, m, eps=eps)
     return h.unsqueeze(2), state

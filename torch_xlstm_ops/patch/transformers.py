@@ -44,7 +44,7 @@ def _forward(
     self: Any, query: Tensor, key: Tensor, value: Tensor, igate: Tensor, fgate: Tensor,
     c_initial: Tensor | None = None, n_initial: Tensor | None = None, m_initial: Tensor | None = None,
     return_last_states: bool | None = None, mode: str | None = None,
-) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
     """Stand in for `xLSTMBackend.forward`."""
     config = self.config
     both = returns_states(
