@@ -1,0 +1,218 @@
+"""Run sLSTM sequences as blocks of steps, forward and back, and replay what repeats as a CUDA graph.
+
+Time leads, (S, B, ...), so that a block is one piece of memory. A block writes its results into arguments made for
+them: nothing is allocated or copied between blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Run = Callable[[list[Tensor]], object]
+Lookup = Callable[[list[Tensor]], Run]  # from the arguments of a block to what runs such blocks
+Compute = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+
+
+class Lengths(NamedTuple):
+    """Steps a block, by the kernel that runs it."""
+
+    block: int
+    replay: int
+    backward: int
+
+
+class Kernels(NamedTuple):
+    """The functions of the op, those in blocks by a look-up; their arguments as in `slstm`, (written) and optional?."""
+
+    lengths: Lengths
+    block: Lookup  # x r b h_before c n m (h y) reset?
+    replay: Lookup  # x products b c_before n_before m (factors c n) reset?
+    backward: Lookup  # dh factors c_before n_before c n r dx_after dc dn dm (dx) reset?
+    products: Callable[[Tensor, Tensor], Tensor]
+    operand_gradient: Callable[[Tensor, Tensor], Tensor]
+    weight_gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def forward(
+    kernels: Kernels, x: Tensor, r: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor, m: Tensor,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return h (S, B, NH, DH) and the state y, c, n, m after x (S, B, 4, NH, DH), S > 0; reset: (S, B)."""
+    h = x.new_empty(x[:, :, 0].shape)
+    y, c, n, m = (s.clone() for s in (y, c, n, m))
+    lengths = _lengths(x.shape[0], kernels.lengths.block)
+    h_blocks = torch.split(h, lengths)
+    h_before = [y.to(x.dtype, copy=True), *(block[-1] for block in h_blocks[:-1])]
+    streams = zip(torch.split(x, lengths), h_before, h_blocks, _masks(reset, lengths), strict=True)
+    _run_all(kernels.block, (
+        [x_block, r, b, before, c, n, m, h_block, y, *mask] for x_block, before, h_block, mask in streams
+    ))
+    return h, y, c, n, m
+
+
+def backward(
+    kernels: Kernels, gradients: Sequence[Tensor], x: Tensor, h_before: Tensor, r: Tensor, r_dense: Tensor, b: Tensor,
+    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Return dx (S, B, 4, NH, DH), dr, db, dy, dc, dn, dm; S > 0.
+
+    gradients: dh (S, B, NH, DH), wide, and dy, dc, dn, dm after the last token. c, n, m: the state at the start.
+    h_before: (S, B, NH, DH), what R was multiplied with.
+    r: laid out for the block; r_dense: (4, NH, DH, DH), for the product over all tokens.
+    """
+    dh, dy, dc, dn, dm = gradients
+    S, B, _, NH, DH = x.shape
+    operands = h_before.flatten(0, 1)
+    products = kernels.products(operands, r_dense).view(S, B, NH, 4, DH)
+    factors = c.new_empty(S, 5, *c.shape)
+    c_all, n_all = (torch.cat([s[None], s.new_empty(S, *s.shape)]) for s in (c, n))
+    _replay(kernels, x, products, b, c_all, n_all, m.clone(), factors, reset)
+
+    dx = torch.empty_like(x)
+    dh = torch.cat([dh[:-1], dh[-1:] + dy])
+    dc, dn, dm = dc.clone(), dn.clone(), dm.clone()
+    lengths = _lengths(S, kernels.lengths.backward)
+    dx_blocks = torch.split(dx, lengths)
+    dx_after = [*(block[0] for block in dx_blocks[1:]), torch.zeros_like(x[0])]
+    streams = [torch.split(t, lengths) for t in (dh, factors, c_all[:-1], n_all[:-1], c_all[1:], n_all[1:])]
+    blocks = [
+        [*parts, r, after, dc, dn, dm, dx_block, *mask]
+        for *parts, after, dx_block, mask in zip(*streams, dx_after, dx_blocks, _masks(reset, lengths, 1), strict=True)
+    ]
+    _run_all(kernels.backward, reversed(blocks))
+    dy = kernels.operand_gradient(dx[0], r)
+    if reset is not None:
+        dy = torch.where(reset[0, :, None, None], 0.0, dy)
+    return dx, *kernels.weight_gradients(dx.flatten(0, 1), operands), dy, dc, dn, dm
+
+
+def _replay(
+    kernels: Kernels, x: Tensor, products: Tensor, b: Tensor, c: Tensor, n: Tensor, m: Tensor, factors: Tensor,
+    reset: Tensor | None,
+) -> None:
+    """Fill factors, and c, n (S + 1, B, NH, DH) after their first entries."""
+    lengths = _lengths(x.shape[0], kernels.lengths.replay)
+    before = [[block[0] for block in torch.split(t[:-1], lengths)] for t in (c, n)]
+    inputs = [torch.split(t, lengths) for t in (x, products)]
+    written = [torch.split(t, lengths) for t in (factors, c[1:], n[1:])]
+    _run_all(kernels.replay, (
+        [*both, b, c_before, n_before, m, *three, *mask]
+        for both, c_before, n_before, three, mask
+        in zip(zip(*inputs, strict=True), *before, zip(*written, strict=True), _masks(reset, lengths), strict=True)
+    ))
+
+
+def _lengths(S: int, T: int) -> list[int]:
+    """Cut S steps into as many blocks of T as fit and then single steps, so that every S needs two compiles at most."""
+    return [T] * (S // T) + [1] * (S % T)
+
+
+def _masks(reset: Tensor | None, lengths: list[int], beyond: int = 0) -> list[tuple[Tensor, ...]]:
+    """Return the reset mask of each block, over `beyond` more tokens than the block has, as optional arguments."""
+    if reset is None:
+        return [()] * len(lengths)
+    padded = F.pad(reset, (0, 0, 0, beyond))
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return [(padded[start:start + length + beyond],) for start, length in zip(starts, lengths, strict=False)]
+
+
+def _run_all(lookup: Lookup, blocks: Iterable[list[Tensor]]) -> None:
+    """Run blocks in order, with one look-up for each length."""
+    by_length: dict[int, Run] = {}
+    for args in blocks:
+        length = args[0].shape[0]
+        run = by_length.get(length)
+        if run is None:
+            run = by_length[length] = lookup(args)
+        run(args)
+
+
+# --- CUDA graphs ---
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    stream: torch.cuda.Stream
+    inputs: list[Tensor]
+    outputs: tuple[Tensor, ...]
+
+
+class Graphs:
+    """Records a computation whose shapes come a second time on a stream as a CUDA graph, and replays it from then on.
+
+    A graph reads and writes memory of its own: arguments are copied in and results out, on the caller's stream, so
+    nothing that a caller holds is ever overwritten. A stream has its own graphs, as two streams may run at once.
+    """
+
+    def __init__(self, capacity: int = 8) -> None:
+        self.capacity = capacity
+        self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # None: seen once, or cannot be recorded
+        self._refused: set[Hashable] = set()
+        self._lock = threading.Lock()
+
+    def run(self, what: Hashable, compute: Compute, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return ``compute(args)``. what: everything that `compute` depends on beside the arguments' shapes."""
+        device = args[0].device
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return compute([t.contiguous() for t in args])
+        with torch.cuda.device(device), self._lock:
+            stream = torch.cuda.current_stream(device)
+            key = (what, stream.cuda_stream, device, *[(t.shape, t.dtype) for t in args])
+            graph = self._graphs.get(key)
+            if graph is None and (key in self._refused or key not in self._graphs):
+                self._remember(key, None)
+                return compute([t.contiguous() for t in args])
+            if graph is None:
+                graph = self._record(key, stream, compute, args)
+                if graph is None:
+                    return compute([t.contiguous() for t in args])
+            self._graphs.move_to_end(key)
+            for static, given in zip(graph.inputs, args, strict=True):
+                static.copy_(given)
+            graph.graph.replay()
+            return tuple(t.clone() for t in graph.outputs)
+
+    def clear(self) -> None:
+        """Forget every graph and free its memory."""
+        with self._lock:
+            while self._graphs:
+                self._forget()
+            self._refused.clear()
+
+    def _record(
+        self, key: Hashable, stream: torch.cuda.Stream, compute: Compute, args: Sequence[Tensor]
+    ) -> _Graph | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written to outside
+                inputs = [torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in args]
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    outputs = compute(inputs)
+        except RuntimeError:  # out of memory for the graph's own pool, or something that no graph can hold
+            self._refused.add(key)
+            return None
+        recorded = _Graph(graph, stream, inputs, outputs)
+        self._remember(key, recorded)
+        return recorded
+
+    def _remember(self, key: Hashable, graph: _Graph | None) -> None:
+        self._graphs[key] = graph
+        self._graphs.move_to_end(key)
+        while len(self._graphs) > self.capacity:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop the graph used longest ago, once its stream has finished with it."""
+        key, graph = self._graphs.popitem(last=False)
+        self._refused.discard(key)
+        if graph is not None:
+            graph.stream.synchronize()
