@@ -11,6 +11,9 @@ _STATE = "Tensor c, Tensor n, Tensor m"
 _MAYBE_STATE = "Tensor? c=None, Tensor? n=None, Tensor? m=None"
 _HOW = 'int? chunk_size=None, str schedule="auto", float eps=1e-06'
 
+_CELL = "Tensor x, Tensor r, Tensor b"
+_CELL_STATE = "Tensor y, Tensor c, Tensor n, Tensor m"
+
 SCHEMAS = {
     "mlstm_step": f"({_STREAMS}, {_STATE}, *, float eps=1e-06) -> (Tensor, Tensor, Tensor, Tensor)",
     "mlstm_step_": f"({_STREAMS}, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, *, float eps=1e-06) -> Tensor",
@@ -18,6 +21,16 @@ SCHEMAS = {
     "mlstm_chunkwise_backward": (
         f"(Tensor dh, Tensor dc, Tensor dn, Tensor dm, {_STREAMS}, {_MAYBE_STATE}, *, {_HOW})"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "slstm_step": f"({_CELL}, {_CELL_STATE}, *, float floor=0.0) -> (Tensor, Tensor, Tensor, Tensor)",
+    "slstm_sequence": (
+        f"({_CELL}, Tensor? y=None, {_MAYBE_STATE}, Tensor? reset=None, *, float floor=0.0)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "slstm_sequence_backward": (
+        f"(Tensor dh, Tensor dy, Tensor dc, Tensor dn, Tensor dm, {_CELL}, Tensor? y, Tensor? c, Tensor? n, Tensor? m,"
+        " Tensor h, Tensor? reset=None, *, float floor=0.0)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
