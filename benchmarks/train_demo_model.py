@@ -326,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             split: {"files": len(files), "bytes": sum(len(file.tokens) for file in files)}
             for split, files in sources.items()
         },
+        "test_files": [file.path for file in sources["test"]],
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "machine": machine(args.device), "curve": curve,
     }
