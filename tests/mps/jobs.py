@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TESTS = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 540
 PARALLEL = 2
 
@@ -32,8 +32,8 @@ def job(task: str, **arguments: Any) -> Job:
 
 def run(wanted: Job, **environment: str) -> dict[str, Any]:
     """Run a job in a new process and return its report; raise RuntimeError with its last words if it dies."""
-    command = [sys.executable, "-m", "mps.worker", wanted.task, wanted.arguments]
-    paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "tests.mps.worker", wanted.task, wanted.arguments]
+    paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     variables = {
         **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
         **environment,

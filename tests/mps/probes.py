@@ -55,6 +55,13 @@ SHADERS = {
 }
 
 
+def basics() -> dict[str, Any]:
+    """Run every probe that is quick, in one process."""
+    return {
+        "device": device(), "shaders": {name: shader(name) for name in SHADERS}, "threads": unsynchronised_threads(),
+    }
+
+
 def device() -> dict[str, Any]:
     """Report where tensors live, what is refused, and how host traffic is recorded."""
     x = torch.arange(6.0).to("mps")

@@ -17,6 +17,7 @@ SUM, MAX = "opmath_t<T> threadgroup_sum(", "T threadgroup_max("
 WELFORD = "float3 threadgroup_welford_reduce("
 # Where a barrier is dropped: function and which of its barriers. pytorch#184328 is the second but last of these.
 DROPPED_BARRIERS = {"sum 1": (SUM, 1), "sum 2": (SUM, 2), "max 2": (MAX, 2), "welford 1": (WELFORD, 1)}
+BASICS = job("basics")
 MUTATIONS = [
     *(pytest.param(name, id=name, marks=[] if name == "sum 1" else pytest.mark.slow) for name in DROPPED_BARRIERS),
     pytest.param("simd group count", id="simd group count"),
@@ -39,7 +40,7 @@ def header() -> str:
 
 
 def test_device_is_mps_and_records_host_traffic(reports: Reports) -> None:
-    report = reports(job("device"))
+    report = reports(BASICS)["device"]
     assert report["device"] == "mps:0"
     assert report["available"]
     assert "doesn't support float64" in report["float64"]
@@ -50,13 +51,13 @@ def test_device_is_mps_and_records_host_traffic(reports: Reports) -> None:
 
 
 def test_kernel_runs_the_same_in_every_order(reports: Reports) -> None:
-    report = reports(job("shader", name="double"))
+    report = reports(BASICS)["shaders"]["double"]
     assert report["results"] == [[2.0 * i for i in range(64)]] * 3
 
 
 @pytest.mark.parametrize("name", ["race", "race_in_threadgroup"])
 def test_race_shows_in_some_order(reports: Reports, name: str) -> None:
-    results = reports(job("shader", name=name))["results"]
+    results = reports(BASICS)["shaders"][name]["results"]
     assert len(results) == 3
     assert any(result != results[0] for result in results)
 
@@ -66,7 +67,7 @@ def test_race_shows_in_some_order(reports: Reports, name: str) -> None:
     ("divergent_barrier", "threadgroup_barrier is not reached by every thread"),
 ])
 def test_wrong_kernel_fails(reports: Reports, name: str, message: str) -> None:
-    assert message in reports(job("shader", name=name))["error"]
+    assert message in reports(BASICS)["shaders"][name]["error"]
 
 
 @pytest.mark.parametrize(("name", "message"), [
@@ -75,7 +76,7 @@ def test_wrong_kernel_fails(reports: Reports, name: str, message: str) -> None:
     ("32_buffers", "32 buffers, Metal allows 31"),
 ])
 def test_kernel_not_understood_names_its_saved_source(reports: Reports, name: str, message: str) -> None:
-    error = reports(job("shader", name=name))["error"]
+    error = reports(BASICS)["shaders"][name]["error"]
     assert message in error
     saved = [word.rstrip(":") for word in error.split() if ".metal" in word]
     assert "kernel void run" in Path(saved[0]).read_text()
@@ -98,7 +99,7 @@ def test_broken_reduction_is_caught(reports: Reports, header: str, mutation: str
 
 
 def test_two_threads_without_a_lock_are_seen_to_overlap(reports: Reports) -> None:
-    report = reports(job("unsynchronised_threads"))
+    report = reports(BASICS)["threads"]
     assert report["threads"] == 2
     assert report["overlapped"] > 0
 

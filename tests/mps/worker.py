@@ -1,4 +1,4 @@
-"""One job in a process with an emulated MPS device: ``python -m mps.worker TASK ARGUMENTS`` prints a JSON report."""
+"""``python -m tests.mps.worker TASK ARGUMENTS``: one job in a process with an MPS device; prints a JSON report."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from . import emulator
 
 # task -> module and function; imported only once the device exists.
 TASKS = {
-    "device": "probes:device",
-    "shader": "probes:shader",
+    "basics": "probes:basics",
     "reductions": "probes:reductions",
-    "unsynchronised_threads": "probes:unsynchronised_threads",
     "function": "measure:function",
     "operation": "measure:operation",
     "threads": "measure:threads",

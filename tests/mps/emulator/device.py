@@ -28,6 +28,7 @@ def native() -> ctypes.CDLL:
     """Return the extension, loaded: from here on this process has ``mps:0``."""
     library = ctypes.CDLL(str(build.extension()), mode=os.RTLD_GLOBAL)
     library.mps_emulator_enter.restype = ctypes.c_uint64
+    library.mps_emulator_sequence.restype = ctypes.c_uint64
     library.mps_emulator_drain.restype = ctypes.c_char_p
     for name in ("mps_emulator_allocated", "mps_emulator_allocated_peak"):
         getattr(library, name).restype = ctypes.c_int64
@@ -65,6 +66,11 @@ def start() -> None:
 def peak_bytes() -> int:
     """Return the largest number of bytes allocated at once since the last `recording` began."""
     return int(native().mps_emulator_allocated_peak())
+
+
+def sequence() -> int:
+    """Return the sequence number that the next submission will have."""
+    return int(native().mps_emulator_sequence())
 
 
 def set_order(order: int) -> None:

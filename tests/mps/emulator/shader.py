@@ -21,7 +21,7 @@ MAX_THREADS = 1024
 ERROR_BUFFER_BYTES = 1 << 16
 STATISTICS = (
     "groups", "threads", "barriers", "simd_operations", "partial_simd_operations", "divergent_barriers",
-    "divergent_simd", "threadgroup_bytes", "out_of_bounds",
+    "divergent_simd", "threadgroup_bytes", "out_of_bounds", "absent_lane_reads",
 )
 
 

@@ -19,10 +19,10 @@ inline uint nth(Order order, uint i, uint count) {
   return i;
 }
 
-// Read by Python as an array of uint64: keep launch.py's names in this order.
+// Read by Python as an array of uint64: keep the names in shader.py in this order.
 struct Statistics {
   uint64_t groups, threads, barriers, simd_operations, partial_simd_operations, divergent_barriers, divergent_simd,
-      threadgroup_bytes, out_of_bounds;
+      threadgroup_bytes, out_of_bounds, absent_lane_reads;
 };
 
 enum class Lane { sum, product, max, min, broadcast, shuffle_down, shuffle_fill_down, any, all, ballot };

@@ -56,8 +56,9 @@ void move(LaneRequest** requests, const uint* lanes, int count) {
     } else if (from >= simd_width) {
       requests[i]->result = operation == Lane::shuffle_fill_down ? requests[i]->fill : requests[i]->value;
     } else {
-      // Undefined on Metal. Most callers discard such lanes, so the value is poison instead of an error.
-      requests[i]->result = ~uint64_t{0};
+      // Undefined on Metal and 0 in practice, on which c10's 64-bit reductions rely: give that, and count it.
+      requests[i]->result = 0;
+      statistics.absent_lane_reads++;
     }
   }
 }

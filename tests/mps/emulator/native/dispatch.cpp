@@ -249,4 +249,12 @@ TORCH_LIBRARY_IMPL(aten, MPS, library) {
   library.impl("resize_", TORCH_FN(emulator::resize_));
   // The generic copy_ ends in a stub that only a build with MPS fills.
   library.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&emulator::run_on_cpu>());
+  // Without a kernel of its own a structured op would run as its out variant and a copy. MPS has its own.
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (name.getNamespace() != std::string_view("aten")) continue;
+    const auto op = c10::Dispatcher::singleton().findOp(name);
+    if (op && op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutogradNonFunctional))
+      library.impl(
+          c10::toString(name).c_str(), torch::CppFunction::makeFromBoxedFunction<&emulator::run_on_cpu>());
+  }
 }

@@ -70,6 +70,12 @@ int mps_emulator_leave() {
   return overlap ? 1 : 0;
 }
 
+// The sequence number that the next submission will have.
+uint64_t mps_emulator_sequence() {
+  std::lock_guard<std::mutex> guard(emulator::mutex);
+  return emulator::next_sequence;
+}
+
 void mps_emulator_record(int on) { emulator::recording.store(on != 0); }
 
 void mps_emulator_linger(unsigned microseconds) { emulator::linger_us.store(microseconds); }

@@ -1,0 +1,113 @@
+"""Watches every compiled function: what each call submits, and whether it equals the float64 function in every order.
+
+It stands in for `compiled.get`, so a function that an op starts to compile tomorrow is watched without a word here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from torch_xlstm_ops import compiled
+
+from ..oracle import error
+from . import emulator
+
+RawCallable = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+@dataclass
+class Call:
+    """One call of a compiled function.
+
+    errors: for each order checked, the error of each result. eager_errors: those of the function run eagerly on the
+    CPU in the same dtypes, the measure of what the dtypes allow.
+    """
+
+    function: str
+    sizes: dict[str, int]
+    start: int
+    stop: int = 0
+    errors: dict[int, list[float]] = field(default_factory=dict)
+    eager_errors: list[float] = field(default_factory=list)
+
+
+class Instrument:
+    """Every call of a compiled function, and which submissions were the instrument's own.
+
+    checks: how many calls of a function with equal sizes to compare with the float64 function.
+    """
+
+    def __init__(self, *, checks: int) -> None:
+        self.checks = checks
+        self._original = compiled.get
+        self.calls: list[Call] = []
+        self.own: list[range] = []
+
+    def install(self) -> None:
+        """Wrap every callable that `compiled.get` returns from now on."""
+        self._original, compiled.get = compiled.get, self._get
+
+    def _get(
+        self, fn: Callable[..., Any], axes: Sequence[str], args: Sequence[Tensor], **options: Any
+    ) -> RawCallable:
+        with self._aside():
+            raw = self._original(fn, axes, args, **options)
+        static = {name: value for name, value in options.items() if name != "release_gil"}
+        return functools.partial(self._call, fn, axes, static, raw)
+
+    def _call(
+        self, fn: Callable[..., Any], axes: Sequence[str], static: dict[str, Any], raw: RawCallable, args: list[Tensor]
+    ) -> Sequence[Tensor]:
+        sizes = {a: s for names, t in zip(axes, args, strict=True) for a, s in zip(names.split(), t.shape, strict=True)}
+        call = Call(_name(fn), sizes, emulator.sequence())
+        seen = sum((c.function, c.sizes) == (call.function, sizes) for c in self.calls)
+        if seen < self.checks:
+            with self._aside():
+                call.errors, call.eager_errors = _errors(functools.partial(fn, **static), raw, args)
+        call.start = emulator.sequence()
+        results = raw(list(args))
+        call.stop = emulator.sequence()
+        self.calls.append(call)
+        return results
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        start = emulator.sequence()
+        yield
+        self.own.append(range(start, emulator.sequence()))
+
+    def is_own(self, sequence: int) -> bool:
+        """Whether a submission came from the instrument and not from what it watches."""
+        return any(sequence in span for span in self.own)
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return f"{fn.__module__.rsplit('.', 1)[-1]}.{fn.__qualname__}"
+
+
+def _errors(
+    fn: Callable[..., Any], raw: RawCallable, args: Sequence[Tensor]
+) -> tuple[dict[int, list[float]], list[float]]:
+    exact = [t.detach().cpu().double() if t.is_floating_point() else t.detach().cpu() for t in args]
+    expected = [*(fn(*exact) or ()), *exact]  # a function may end by writing into its arguments
+    rounded = [t.detach().cpu().clone() for t in args]
+    eager = [*(fn(*rounded) or ()), *rounded]
+    errors = {}
+    for order in emulator.ORDERS:
+        emulator.set_order(order)
+        copies = [t.detach().clone() for t in args]
+        got = [*(raw(list(copies)) or ()), *copies]
+        errors[order] = [relative_error(g, e) for g, e in zip(got, expected, strict=True)]
+    emulator.set_order(0)
+    return errors, [relative_error(g, e) for g, e in zip(eager, expected, strict=True)]
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return the error of a result on any device against one on the CPU."""
+    return error(got.detach().cpu(), expected)

@@ -1,0 +1,159 @@
+"""Laws of everything compiled for MPS, held by running the generated Metal: see `cases` for the table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from ..oracle import GRADIENT_TOLERANCE, TOLERANCE
+from . import cases
+from .jobs import Job, Reports, job
+from .native_functions import implemented_for_mps
+
+FUNCTIONS = {name: job("function", name=name) for name in cases.functions()}
+EVERY_FUNCTION = pytest.mark.parametrize(("name", "wanted"), FUNCTIONS.items(), ids=FUNCTIONS)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", cases.DTYPES)
+OPERATIONS = [
+    pytest.param(name, dtype, job("operation", name=name, dtype=dtype), id=f"{name} {dtype}",
+                 marks=() if dtype == run.quick else pytest.mark.slow)
+    for name, run in cases.OPERATIONS.items() for dtype in cases.DTYPES
+]
+EVERY_OPERATION = pytest.mark.parametrize(("name", "dtype", "wanted"), OPERATIONS)
+MODELS = [
+    pytest.param(dtype, job("model", dtype=dtype, tokens=70), id=dtype, marks=marks)
+    for dtype, marks in (("bfloat16", ()), ("float32", pytest.mark.slow))
+]
+
+
+def calls(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [call for dtype in cases.DTYPES for call in report[dtype]]
+
+
+def check_launches(launches: list[dict[str, Any]]) -> None:
+    for launch in launches:
+        assert launch["buffers"] <= cases.MAX_BUFFERS, launch["source"]
+        assert math.prod(launch["group"] or [1]) <= cases.MAX_GROUP, launch["source"]
+        assert launch["statistics"]["divergent_barriers"] == 0, launch["source"]
+        assert launch["statistics"]["divergent_simd"] == 0, launch["source"]
+        assert launch["statistics"]["out_of_bounds"] == 0, launch["source"]
+
+
+def owing(names: set[str], reason: str) -> list[Any]:
+    """Return every function as a parameter, those in `names` expected to fail until their debt is paid."""
+    owed = pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
+    return [pytest.param(name, wanted, id=name, marks=owed if name in names else ())
+            for name, wanted in FUNCTIONS.items()]
+
+
+def test_every_function_is_in_the_table() -> None:
+    assert cases.EXPECTED.keys() == FUNCTIONS.keys()
+
+
+@EVERY_FUNCTION
+@EVERY_DTYPE
+def test_result_is_the_float64_oracle_in_every_order(reports: Reports, name: str, wanted: Job, dtype: str) -> None:
+    allowed = (GRADIENT_TOLERANCE if "backward" in name else TOLERANCE)[cases.DTYPES[dtype]]
+    found = reports(wanted)[dtype]
+    assert found
+    for call in found:
+        assert call["errors"].keys() == {"0", "1", "2"}
+        for errors in call["errors"].values():
+            # Where the numbers themselves are ill-conditioned, eager PyTorch on the CPU errs as much.
+            for error, eager in zip(errors, call["eager_errors"], strict=True):
+                assert error <= allowed + 2 * eager, call["errors"]
+
+
+@EVERY_FUNCTION
+def test_kernels_stay_inside_what_metal_allows(reports: Reports, name: str, wanted: Job) -> None:
+    for call in calls(reports(wanted)):
+        assert call["launches"]
+        check_launches(call["launches"])
+
+
+@pytest.mark.parametrize(("name", "wanted"), owing(cases.READS_ABSENT_LANES, "c10 sums 64-bit counts that way"))
+def test_no_kernel_reads_a_lane_that_is_not_there(reports: Reports, name: str, wanted: Job) -> None:
+    for call in calls(reports(wanted)):
+        assert all(launch["statistics"]["absent_lane_reads"] == 0 for launch in call["launches"])
+
+
+@pytest.mark.parametrize(("name", "wanted"), owing(cases.OVER_BUDGET, "launches more kernels than its budget"))
+def test_launches_are_within_budget(reports: Reports, name: str, wanted: Job) -> None:
+    for call in calls(reports(wanted)):
+        assert len(call["launches"]) <= cases.EXPECTED[name].kernels
+
+
+@EVERY_FUNCTION
+def test_aten_calls_are_those_listed_and_run_on_mps(reports: Reports, name: str, wanted: Job) -> None:
+    for call in calls(reports(wanted)):
+        assert call["aten"] == cases.EXPECTED[name].aten
+        assert all(implemented_for_mps(op) for op in call["aten"])
+        assert call["round_trips"] == []
+
+
+@EVERY_OPERATION
+def test_op_equals_the_recurrence(reports: Reports, name: str, dtype: str, wanted: Job) -> None:
+    report = reports(wanted)
+    if "unavailable" in report:
+        pytest.skip(f"schedule {cases.OPERATIONS[name].schedule} on mps: {report['unavailable']}")
+    tolerances = GRADIENT_TOLERANCE if cases.OPERATIONS[name].gradient else TOLERANCE
+    for error, eager in zip(report["errors"], report["eager_errors"], strict=True):
+        assert error <= tolerances[cases.DTYPES[dtype]] + 2 * eager
+
+
+@EVERY_OPERATION
+def test_op_stays_on_the_device(reports: Reports, name: str, dtype: str, wanted: Job) -> None:
+    report = reports(wanted)
+    if "unavailable" in report:
+        pytest.skip(f"schedule {cases.OPERATIONS[name].schedule} on mps: {report['unavailable']}")
+    assert report["round_trips"] == []
+    assert report["uploads"] == []
+    assert set(report["aten"]) <= cases.OP_ATEN
+    assert all(implemented_for_mps(op) for op in report["aten"])
+
+
+@EVERY_OPERATION
+def test_op_compiles_only_what_the_table_lists(reports: Reports, name: str, dtype: str, wanted: Job) -> None:
+    report = reports(wanted)
+    if "unavailable" in report:
+        pytest.skip(f"schedule {cases.OPERATIONS[name].schedule} on mps: {report['unavailable']}")
+    assert report["calls"]
+    for call in report["calls"]:
+        assert call["function"] in cases.EXPECTED
+        check_launches(call["launches"])
+        assert max(max(errors) for errors in call["errors"].values() or [[0.0]]) < float("inf")
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="mlstm.operands is over its budget")
+def test_segment_is_within_budget(reports: Reports) -> None:
+    report = reports(job("operation", name="one segment", dtype=cases.OPERATIONS["one segment"].quick))
+    compute = {op: count for op, count in report["aten"].items() if op != "aten::zero_"}  # a fresh state, once a call
+    assert sum(compute.values()) <= cases.SEGMENT_ATEN
+    assert report["kernels"] <= cases.SEGMENT
+
+
+@pytest.mark.parametrize("wanted", [
+    pytest.param(job("threads", name="step", count=3), id="step"),
+    pytest.param(job("threads", name="tail", count=2), id="tail", marks=pytest.mark.slow),
+])
+def test_threads_never_submit_at_once(reports: Reports, wanted: Job) -> None:
+    report = reports(wanted)
+    overlapped, threads, submissions = report["locked"]
+    assert submissions > 0
+    assert threads > 1
+    assert overlapped == 0
+    assert report["results_equal"]
+    assert report["unlocked"][0] > 0  # the same without the lock: the law can fail
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), MODELS)
+def test_patched_transformers_model_equals_its_peer(reports: Reports, dtype: str, wanted: Job) -> None:
+    pytest.importorskip("transformers")
+    report = reports(wanted)
+    assert report["error"] <= TOLERANCE[cases.DTYPES[dtype]] + 2 * report["eager_error"]
+    assert report["round_trips"] == []
+    assert all(implemented_for_mps(op) for op in report["aten"])
+    assert {call["function"] for call in report["calls"]} == {"mlstm.operands", "mlstm.step"}
+    for call in report["calls"]:
+        check_launches(call["launches"])
