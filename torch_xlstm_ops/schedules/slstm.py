@@ -87,7 +87,7 @@ def backward(
         for *parts, after, dx_block, mask in zip(*streams, dx_after, dx_blocks, _masks(reset, lengths, 1), strict=True)
     ]
     _run_all(kernels.backward, reversed(blocks))
-    dy = kernels.operand_gradient(dx[0], r)
+    dy = kernels.operand_gradient(dx[0], r).contiguous()
     if reset is not None:
         dy = torch.where(reset[0, :, None, None], 0.0, dy)
     return dx, *kernels.weight_gradients(dx.flatten(0, 1), operands), dy, dc, dn, dm
