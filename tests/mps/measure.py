@@ -14,6 +14,7 @@ from torch_xlstm_ops import compiled, config, devices, schedules
 
 from . import cases, emulator
 from .instrument import Call, Instrument, relative_error
+from .operations import OPERATIONS
 
 LINGER_US = 300
 
@@ -35,7 +36,7 @@ def function(name: str) -> dict[str, Any]:
 
 def operation(name: str, dtype: str) -> dict[str, Any]:
     """Run a whole op, or its gradient, on ``mps:0`` through the dispatcher."""
-    run = cases.OPERATIONS[name]
+    run = OPERATIONS[name]
     if reason := schedules.unavailable(config.Schedule(run.schedule), torch.device("mps")):
         return {"unavailable": reason}
     instrument = Instrument(checks=1)
@@ -63,7 +64,7 @@ def operation(name: str, dtype: str) -> dict[str, Any]:
 
 def threads(name: str, count: int) -> dict[str, Any]:
     """Run one op from several threads at once, with and without the lock that keeps submissions apart."""
-    run = cases.OPERATIONS[name]
+    run = OPERATIONS[name]
     args = [t.to("mps") for t in run.arguments(torch.float32)]
     expected = run.call(args, [])
     results: list[Any] = []

@@ -29,6 +29,14 @@ SHADERS = {
             shared[t] = in[i];
             out[i] = shared[63 - t];
         }""",
+    # In place: every thread stores what all of them still have to read.
+    "race_in_place": """
+        [[max_total_threads_per_threadgroup(64)]]
+        kernel void run(device float* out, constant float* in, uint i [[thread_position_in_grid]],
+                        uint t [[thread_position_in_threadgroup]]) {
+            threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+            out[0] = in[0] + 1.0;
+        }""",
     "out_of_bounds": """
         kernel void run(device float* out, constant float* in, uint i [[thread_position_in_grid]]) {
             out[i] = in[i + 1];
@@ -93,8 +101,9 @@ def shader(name: str) -> dict[str, Any]:
         for order in emulator.ORDERS:
             emulator.set_order(order)
             data, out = torch.arange(64.0).to("mps"), torch.zeros(64).to("mps")
+            target = data if name == "race_in_place" else out
             with emulator.recording() as log:
-                kernel(out, data, threads=[64], **({"group_size": [64]} if "max_total" in SHADERS[name] else {}))
+                kernel(target, data, threads=[64], **({"group_size": [64]} if "max_total" in SHADERS[name] else {}))
             report["results"].append(out.tolist())
             report["statistics"].append(log.launches[0].statistics)
     except Exception as error:

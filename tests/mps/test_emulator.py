@@ -62,6 +62,12 @@ def test_race_shows_in_some_order(reports: Reports, name: str) -> None:
     assert any(result != results[0] for result in results)
 
 
+def test_race_in_place_is_counted_and_one_thread_alone_is_none(reports: Reports) -> None:
+    shaders = reports(BASICS)["shaders"]
+    assert all(statistics["racing_accesses"] > 0 for statistics in shaders["race_in_place"]["statistics"])
+    assert all(statistics["racing_accesses"] == 0 for statistics in shaders["double"]["statistics"])
+
+
 @pytest.mark.parametrize(("name", "message"), [
     ("out_of_bounds", "index 64 is outside a buffer of 64 elements"),
     ("divergent_barrier", "threadgroup_barrier is not reached by every thread"),

@@ -11,16 +11,17 @@ from ..oracle import GRADIENT_TOLERANCE, TOLERANCE
 from . import cases
 from .jobs import Job, Reports, job
 from .native_functions import implemented_for_mps
+from .operations import OPERATIONS
 
 FUNCTIONS = {name: job("function", name=name) for name in cases.functions()}
 EVERY_FUNCTION = pytest.mark.parametrize(("name", "wanted"), FUNCTIONS.items(), ids=FUNCTIONS)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", cases.DTYPES)
-OPERATIONS = [
+OPERATION_JOBS = [
     pytest.param(name, dtype, job("operation", name=name, dtype=dtype), id=f"{name} {dtype}",
                  marks=() if dtype == run.quick else pytest.mark.slow)
-    for name, run in cases.OPERATIONS.items() for dtype in cases.DTYPES
+    for name, run in OPERATIONS.items() for dtype in cases.DTYPES
 ]
-EVERY_OPERATION = pytest.mark.parametrize(("name", "dtype", "wanted"), OPERATIONS)
+EVERY_OPERATION = pytest.mark.parametrize(("name", "dtype", "wanted"), OPERATION_JOBS)
 MODELS = [
     pytest.param(dtype, job("model", dtype=dtype, tokens=70), id=dtype, marks=marks)
     for dtype, marks in (("bfloat16", ()), ("float32", pytest.mark.slow))
@@ -38,6 +39,7 @@ def check_launches(launches: list[dict[str, Any]]) -> None:
         assert launch["statistics"]["divergent_barriers"] == 0, launch["source"]
         assert launch["statistics"]["divergent_simd"] == 0, launch["source"]
         assert launch["statistics"]["out_of_bounds"] == 0, launch["source"]
+        assert launch["statistics"]["racing_accesses"] == 0, launch["source"]
 
 
 def owing(names: set[str], reason: str) -> list[Any]:
@@ -47,22 +49,36 @@ def owing(names: set[str], reason: str) -> list[Any]:
             for name, wanted in FUNCTIONS.items()]
 
 
+def check_errors(call: dict[str, Any], dtype: str) -> None:
+    """Hold a call to its oracle in every order; where its numbers are ill-conditioned, eager PyTorch errs as much."""
+    allowed = (GRADIENT_TOLERANCE if "backward" in call["function"] else TOLERANCE)[cases.DTYPES[dtype]]
+    for errors in call["errors"].values():
+        for error, eager in zip(errors, call["eager_errors"], strict=True):
+            assert error <= allowed + 2 * eager, (call["function"], call["sizes"], call["errors"])
+
+
+def report_of(reports: Reports, name: str, wanted: Job, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Return the report of an op; skip where its schedule does not exist, expect failure where its debt is known."""
+    report, run = reports(wanted), OPERATIONS[name]
+    if "unavailable" in report:
+        pytest.skip(f"schedule {run.schedule} on mps: {report['unavailable']}")
+    if run.debt:
+        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=run.debt))
+    return report
+
+
 def test_every_function_is_in_the_table() -> None:
-    assert cases.EXPECTED.keys() == FUNCTIONS.keys()
+    assert FUNCTIONS.keys() <= cases.EXPECTED.keys()
 
 
 @EVERY_FUNCTION
 @EVERY_DTYPE
 def test_result_is_the_float64_oracle_in_every_order(reports: Reports, name: str, wanted: Job, dtype: str) -> None:
-    allowed = (GRADIENT_TOLERANCE if "backward" in name else TOLERANCE)[cases.DTYPES[dtype]]
     found = reports(wanted)[dtype]
     assert found
     for call in found:
         assert call["errors"].keys() == {"0", "1", "2"}
-        for errors in call["errors"].values():
-            # Where the numbers themselves are ill-conditioned, eager PyTorch on the CPU errs as much.
-            for error, eager in zip(errors, call["eager_errors"], strict=True):
-                assert error <= allowed + 2 * eager, call["errors"]
+        check_errors(call, dtype)
 
 
 @EVERY_FUNCTION
@@ -93,41 +109,45 @@ def test_aten_calls_are_those_listed_and_run_on_mps(reports: Reports, name: str,
 
 
 @EVERY_OPERATION
-def test_op_equals_the_recurrence(reports: Reports, name: str, dtype: str, wanted: Job) -> None:
-    report = reports(wanted)
-    if "unavailable" in report:
-        pytest.skip(f"schedule {cases.OPERATIONS[name].schedule} on mps: {report['unavailable']}")
-    tolerances = GRADIENT_TOLERANCE if cases.OPERATIONS[name].gradient else TOLERANCE
+def test_op_equals_the_recurrence(
+    reports: Reports, request: pytest.FixtureRequest, name: str, dtype: str, wanted: Job
+) -> None:
+    report = report_of(reports, name, wanted, request)
+    tolerances = GRADIENT_TOLERANCE if OPERATIONS[name].gradient else TOLERANCE
     for error, eager in zip(report["errors"], report["eager_errors"], strict=True):
         assert error <= tolerances[cases.DTYPES[dtype]] + 2 * eager
 
 
 @EVERY_OPERATION
-def test_op_stays_on_the_device(reports: Reports, name: str, dtype: str, wanted: Job) -> None:
-    report = reports(wanted)
-    if "unavailable" in report:
-        pytest.skip(f"schedule {cases.OPERATIONS[name].schedule} on mps: {report['unavailable']}")
-    assert report["round_trips"] == []
-    assert report["uploads"] == []
-    assert set(report["aten"]) <= cases.OP_ATEN
-    assert all(implemented_for_mps(op) for op in report["aten"])
-
-
-@EVERY_OPERATION
-def test_op_compiles_only_what_the_table_lists(reports: Reports, name: str, dtype: str, wanted: Job) -> None:
-    report = reports(wanted)
-    if "unavailable" in report:
-        pytest.skip(f"schedule {cases.OPERATIONS[name].schedule} on mps: {report['unavailable']}")
+def test_op_compiles_only_what_the_table_lists_and_each_is_exact(
+    reports: Reports, request: pytest.FixtureRequest, name: str, dtype: str, wanted: Job
+) -> None:
+    report = report_of(reports, name, wanted, request)
     assert report["calls"]
     for call in report["calls"]:
         assert call["function"] in cases.EXPECTED
+        expected = cases.EXPECTED[call["function"]]
+        check_errors(call, dtype)
         check_launches(call["launches"])
-        assert max(max(errors) for errors in call["errors"].values() or [[0.0]]) < float("inf")
+        if call["function"] not in cases.OVER_BUDGET:
+            assert len(call["launches"]) <= expected.kernels * (call["sizes"]["T"] if expected.per_token else 1)
+
+
+@EVERY_OPERATION
+def test_op_stays_on_the_device(reports: Reports, name: str, dtype: str, wanted: Job) -> None:
+    report, run = reports(wanted), OPERATIONS[name]
+    if "unavailable" in report:
+        pytest.skip(f"schedule {run.schedule} on mps: {report['unavailable']}")
+    assert report["round_trips"] == []
+    assert report["uploads"] == []
+    backward = cases.OP_ATEN.get(f"{run.op}_backward", set()) if run.gradient else set()
+    assert set(report["aten"]) <= cases.OP_ATEN[run.op] | backward
+    assert all(implemented_for_mps(op) for op in report["aten"])
 
 
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="mlstm.operands is over its budget")
 def test_segment_is_within_budget(reports: Reports) -> None:
-    report = reports(job("operation", name="one segment", dtype=cases.OPERATIONS["one segment"].quick))
+    report = reports(job("operation", name="one segment", dtype=OPERATIONS["one segment"].quick))
     compute = {op: count for op, count in report["aten"].items() if op != "aten::zero_"}  # a fresh state, once a call
     assert sum(compute.values()) <= cases.SEGMENT_ATEN
     assert report["kernels"] <= cases.SEGMENT

@@ -22,6 +22,7 @@ ERROR_BUFFER_BYTES = 1 << 16
 STATISTICS = (
     "groups", "threads", "barriers", "simd_operations", "partial_simd_operations", "divergent_barriers",
     "divergent_simd", "threadgroup_bytes", "out_of_bounds", "absent_lane_reads",
+    "racing_accesses",
 )
 
 
@@ -107,13 +108,18 @@ class Kernel:
                 pairs = [word for b in bound for word in (b.address, b.nbytes)]
                 failed = self.library.function(self.source.name)(
                     (ctypes.c_void_p * max(1, len(pairs)))(*pairs), _uint3(grid), _uint3(group or (1,)),
-                    device.order(), statistics, error,
+                    device.order(), self._works_in_place(bound), statistics, error,
                 )
         finally:
             overlapped = bool(native.mps_emulator_leave())
         if failed:
             raise RuntimeError(f"{self.source.name} in {self.library.path}: {error.value.decode()}")
         return dict(zip(STATISTICS, statistics, strict=True)), sequence, overlapped
+
+    def _works_in_place(self, bound: list[_Bound]) -> bool:
+        """Whether the kernel writes memory that it also reads under another name."""
+        named = list(zip(self.source.buffers, bound, strict=True))
+        return any(w.overlaps(r) for out, w in named if out.is_written for into, r in named if not into.is_written)
 
     def _check_group(self, group: tuple[int, ...] | None) -> None:
         limit = self.source.max_threads or MAX_THREADS
@@ -127,7 +133,11 @@ class _Bound:
     """The memory behind one argument, alive as long as this is."""
 
     def __init__(self, address: int | None, nbytes: int, owner: Any) -> None:
-        self.address, self.nbytes, self.owner = address, nbytes, owner
+        self.address, self.nbytes, self.owner = address or 0, nbytes, owner
+
+    def overlaps(self, other: _Bound) -> bool:
+        """Whether the two share a byte."""
+        return self.address < other.address + other.nbytes and other.address < self.address + self.nbytes
 
 
 def _bind(kernel: str, argument: Any) -> _Bound:

@@ -189,12 +189,15 @@ static void {body}(void** buffers, uint3 grid_position, uint3 group_position) {{
   {kernel.name}({', '.join(arguments)});
 }}
 extern "C" __attribute__((visibility("default"))) int launch_{kernel.name}(
-    void** buffers, const uint* grid, const uint* group_size, int mode, fibers::Statistics* statistics, char* error) {{
+    void** buffers, const uint* grid, const uint* group_size, int mode, int in_place, fibers::Statistics* statistics,
+    char* error) {{
   const uint3 threads(grid[0], grid[1], grid[2]), group(group_size[0], group_size[1], group_size[2]);
   const auto order = static_cast<fibers::Order>(mode);
   fibers::statistics = {{}};
   fibers::error.clear();
+  fibers::races.start(in_place);
   {run}
+  fibers::statistics.racing_accesses = fibers::races.count;
   *statistics = fibers::statistics;
   std::snprintf(error, 256, "%s", fibers::error.c_str());
   return fibers::error.empty() ? 0 : 1;

@@ -2,6 +2,8 @@
 #pragma once
 #include <sys/mman.h>
 
+#include <unordered_map>
+
 #include "types.h"
 
 namespace fibers {
@@ -22,7 +24,7 @@ inline uint nth(Order order, uint i, uint count) {
 // Read by Python as an array of uint64: keep the names in shader.py in this order.
 struct Statistics {
   uint64_t groups, threads, barriers, simd_operations, partial_simd_operations, divergent_barriers, divergent_simd,
-      threadgroup_bytes, out_of_bounds, absent_lane_reads;
+      threadgroup_bytes, out_of_bounds, absent_lane_reads, racing_accesses;
 };
 
 enum class Lane { sum, product, max, min, broadcast, shuffle_down, shuffle_fill_down, any, all, ballot };
@@ -68,6 +70,32 @@ static thread_local std::string error;
 inline void fail(const std::string& what) {
   if (error.empty()) error = what;
 }
+
+// In a kernel that writes what it reads under another name: memory that one thread writes and another reads.
+struct Races {
+  struct Touched {
+    uint64_t reader = 0, writer = 0;
+  };
+  bool watching = false;
+  uint64_t count = 0;
+  uint64_t thread = 0;  // the Metal thread that runs, counted from 1
+  std::unordered_map<const void*, Touched> memory;
+
+  void start(bool watch) {
+    watching = watch;
+    count = 0;
+    memory.clear();
+  }
+  void run(uint3 position) { thread = 1 + position.x + (uint64_t(position.y) << 24) + (uint64_t(position.z) << 48); }
+  void access(const void* address, bool write) {
+    Touched& touched = memory[address];
+    const uint64_t other = write ? touched.reader : touched.writer;
+    count += other != 0 && other != thread;
+    uint64_t& mine = write ? touched.writer : touched.reader;
+    mine = mine == 0 || mine == thread ? thread : ~uint64_t{0};
+  }
+};
+static thread_local Races races;
 
 #if !defined(__x86_64__)
 #error "fibers.h switches stacks in x86-64 assembly"
@@ -178,6 +206,7 @@ static void run_simd_group(uint first, uint end, Order order) {
       Fiber& fiber = scheduler.fibers[first + nth(order, i, end - first)];
       if (fiber.status != Status::ready) continue;
       scheduler.current = &fiber;
+      races.run(fiber.grid_position);
       fibers_switch(&scheduler.stack_pointer, fiber.stack_pointer);
     }
   } while (resolve_simd_operation(first, end));
@@ -244,8 +273,11 @@ static void run_independent(void** buffers, uint3 threads, Order order) {
   statistics.threads = uint64_t(threads.x) * threads.y * threads.z;
   for (uint k = 0; k < threads.z; k++)
     for (uint j = 0; j < threads.y; j++)
-      for (uint i = 0; i < threads.x; i++)
-        body(buffers, uint3(nth(order, i, threads.x), nth(order, j, threads.y), nth(order, k, threads.z)), uint3());
+      for (uint i = 0; i < threads.x; i++) {
+        const uint3 position(nth(order, i, threads.x), nth(order, j, threads.y), nth(order, k, threads.z));
+        races.run(position);
+        body(buffers, position, uint3());
+      }
 }
 
 }  // namespace fibers

@@ -171,6 +171,7 @@ struct Buffer {
   T* data;
   size_t count;
   T& operator[](long index) const {
+    if (fibers::races.watching) fibers::races.access(data + index, !std::is_const_v<T>);
     if (index >= 0 && size_t(index) < count) return data[index];
     static thread_local std::remove_const_t<T> nowhere;
     fibers::statistics.out_of_bounds++;

@@ -164,6 +164,9 @@ bool move_to_cpu(c10::IValue& value, StandIns& stand_ins, Entry& entry, bool wri
 
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      schema.operator_name().getNamespace() == std::string_view("aten"), op.operator_name(),
+      " has no kernel for MPS: only ATen's own ops are emulated");
   ScopedSubmission submission;
   Entry entry(schema, (*submission).sequence);
   StandIns stand_ins;

@@ -1,0 +1,7 @@
+"""Every way in which the tests call an op."""
+
+from . import mlstm_operations, slstm_operations
+
+OPERATIONS: dict[str, mlstm_operations.MLSTM | slstm_operations.SLSTM] = {
+    **mlstm_operations.OPERATIONS, **slstm_operations.OPERATIONS,
+}
