@@ -1,0 +1,275 @@
+"""Time our sLSTM against xlstm's and flashrnn's: a sequence forward, forward and backward, and one step.
+
+    python benchmarks/slstm.py --json result.json                                # this machine's first device
+    python benchmarks/slstm.py --device cuda --shapes 8,4,64,1024 8,4,128,1024   # B,NH,DH,S
+
+Every contender is held to the float64 recurrence before it is timed, one that is not there or not right is named with
+the reason, and the others take turns call by call, so that whatever else the machine does meets all of them. On CUDA
+we also run without graphs and with the other way of multiplying by R, to show what each is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops import devices, slstm
+from torch_xlstm_ops.functional import slstm_sequence, slstm_step
+from torch_xlstm_ops.schedules.slstm import Graphs
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, in the Euclidean norm
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+SHAPES = {"cpu": ["4,4,64,256"], "cuda": ["8,4,64,1024", "8,4,128,1024", "8,3,256,1024", "1,4,64,1024"],
+          "mps": ["8,4,64,1024"]}
+OURS = "ours"
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (B, S, 4, NH, DH), r, b -> h (B, S, NH, DH)
+
+
+class Shape(NamedTuple):
+    """The sizes of one case."""
+
+    B: int
+    NH: int
+    DH: int
+    S: int
+
+
+# --- contenders ---
+
+
+def ours(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
+    return slstm_sequence(x, r, b)[0]
+
+
+def operators() -> Any:
+    return importlib.import_module("torch_xlstm_ops.registrations.slstm")
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute inside a ``with`` block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def ours_without_graphs(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
+    with replaced(operators(), "graphs", Graphs(capacity=0)):
+        return ours(x, r, b)
+
+
+_MATMUL_GRAPHS = Graphs()
+
+
+def ours_by_matmul(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
+    module = operators()
+    habits = {kind: habit._replace(fused_bytes=0) for kind, habit in module._HABITS.items()}
+    with replaced(module, "_HABITS", habits), replaced(module, "graphs", _MATMUL_GRAPHS):
+        return ours(x, r, b)
+
+
+def xlstm_vanilla(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
+    from xlstm.blocks.slstm.src.vanilla import slstm_forward, slstm_pointwise_function_registry
+
+    B, S, _, NH, DH = x.shape
+    states = x.new_zeros(4, B, NH * DH)
+    rows = r.transpose(0, 1).reshape(NH, 4 * DH, DH)
+    cell = slstm_pointwise_function_registry["slstm"]
+    every, _, _ = slstm_forward(x.transpose(0, 1).reshape(S, B, -1), states, rows, b.to(x.dtype).reshape(-1), cell)
+    return every[0, 1:].transpose(0, 1).view(B, S, NH, DH)  # type: ignore[no-any-return]
+
+
+def flashrnn(backend: str) -> Forward:
+    def forward(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
+        import flashrnn
+
+        dtype = str(x.dtype).removeprefix("torch.")
+        bias = b.to(x.dtype)
+        h, _ = flashrnn.flashrnn(x, r, bias, function="slstm", backend=backend, dtype=dtype)
+        return h[0]  # type: ignore[no-any-return]
+
+    return forward
+
+
+def contenders(device: torch.device) -> dict[str, Forward]:
+    """Return what may take part on a kind of device."""
+    some: dict[str, Forward] = {OURS: ours, "xlstm vanilla": xlstm_vanilla, "flashrnn vanilla": flashrnn("vanilla")}
+    if device.type == "cuda":
+        some |= {"ours without graphs": ours_without_graphs, "ours by matmul": ours_by_matmul}
+        some |= {f"flashrnn {name}": flashrnn(name) for name in ("cuda", "triton_fused")}
+    return some
+
+
+# --- correctness ---
+
+
+def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, r, b; forget gates mostly open, as trained ones are."""
+    g = torch.Generator().manual_seed(0)
+    B, NH, DH, S = shape
+    x = torch.randn(B, S, 4, NH, DH, generator=g)
+    r = torch.randn(4, NH, DH, DH, generator=g) * 0.5 * DH**-0.5
+    b = torch.randn(4, NH, DH, generator=g)
+    b[1] += 3
+    return x.to(device, dtype), r.to(device, dtype), b.to(device)
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double().cpu() - wanted).norm() / wanted.norm())
+
+
+def reference(args: Sequence[Tensor], dh: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return h and the gradients of x, r, b by the float64 recurrence, on the CPU."""
+    leaves = [t.double().cpu().requires_grad_() for t in args]
+    x, r, b = leaves
+    zeros = x.new_zeros(x.shape[0], *x.shape[3:])
+    h = slstm.recurrent(x, r, b, zeros, zeros, zeros, zeros)[0]
+    return h.detach(), torch.autograd.grad(h, leaves, dh.double().cpu())
+
+
+def rejected(
+    name: str, forward: Forward, args: Sequence[Tensor], dh: Tensor, wanted: tuple[Tensor, Sequence[Tensor]]
+) -> str:
+    """Return why a contender may not take part, or nothing; calls it three times, which also warms it up."""
+    leaves = [t.detach().requires_grad_() for t in args]
+    try:
+        for _ in range(3):
+            h = forward(*leaves)
+            gradients = torch.autograd.grad(h, leaves, dh)
+        with torch.no_grad():
+            for _ in range(3):
+                forward(*args)
+    except Exception as error:  # a peer that does not build, or does not take this shape
+        if name == OURS:
+            raise
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+    dtype = args[0].dtype
+    errors = [distance(h.detach(), wanted[0]), *(distance(a, b) for a, b in zip(gradients, wanted[1], strict=True))]
+    if errors[0] <= TOLERANCE[dtype] and max(errors[1:]) <= GRADIENT_TOLERANCE[dtype]:
+        return ""
+    reason = f"relative errors of h, dx, dr, db: {', '.join(f'{e:.1e}' for e in errors)}"
+    if name == OURS:
+        raise SystemExit(f"ours is wrong: {reason}")
+    return reason
+
+
+# --- time ---
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the milliseconds that a call takes to its end."""
+    devices.synchronize(device)
+    start = time.perf_counter()
+    call()
+    devices.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def alternate(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, float]:
+    """Return the median milliseconds of each call, all taking turns until the time is up, five times at least."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, taken.values())) < 5:
+        for name, call in calls.items():
+            taken[name].append(timed(call, device))
+    return {name: round(statistics.median(times), 4) for name, times in taken.items()}
+
+
+def measure(shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Return the medians of one case, the step's microseconds, and who took no part."""
+    args = draw(shape, dtype, device)
+    dh = torch.randn(shape.B, shape.S, shape.NH, shape.DH, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    wanted = reference(args, dh)
+    start = time.perf_counter()
+    first = {OURS: rejected(OURS, ours, args, dh, wanted)}
+    first_seconds = time.perf_counter() - start
+    reasons = first | {
+        name: rejected(name, forward, args, dh, wanted) for name, forward in contenders(device).items() if name != OURS
+    }
+    usable = {name: forward for name, forward in contenders(device).items() if not reasons[name]}
+    leaves = [t.detach().requires_grad_() for t in args]
+
+    def training(forward: Forward) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(forward(*leaves), leaves, dh)
+
+    with torch.no_grad():
+        forward_ms = alternate({k: lambda f=f: f(*args) for k, f in usable.items()}, device, seconds)  # type: ignore[misc]
+    both_ms = alternate({name: training(forward) for name, forward in usable.items()}, device, seconds)
+    return {
+        "shape": shape._asdict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "ours_first_calls_s": round(first_seconds, 1),
+        "forward_ms": forward_ms,
+        "forward_backward_ms": both_ms,
+        "forward_us_a_step": round(forward_ms[OURS] * 1e3 / shape.S, 2),
+        "forward_ratio": ratios(forward_ms),
+        "forward_backward_ratio": ratios(both_ms),
+        "step_us": round(step_us(args, device), 1),
+        "no_part": {name: why for name, why in reasons.items() if why},
+    }
+
+
+def ratios(medians: dict[str, float]) -> dict[str, float]:
+    """Return our time over each other's."""
+    return {name: round(medians[OURS] / ms, 4) for name, ms in medians.items() if name != OURS}
+
+
+def step_us(args: Sequence[Tensor], device: torch.device, calls: int = 200) -> float:
+    """Return the microseconds of one step at batch 1, overhead included; the device may run behind the host."""
+    x, r, b = args
+    zeros = torch.zeros(1, *x.shape[3:], device=device)
+    token = x[:1, 0].contiguous()
+    state = slstm_step(token, r, b, zeros, zeros, zeros, zeros)
+
+    def run() -> None:
+        current = state
+        for _ in range(calls):
+            current = slstm_step(token, r, b, *current)
+
+    with torch.inference_mode():
+        run()
+        return statistics.median(timed(run, device) for _ in range(7)) / calls * 1e3
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default float32, on CUDA bfloat16")
+    parser.add_argument("--shapes", nargs="+", metavar="B,NH,DH,S", help="default those of the device")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each measurement, default 5")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    given = parser.parse_args(arguments)
+    device = devices.resolve_device(given.device)
+    dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    cases = []
+    for text in given.shapes or SHAPES[device.type]:
+        case = measure(Shape(*map(int, text.split(","))), dtype, device, given.seconds)
+        print(json.dumps(case, indent=1), flush=True)
+        cases.append(case)
+    if given.json:
+        result = {"machine": machine(device), "cases": cases}
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
