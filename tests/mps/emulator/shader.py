@@ -40,10 +40,10 @@ class Library:
         self._kernels = {kernel.name: Kernel(kernel, self) for kernel in sources}
 
     def __getattr__(self, name: str) -> Kernel:
-        try:
-            return self.__dict__["_kernels"][name]
-        except KeyError:
-            raise AttributeError(name) from None
+        kernels: dict[str, Kernel] = self.__dict__.get("_kernels", {})
+        if name not in kernels:
+            raise AttributeError(name)
+        return kernels[name]
 
     def __dir__(self) -> list[str]:
         return list(self._kernels)
