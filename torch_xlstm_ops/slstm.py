@@ -8,7 +8,8 @@ The backward pass knows y (it is h), so it finds every R y with one large produc
 the cells did with them element by element (`replay`), and runs back through time without an exponential
 (`block_backward`); the gradients of R and b are again sums over time (`weight_gradients`).
 
-A function whose name ends in _ writes its results into its arguments; those are what is compiled (`axes`).
+A function whose name ends in _ writes its results into its arguments; those are what is compiled (`axes`). None writes
+over what a product reads or follows: in a kernel that reduces, other threads may still be reading it.
 """
 
 from __future__ import annotations
@@ -85,11 +86,13 @@ def block(
 
 
 def block_(
-    x: Tensor, r: Tensor, b: Tensor, h_before: Tensor, c: Tensor, n: Tensor, m: Tensor, h: Tensor, y: Tensor,
-    reset: Tensor | None = None, *, floor: float, product: Product,
+    x: Tensor, r: Tensor, b: Tensor, h_before: Tensor, c: Tensor, n: Tensor, m: Tensor,
+    h: Tensor, y: Tensor, c_after: Tensor, n_after: Tensor, m_after: Tensor, reset: Tensor | None = None,
+    *, floor: float, product: Product,
 ) -> tuple[()]:
-    """Run `block`, writing the new state over c, n, m and the rest into h, y."""
-    return _write((h, y, c, n, m), block(x, r, b, h_before, c, n, m, reset, floor=floor, product=product))
+    """Run `block`, writing its results into h, y, c_after, n_after, m_after."""
+    results = block(x, r, b, h_before, c, n, m, reset, floor=floor, product=product)
+    return _write((h, y, c_after, n_after, m_after), results)
 
 
 def weights(r: Tensor, product: Product, dtype: torch.dtype) -> Tensor:
@@ -180,12 +183,13 @@ def block_backward(
 
 def block_backward_(
     dh: Tensor, factors: Tensor, c_before: Tensor, n_before: Tensor, c: Tensor, n: Tensor, r: Tensor, dx_after: Tensor,
-    dc: Tensor, dn: Tensor, dm: Tensor, dx: Tensor, reset: Tensor | None = None, *, floor: float, product: Product,
+    dc: Tensor, dn: Tensor, dm: Tensor, dx: Tensor, dc_before: Tensor, dn_before: Tensor, dm_before: Tensor,
+    reset: Tensor | None = None, *, floor: float, product: Product,
 ) -> tuple[()]:
-    """Run `block_backward`, writing the gradients before the block over dc, dn, dm and those of its tokens into dx."""
+    """Run `block_backward`, writing its results into dx, dc_before, dn_before, dm_before."""
     before = c_before, n_before
     grads = block_backward(dh, factors, *before, c, n, r, dx_after, dc, dn, dm, reset, floor=floor, product=product)
-    return _write((dx, dc, dn, dm), grads)
+    return _write((dx, dc_before, dn_before, dm_before), grads)
 
 
 def operand_gradient(dx: Tensor, r: Tensor, wide: torch.dtype, product: Product) -> Tensor:
@@ -298,8 +302,8 @@ def axes(fn: Callable[..., tuple[Tensor, ...]], product: Product, reset: bool) -
     r = _WEIGHTS[product]
     table = {
         step: ("G 4 NH DH", r, _BIAS, *[_CELLS] * 4),
-        block_: (_GATES, r, _BIAS, *[_CELLS] * 4, _TOKENS, _CELLS),
+        block_: (_GATES, r, _BIAS, *[_CELLS] * 4, _TOKENS, *[_CELLS] * 4),
         replay_: (_GATES, "T G NH 4 DH", _BIAS, *[_CELLS] * 3, _FACTORS, _TOKENS, _TOKENS),
-        block_backward_: (_TOKENS, _FACTORS, *[_TOKENS] * 4, r, "G 4 NH DH", *[_CELLS] * 3, _GATES),
+        block_backward_: (_TOKENS, _FACTORS, *[_TOKENS] * 4, r, "G 4 NH DH", *[_CELLS] * 3, _GATES, *[_CELLS] * 3),
     }
     return (*table[fn], _RESET) if reset else table[fn]

@@ -32,9 +32,9 @@ class Kernels(NamedTuple):
     """The functions of the op, those in blocks by a look-up; their arguments as in `slstm`, (written) and optional?."""
 
     lengths: Lengths
-    block: Lookup  # x r b h_before c n m (h y) reset?
+    block: Lookup  # x r b h_before c n m (h y c_after n_after m_after) reset?
     replay: Lookup  # x products b c_before n_before m (factors c n) reset?
-    backward: Lookup  # dh factors c_before n_before c n r dx_after dc dn dm (dx) reset?
+    backward: Lookup  # dh factors c_before n_before c n r dx_after dc dn dm (dx dc_before dn_before dm_before) reset?
     products: Callable[[Tensor, Tensor], Tensor]
     operand_gradient: Callable[[Tensor, Tensor], Tensor]
     weight_gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -43,18 +43,19 @@ class Kernels(NamedTuple):
 def forward(
     kernels: Kernels, x: Tensor, r: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor, m: Tensor,
     reset: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return h (S, B, NH, DH) and the state y, c, n, m after x (S, B, 4, NH, DH), S > 0; reset: (S, B)."""
-    h = x.new_empty(x[:, :, 0].shape)
-    y, c, n, m = (s.clone() for s in (y, c, n, m))
+    h, last_y = x.new_empty(x[:, :, 0].shape), torch.empty_like(y)
     lengths = _lengths(x.shape[0], kernels.lengths.block)
     h_blocks = torch.split(h, lengths)
-    h_before = [y.to(x.dtype, copy=True), *(block[-1] for block in h_blocks[:-1])]
-    streams = zip(torch.split(x, lengths), h_before, h_blocks, _masks(reset, lengths), strict=True)
+    h_before = [y.to(x.dtype), *(block[-1] for block in h_blocks[:-1])]
+    states = _alternate((c, n, m), len(lengths))
+    streams = zip(torch.split(x, lengths), h_before, states, h_blocks, states[1:], _masks(reset, lengths), strict=False)
     _run_all(kernels.block, (
-        [x_block, r, b, before, c, n, m, h_block, y, *mask] for x_block, before, h_block, mask in streams
+        [x_block, r, b, before, *state, h_block, last_y, *after, *mask]
+        for x_block, before, state, h_block, after, mask in streams
     ))
-    return h, y, c, n, m
+    return h, last_y, *states[-1]
 
 
 def backward(
@@ -77,20 +78,20 @@ def backward(
 
     dx = torch.empty_like(x)
     dh = torch.cat([dh[:-1], dh[-1:] + dy])
-    dc, dn, dm = dc.clone(), dn.clone(), dm.clone()
     lengths = _lengths(S, kernels.lengths.backward)
+    dstates = _alternate((dc, dn, dm), len(lengths))
     dx_blocks = torch.split(dx, lengths)
     dx_after = [*(block[0] for block in dx_blocks[1:]), torch.zeros_like(x[0])]
     streams = [torch.split(t, lengths) for t in (dh, factors, c_all[:-1], n_all[:-1], c_all[1:], n_all[1:])]
-    blocks = [
-        [*parts, r, after, dc, dn, dm, dx_block, *mask]
-        for *parts, after, dx_block, mask in zip(*streams, dx_after, dx_blocks, _masks(reset, lengths, 1), strict=True)
-    ]
-    _run_all(kernels.backward, reversed(blocks))
+    blocks = [*zip(zip(*streams, strict=True), dx_after, dx_blocks, _masks(reset, lengths, 1), strict=True)]
+    _run_all(kernels.backward, (
+        [*parts, r, after, *dstate, dx_block, *before, *mask]
+        for (parts, after, dx_block, mask), dstate, before in zip(reversed(blocks), dstates, dstates[1:], strict=False)
+    ))
     dy = kernels.operand_gradient(dx[0], r).contiguous()
     if reset is not None:
         dy = torch.where(reset[0, :, None, None], 0.0, dy)
-    return dx, *kernels.weight_gradients(dx.flatten(0, 1), operands), dy, dc, dn, dm
+    return dx, *kernels.weight_gradients(dx.flatten(0, 1), operands), dy, *dstates[-1]
 
 
 def _replay(
@@ -107,6 +108,12 @@ def _replay(
         for both, c_before, n_before, three, mask
         in zip(zip(*inputs, strict=True), *before, zip(*written, strict=True), _masks(reset, lengths), strict=True)
     ))
+
+
+def _alternate(first: Sequence[Tensor], blocks: int) -> list[Sequence[Tensor]]:
+    """Return the tensors that hold a state before the first block and after each: `first`, then two sets in turn."""
+    sets = [[torch.empty_like(t) for t in first] for _ in range(2)]
+    return [first, *(sets[block % 2] for block in range(blocks))]
 
 
 def _lengths(S: int, T: int) -> list[int]:
