@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.registrations.schemas import LIBRARY
+from .schemas import LIBRARY
 
 DEVICES = ("CPU", "CUDA", "MPS")
 Arguments = Sequence[Any]
@@ -22,7 +22,7 @@ def overload(name: str) -> Any:
 def implement(name: str, function: Callable[..., Any]) -> None:
     """Serve `name` on every device by one function."""
     for device in DEVICES:
-        LIBRARY.impl(name, function, device)
+        LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]
 
 
 def fake(name: str, function: Callable[..., Any]) -> None:
@@ -44,7 +44,7 @@ def autograd(name: str, when_learning: Callable[..., Any]) -> None:
             return when_learning(*args, **kwargs)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
-    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def autocast(name: str, casts: slice) -> None:
@@ -62,7 +62,7 @@ def autocast(name: str, casts: slice) -> None:
         return kernel
 
     for device in DEVICES:
-        LIBRARY.impl(name, under(device.lower()), f"Autocast{device}")
+        LIBRARY.impl(name, under(device.lower()), f"Autocast{device}")  # type: ignore[no-untyped-call]
 
 
 def vmap(name: str) -> None:

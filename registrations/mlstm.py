@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import compiled, config, devices, mlstm, schedules
-from torch_xlstm_ops.registrations.dispatch import autocast, autograd, fake, implement, overload, vmap
-from torch_xlstm_ops.registrations.schemas import LIBRARY
 from torch_xlstm_ops.schedules import inductor, plan
 from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state
 from torch_xlstm_ops.shapes import check_mlstm_sequence, check_mlstm_step, check_not_negative, check_shape, state_dtype
+
+from .dispatch import autocast, autograd, fake, implement, overload, vmap
+from .schemas import LIBRARY
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -68,6 +69,9 @@ def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:
         (h,) = _compiled_step(mlstm.step_, contiguous, eps)(contiguous)
         for given, used in states:
             given.copy_(used)
+    for t in args[5:]:
+        if not t.is_inference():  # a compiled kernel writes behind autograd's back
+            torch.autograd.graph.increment_version(t)
     return h
 
 
@@ -84,7 +88,8 @@ def _step_learning(
 ) -> _Results:
     """A step is a sequence of one token, and the sequence has gradients."""
     check_mlstm_step(q, k, v, igate, fgate, c, n, m)
-    h, c, n, m = overload("mlstm_chunkwise")(q[:, :, None], k[:, :, None], v[:, :, None], igate, fgate, c, n, m, eps=eps)
+    streams = (q[:, :, None], k[:, :, None], v[:, :, None], igate, fgate)
+    h, c, n, m = overload("mlstm_chunkwise")(*streams, c, n, m, eps=eps)
     return h.squeeze(2), c, n, m
 
 
@@ -116,9 +121,9 @@ def _chunkwise(
     with devices.submission(q.device):
         state = initial_state(q, v, (c, n, m))
         if v.numel() == 0:
-            return v.new_empty(v.shape), *_shaped(state, q)  # type: ignore[return-value]
+            return v.new_empty(v.shape), *_shaped(state, q)
         h, state = module.forward(planned, kernels, (q, k, v, igate, fgate), state)
-        return h.view(v.shape), *_shaped(state, q)  # type: ignore[return-value]
+        return h.view(v.shape), *_shaped(state, q)
 
 
 def _chunkwise_fake(
@@ -170,13 +175,16 @@ def _check_gradients(
     check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
     B, NH, S, DHQK = q.shape
     sizes = {"B": B, "NH": NH, "S": S, "DHQK": DHQK, "DHHV": v.shape[-1]}
-    for name, t, axes in (("dh", dh, "B NH S DHHV"), ("dc", dc, "B NH DHQK DHHV"), ("dn", dn, "B NH DHQK"), ("dm", dm, "B NH 1")):
-        check_shape(name, t, axes, sizes)
+    check_shape("dh", dh, "B NH S DHHV", sizes)
+    check_shape("dc", dc, "B NH DHQK DHHV", sizes)
+    check_shape("dn", dn, "B NH DHQK", sizes)
+    check_shape("dm", dm, "B NH 1", sizes)
 
 
-def _shaped(state: Sequence[Tensor], q: Tensor) -> list[Tensor]:
+def _shaped(state: Sequence[Tensor], q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Part batch and heads again."""
-    return [t.view(*q.shape[:2], *t.shape[1:]) for t in state]
+    c, n, m = (t.view(*q.shape[:2], *t.shape[1:]) for t in state)
+    return c, n, m
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: _Results) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-LIBRARY = torch.library.Library("xlstm", "DEF")  # noqa: TOR901
+LIBRARY = torch.library.Library("xlstm", "DEF")  # type: ignore[no-untyped-call]
 
 _STREAMS = "Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate"
 _STATE = "Tensor c, Tensor n, Tensor m"
@@ -35,4 +35,4 @@ SCHEMAS = {
 }
 
 for _name, _schema in SCHEMAS.items():
-    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]

@@ -59,7 +59,7 @@ class _Family:
     def __init__(self, fn: PureFunction, axes: Sequence[str], release_gil: bool) -> None:
         self.fn, self.axes, self.release_gil = fn, [_split(names) for names in axes], release_gil
         self.lock = threading.Lock()
-        self.general: tuple[RawCallable, Callable[[dict[str, int]], bool]] | None = None
+        self.general: tuple[RawCallable, _Admits] | None = None
 
     def find(self, args: Sequence[Tensor]) -> RawCallable:
         if self.general is None:
@@ -106,23 +106,30 @@ def _split(axes: str) -> tuple[str, ...]:
     return tuple(axes.split())
 
 
+_Admits = Callable[[dict[str, int]], bool]  # whether a callable is valid for these sizes of the free axes
+
+
 def _compile(
     fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], release_gil: bool
-) -> tuple[RawCallable, Callable[[dict[str, int]], bool]]:
-    """Compile `fn` for tensors like `args`, with the axes in `free` symbolic; also return which sizes it is valid for."""
+) -> tuple[RawCallable, _Admits]:
+    """Compile `fn` for tensors like `args` with the axes in `free` symbolic, whatever modes the caller is in."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     device = args[0].device
     options = {"size_asserts": False, "cpp_wrapper": release_gil, **DEVICE_OPTIONS.get(device.type, {})}
-    with (
-        torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), _disable_current_modes()
-    ):
-        return _compile_raw(fn, axes, args, free, options)
+    no_autocast = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), no_autocast, _disable_current_modes():
+        try:
+            return _compile_raw(fn, axes, args, free, options)
+        except ImportError:  # this torch keeps the private entry elsewhere
+            guarded = torch.compile(fn, fullgraph=True, dynamic=bool(free), options=options)
+            return lambda given: guarded(*given), lambda sizes: True
 
 
 def _compile_raw(
-    fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], options: dict[str, Any]
-) -> tuple[RawCallable, Callable[[dict[str, int]], bool]]:
+    fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str],
+    options: dict[str, Any],
+) -> tuple[RawCallable, _Admits]:
     from torch._dynamo.source import ConstantSource
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
@@ -139,15 +146,17 @@ def _compile_raw(
         hint, source = FREE_AXES[axis], ConstantSource(axis)
         symbols[axis] = env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
         sizes[axis] = env.create_symintnode(symbols[axis], hint=hint, source=source)
+
+    def example(names: Sequence[str], t: Tensor) -> Tensor:
+        shape = [sizes.get(axis, size) for axis, size in zip(names, t.shape, strict=True)]
+        return torch.empty(shape, dtype=t.dtype, device=t.device)
+
     mode = FakeTensorMode(shape_env=env)
     with mode:
-        examples = [
-            torch.empty([sizes.get(a, size) for a, size in zip(names, t.shape, strict=True)], dtype=t.dtype, device=t.device)
-            for names, t in zip(axes, args, strict=True)
-        ]
+        examples = [example(names, t) for names, t in zip(axes, args, strict=True)]
         graph = make_fx(fn, decomposition_table=select_decomp_table(), tracing_mode="real")(*examples)
     with config.patch(options), tracing(TracingContext(mode)):
-        call = compile_fx_inner(graph, examples).current_callable
+        call = compile_fx_inner(graph, examples).current_callable  # type: ignore[attr-defined]
     conditions = {guard.expr for guard in env.guards}
 
     def admits(sizes: dict[str, int]) -> bool:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -150,8 +150,8 @@ def _check_mlstm_rest(
     check_device(q=q, k=k, v=v, igate=igate, fgate=fgate, **state)
 
 
-def _tuple(sizes: object) -> str:
-    return str(tuple(sizes))  # type: ignore[call-overload]
+def _tuple(sizes: Iterable[int]) -> str:
+    return str(tuple(sizes))
 
 
 def _short(dtype: torch.dtype) -> str:

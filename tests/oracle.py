@@ -1,0 +1,87 @@
+"""The judge: the float64 recurrence, drawn inputs, and one tolerance a dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops import mlstm
+from torch_xlstm_ops.shapes import state_dtype
+
+# Relative, in the Euclidean norm. A segment rounds to its dtype half a dozen times on the way to h (k_gated, dC, W, C,
+# q_gated, P, and h itself); in float32 and float64 the exponents' rounding, times their size, comes first.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+class Sizes(NamedTuple):
+    """The sizes of one drawn call."""
+
+    B: int = 2
+    NH: int = 3
+    S: int = 19
+    DHQK: int = 8
+    DHHV: int = 16
+
+
+def draw(
+    sizes: Sizes, dtype: torch.dtype = torch.float32, *, seed: int = 0, state: bool = True,
+    gates: torch.dtype | None = None, shift: float = 2.0, spread: float = 2.0,
+) -> list[Tensor]:
+    """Return q, k, v, igate, fgate and, if asked, c, n, m. Forget gates are around `shift`, give or take `spread`."""
+    g = torch.Generator().manual_seed(seed)
+    B, NH, S, DHQK, DHHV = sizes
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, dtype=torch.float64)
+
+    streams = [normal(B, NH, S, DHQK), normal(B, NH, S, DHQK), normal(B, NH, S, DHHV)]
+    preactivations = [normal(B, NH, S) * spread, normal(B, NH, S) * spread + shift]
+    drawn = [t.to(dtype) for t in streams] + [t.to(gates or dtype) for t in preactivations]
+    if state:
+        drawn += [t.to(state_dtype(dtype)) for t in (normal(B, NH, DHQK, DHHV), normal(B, NH, DHQK), normal(B, NH, 1))]
+    return drawn
+
+
+def exact(args: Sequence[Tensor], eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return h, c, n, m of the float64 recurrence for `args`, whose states may be missing (zeros)."""
+    wide = [t.double() for t in args]
+    q, v = wide[0], wide[2]
+    if len(wide) == 5:
+        B, NH, _, DHQK = q.shape
+        wide += [q.new_zeros(B, NH, DHQK, v.shape[-1]), q.new_zeros(B, NH, DHQK), q.new_zeros(B, NH, 1)]
+    return mlstm.recurrent(*wide, eps=eps)
+
+
+def error(found: Tensor, wanted: Tensor, scale: float = 0.0) -> float:
+    """Return ||found - wanted|| / max(||wanted||, scale); NaN or infinity in different places is an infinite error."""
+    found, wanted = found.detach().double(), wanted.detach().double()
+    assert found.shape == wanted.shape, f"shape {tuple(found.shape)}, wanted {tuple(wanted.shape)}"
+    finite = wanted.isfinite()
+    if not torch.equal(finite, found.isfinite()):
+        return float("inf")
+    distance, size = float((found[finite] - wanted[finite]).norm()), max(_size(wanted), scale)
+    return distance / size if size else distance
+
+
+def assert_close(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> None:
+    """Hold each of several results to a relative error; one that nearly cancels, to a thousandth of the largest."""
+    scale = 1e-3 * max(_size(t.detach()) for t in wanted)
+    errors = [error(a, b, scale) for a, b in zip(found, wanted, strict=True)]
+    assert max(errors) <= tolerance, f"relative errors {errors}, tolerance {tolerance}"
+
+
+def _size(t: Tensor) -> float:
+    return float(t[t.isfinite()].double().norm())
+
+
+def weigh(results: Sequence[Tensor]) -> Tensor:
+    """Return a scalar that depends on every element of every result, differently."""
+    total = results[0].new_zeros((), dtype=torch.float64)
+    for t in results:
+        weight = torch.sin(torch.arange(1, t.numel() + 1, dtype=torch.float64)).view(t.shape)
+        total = total + (t.double() * weight).sum()
+    return total

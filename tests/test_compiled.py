@@ -1,0 +1,105 @@
+"""Raw callables: one compile a family, however many threads ask and whatever the free sizes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from torch_xlstm_ops import compiled
+
+
+def scale(x, y, *, factor):
+    return (torch.exp(-x.abs()) * factor + y.sum(-1, keepdim=True),)
+
+
+AXES = ("G NC D", "G NC D")
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Count compiles, from an empty cache."""
+    compiled.clear()
+    count = []
+    original = compiled._compile
+    monkeypatch.setattr(compiled, "_compile", lambda *args: count.append(args[3]) or original(*args))
+    yield count
+    compiled.clear()
+
+
+def draw(G, NC, D=8, dtype=torch.float32):
+    return [torch.randn(G, NC, D, dtype=dtype) for _ in range(2)]
+
+
+def test_free_sizes_share_one_compile(compiles):
+    for G, NC in [(1, 1), (1, 7), (5, 1), (3, 4), (64, 33)]:
+        args = draw(G, NC)
+        (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
+        torch.testing.assert_close(found, scale(*args, factor=2.0)[0])
+    assert len(compiles) == 1
+
+
+def test_what_a_kernel_is_specialised_on_is_in_the_key(compiles):
+    calls = [(draw(2, 2), 2.0), (draw(2, 2, D=9), 2.0), (draw(2, 2, dtype=torch.float64), 2.0), (draw(2, 2), 3.0)]
+    for args, factor in calls:
+        (found,) = compiled.get(scale, AXES, args, factor=factor)(list(args))
+        torch.testing.assert_close(found, scale(*args, factor=factor)[0])
+    assert len(compiles) == 4
+
+
+def test_threads_that_race_compile_once(compiles):
+    args, found, start = draw(3, 5), [], threading.Barrier(4)
+
+    def ask():
+        start.wait()
+        found.append(compiled.get(scale, AXES, args, factor=2.0))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(compiles) == 1
+    assert len(set(map(id, found))) == 1
+
+
+def test_sizes_that_the_compiler_excludes_get_their_own_compile(compiles, monkeypatch):
+    def limited(*args):
+        call, admits = original(*args)
+        return call, lambda sizes: sizes["NC"] < 10 and admits(sizes)
+
+    original = compiled._compile
+    monkeypatch.setattr(compiled, "_compile", limited)
+    for NC in (4, 20):
+        args = draw(2, NC)
+        (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
+        torch.testing.assert_close(found, scale(*args, factor=2.0)[0])
+    assert [bool(free) for free in compiles] == [True, False]
+
+
+def test_caches_are_bounded(compiles, monkeypatch):
+    monkeypatch.setattr(compiled, "CAPACITY", 3)
+    for NC in range(1, 9):
+        args = draw(1, NC)
+        compiled.get(scale, AXES, args, factor=2.0)
+    assert len(compiled._callables) == 3
+    assert len(compiles) == 1
+
+
+def test_compiling_inside_other_modes(compiles):
+    args = draw(2, 3)
+    with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
+        (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
+    torch.testing.assert_close(found.clone(), scale(*args, factor=2.0)[0])
+
+
+def test_without_the_private_entry_torch_compile_serves(compiles, monkeypatch):
+    def gone(*args):
+        raise ImportError("moved")
+
+    monkeypatch.setattr(compiled, "_compile_raw", gone)
+    for NC in (3, 5):
+        args = draw(2, NC)
+        (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
+        torch.testing.assert_close(found, scale(*args, factor=2.0)[0])

@@ -1,0 +1,92 @@
+"""The house: imports point downwards, effects stay in registrations/, and importing does nothing else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each floor may import from itself and from those before it.
+FLOORS = [
+    ["shapes", "config", "devices", "trace", "trace_files"],
+    ["mlstm", "slstm"],
+    ["compiled"],
+    ["schedules"],
+    ["registrations"],
+    ["functional"],
+    ["patch"],
+    ["meter", "loading", "sampling", "info", "request", "generate", "writing", "cli"],
+]
+# Floors that see less than what lies below them.
+ONLY = {
+    "mlstm": {"shapes"},
+    "slstm": {"shapes"},
+    "compiled": set(),
+    "schedules": {"shapes", "config", "devices", "trace"},
+    "functional": {"shapes"},
+    "patch": {"shapes", "functional"},
+}
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+SOURCES = [
+    path for top in ("torch_xlstm_ops", "registrations") for path in sorted((ROOT / top).rglob("*.py"))
+    if path != ROOT / "torch_xlstm_ops/__init__.py" and path.name != "__main__.py"
+]
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] == "registrations" else parts[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Return the rooms of this package that a file imports from, wherever the import stands."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("torch_xlstm_ops.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    here = room(path)
+    found = imports(path) - {here}
+    assert found <= LEVEL.keys(), "a new room needs a floor"
+    above = {other for other in found if LEVEL[other] > LEVEL[here]}
+    assert not above, f"{here} imports from above: {above}"
+    if here in ONLY:
+        assert found <= ONLY[here]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_effects_are_in_registrations_alone(path):
+    if room(path) == "registrations":
+        return
+    text = path.read_text()
+    for effect in ("register_backend", "substitute_in_graph", "custom_op(", "library."):
+        assert effect not in text, f"{effect} outside registrations/"
+
+
+def test_importing_starts_nothing():
+    check = """
+import sys, threading
+import torch_xlstm_ops
+heavy = {"torch._inductor.compile_fx", "transformers", "ray", "optuna", "rich", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+assert threading.active_count() == 1
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", check], check=True, cwd=ROOT.parent)
+
+
+def test_registrations_has_one_identity():
+    run = subprocess.run([sys.executable, "-c", "import registrations"], cwd=ROOT, capture_output=True, text=True)
+    assert "import torch_xlstm_ops instead" in run.stderr

@@ -1,0 +1,125 @@
+"""Laws of the pure functions, uncompiled, against the float64 recurrence."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.oracle import TOLERANCE, Sizes, assert_close, draw, error, exact, weigh
+from torch_xlstm_ops import mlstm
+
+EPS = 1e-6
+
+
+def chunked(args: list[torch.Tensor], L: int) -> list[torch.Tensor]:
+    """Join batch and heads and part tokens into chunks, as a task holds them."""
+    streams, state = args[:5], args[5:]
+    return [t.flatten(0, 1).unflatten(1, (-1, L)) for t in streams] + [t.flatten(0, 1) for t in state]
+
+
+def whole(results: tuple[torch.Tensor, ...], sizes: Sizes) -> list[torch.Tensor]:
+    """Undo `chunked` for h and the state."""
+    h, *state = results
+    return [t.unflatten(0, (sizes.B, sizes.NH)) for t in (h.flatten(1, 2), *state)]
+
+
+sizes_and_chunk = st.builds(
+    lambda B, NH, NC, L, DHQK, DHHV: (Sizes(B, NH, NC * L, DHQK, DHHV), L),
+    *(st.integers(1, n) for n in (2, 3, 5, 9, 5, 6)),
+)
+gates = st.tuples(st.sampled_from([-30.0, -3.0, 0.0, 3.0, 30.0]), st.sampled_from([0.0, 0.5, 3.0, 20.0]))
+
+
+@given(sizes_and_chunk, gates, st.integers(0, 2**16))
+def test_segment_equals_recurrence(shape, gate, seed):
+    sizes, L = shape
+    args = draw(sizes, torch.float64, seed=seed, shift=gate[0], spread=gate[1])
+    assert_close(whole(mlstm.segment(*chunked(args, L), eps=EPS), sizes), exact(args), 1e-10)
+
+
+@given(sizes_and_chunk, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 2**16))
+def test_segment_equals_recurrence_in_its_dtype(shape, dtype, seed):
+    sizes, L = shape
+    args = draw(sizes._replace(DHQK=sizes.DHQK + 4, DHHV=sizes.DHHV + 4), dtype, seed=seed, gates=torch.float32)
+    results = whole(mlstm.segment(*chunked(args, L), eps=EPS), sizes)
+    # A single head's h can be the small difference of large terms: measure over all of them.
+    assert_close(results, exact(args), 2 * TOLERANCE[dtype])
+
+
+@given(sizes_and_chunk, gates, st.integers(0, 2**16))
+def test_gradients_equal_those_of_the_recurrence(shape, gate, seed):
+    sizes, L = shape
+    args = [t.requires_grad_() for t in draw(sizes, torch.float64, seed=seed, shift=gate[0], spread=gate[1])]
+    found = torch.autograd.grad(weigh(whole(mlstm.segment(*chunked(args, L), eps=EPS), sizes)), args)
+    wanted = torch.autograd.grad(weigh(exact(args)), args)
+    assert_close(found, wanted, 1e-8)
+
+
+def test_a_small_decay_survives_behind_a_large_one():
+    """Plain prefix sums in float32 would lose the decay of the last tokens behind a sum of -20,000."""
+    sizes = Sizes(1, 1, 64, 8, 8)
+    args = draw(sizes, torch.float32, spread=0.1)
+    args[4][..., :40] = -500.0
+    args[4][..., 40:] = 6.0
+    results = whole(mlstm.segment(*chunked(args, 32), eps=EPS), sizes)
+    assert_close(results, exact(args), 1e-5)
+
+
+def test_a_closed_forget_gate_cuts_the_past():
+    sizes = Sizes(1, 2, 32, 4, 4)
+    args = draw(sizes, torch.float64)
+    args[4][0, 0, 13] = args[4][0, 1, 0] = args[4][0, 1, 16] = -torch.inf
+    assert_close(whole(mlstm.segment(*chunked(args, 8), eps=EPS), sizes), exact(args), 1e-12)
+
+
+def test_padding_is_the_identity():
+    sizes = Sizes(1, 2, 24, 4, 4)
+    args = draw(sizes, torch.float64)
+    args[3][..., 11:], args[4][..., 11:] = -torch.inf, torch.inf
+    h, *state = whole(mlstm.segment(*chunked(args, 8), eps=EPS), sizes)
+    cut = [t[:, :, :11] for t in args[:5]] + args[5:]
+    assert_close([h[:, :, :11], *state], exact(cut), 1e-12)
+
+
+def test_nothing_but_padding_keeps_the_state():
+    args = draw(Sizes(1, 2, 16, 4, 4), torch.float32)
+    args[3][:], args[4][:] = -torch.inf, torch.inf
+    _, *state = mlstm.segment(*chunked(args, 8), eps=EPS)
+    for found, given_ in zip(state, args[5:], strict=True):
+        assert torch.equal(found, given_.flatten(0, 1))
+
+
+def test_extreme_gates_stay_finite_with_their_gradients():
+    for igate in (-1e4, 1e4):
+        for fgate in (-1e4, 1e4):
+            args = draw(Sizes(1, 2, 32, 4, 4), torch.float32)
+            args[3][:], args[4][:] = igate, fgate
+            args = [t.requires_grad_() for t in args]
+            results = mlstm.segment(*chunked(args, 8), eps=EPS)
+            gradients = torch.autograd.grad(weigh(results), args)
+            assert all(t.isfinite().all() for t in (*results, *gradients))
+
+
+@given(st.integers(0, 2**16), gates)
+def test_monoid_is_associative_and_equals_the_state_of_the_whole(seed, gate):
+    sizes = Sizes(1, 2, 24, 4, 3)
+    args = chunked(draw(sizes, torch.float64, seed=seed, shift=gate[0], spread=gate[1]), 4)
+    parts = [mlstm.summarize(*[t[:, a:b] for t in args[1:5]]) for a, b in ((0, 1), (1, 4), (4, 6))]
+    left = mlstm.combine(mlstm.combine(parts[0], parts[1]), parts[2])
+    right = mlstm.combine(parts[0], mlstm.combine(parts[1], parts[2]))
+    assert_close(left, right, 1e-12)
+    one_by_one = args[5:]
+    for part in parts:
+        one_by_one = mlstm.absorb(*part, *one_by_one)
+    assert_close(one_by_one, mlstm.absorb(*left, *args[5:]), 1e-12)
+    assert_close(one_by_one, mlstm.after(*args[1:]), 1e-12)
+    assert_close(one_by_one, mlstm.segment(*args, eps=EPS)[1:], 1e-12)
+
+
+def test_float16_products_over_a_segment_do_not_overflow():
+    args = draw(Sizes(1, 1, 4096, 4, 4), torch.float16, gates=torch.float32)
+    args[1][:], args[2][:] = 8.0, 8.0
+    args[3][:], args[4][:] = 0.0, 40.0  # nothing is forgotten: c sums 4,096 products of 64
+    h, *_ = mlstm.segment(*chunked(args, 64), eps=EPS)
+    assert error(h.flatten(1, 2)[None], exact(args)[0]) <= TOLERANCE[torch.float16]
