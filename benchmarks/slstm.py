@@ -17,7 +17,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,13 @@ class Shape(NamedTuple):
     S: int
 
 
+class Contender(NamedTuple):
+    """A way to run a sequence, and what has to hold meanwhile, forward and backward."""
+
+    forward: Forward
+    during: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
 # --- contenders ---
 
 
@@ -54,33 +62,21 @@ def ours(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
 
 
 def operators() -> Any:
+    """Return the module that registers our operators."""
     return importlib.import_module("torch_xlstm_ops.registrations.slstm")
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute inside a ``with`` block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
+def operators_with(graphs: Graphs, **habit: Any) -> Iterator[None]:
+    """Let our operators use other graphs and habits."""
+    module = operators()
+    before = module.graphs, module._HABITS
+    module.graphs = graphs
+    module._HABITS = {kind: known._replace(**habit) for kind, known in before[1].items()}
     try:
         yield
     finally:
-        setattr(owner, name, before)
-
-
-def ours_without_graphs(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
-    with replaced(operators(), "graphs", Graphs(capacity=0)):
-        return ours(x, r, b)
-
-
-_MATMUL_GRAPHS = Graphs()
-
-
-def ours_by_matmul(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
-    module = operators()
-    habits = {kind: habit._replace(fused_bytes=0) for kind, habit in module._HABITS.items()}
-    with replaced(module, "_HABITS", habits), replaced(module, "graphs", _MATMUL_GRAPHS):
-        return ours(x, r, b)
+        module.graphs, module._HABITS = before
 
 
 def xlstm_vanilla(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
@@ -106,13 +102,15 @@ def flashrnn(backend: str) -> Forward:
     return forward
 
 
-def contenders(device: torch.device) -> dict[str, Forward]:
+def contenders(device: torch.device) -> dict[str, Contender]:
     """Return what may take part on a kind of device."""
-    some: dict[str, Forward] = {OURS: ours, "xlstm vanilla": xlstm_vanilla, "flashrnn vanilla": flashrnn("vanilla")}
+    some = {"xlstm vanilla": Contender(xlstm_vanilla), "flashrnn vanilla": Contender(flashrnn("vanilla"))}
     if device.type == "cuda":
-        some |= {"ours without graphs": ours_without_graphs, "ours by matmul": ours_by_matmul}
-        some |= {f"flashrnn {name}": flashrnn(name) for name in ("cuda", "triton_fused")}
-    return some
+        without, by_matmul = Graphs(capacity=0), Graphs()
+        some |= {f"flashrnn {name}": Contender(flashrnn(name)) for name in ("cuda", "triton_fused")}
+        some["ours without graphs"] = Contender(ours, lambda: operators_with(without))
+        some["ours by matmul"] = Contender(ours, lambda: operators_with(by_matmul, fused_bytes=0))
+    return {OURS: Contender(ours), **some}
 
 
 # --- correctness ---
@@ -129,31 +127,36 @@ def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor
     return x.to(device, dtype), r.to(device, dtype), b.to(device)
 
 
+def wide(t: Tensor) -> Tensor:
+    """Return `t` in float64; MPS has none, so there on the CPU."""
+    return (t.cpu() if t.device.type == "mps" else t).detach().double()
+
+
 def distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double().cpu() - wanted).norm() / wanted.norm())
+    return float((wide(found) - wanted).norm() / wanted.norm())
 
 
 def reference(args: Sequence[Tensor], dh: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return h and the gradients of x, r, b by the float64 recurrence, on the CPU."""
-    leaves = [t.double().cpu().requires_grad_() for t in args]
+    """Return h and the gradients of x, r, b by the float64 recurrence, where there is float64."""
+    leaves = [wide(t).requires_grad_() for t in args]
     x, r, b = leaves
     zeros = x.new_zeros(x.shape[0], *x.shape[3:])
     h = slstm.recurrent(x, r, b, zeros, zeros, zeros, zeros)[0]
-    return h.detach(), torch.autograd.grad(h, leaves, dh.double().cpu())
+    return h.detach(), torch.autograd.grad(h, leaves, wide(dh))
 
 
 def rejected(
-    name: str, forward: Forward, args: Sequence[Tensor], dh: Tensor, wanted: tuple[Tensor, Sequence[Tensor]]
+    name: str, contender: Contender, args: Sequence[Tensor], dh: Tensor, wanted: tuple[Tensor, Sequence[Tensor]]
 ) -> str:
     """Return why a contender may not take part, or nothing; calls it three times, which also warms it up."""
     leaves = [t.detach().requires_grad_() for t in args]
     try:
-        for _ in range(3):
-            h = forward(*leaves)
-            gradients = torch.autograd.grad(h, leaves, dh)
-        with torch.no_grad():
+        with contender.during():
             for _ in range(3):
-                forward(*args)
+                h = contender.forward(*leaves)
+                gradients = torch.autograd.grad(h, leaves, dh)
+            for _ in range(3):
+                inference(contender, args)
     except Exception as error:  # a peer that does not build, or does not take this shape
         if name == OURS:
             raise
@@ -169,6 +172,16 @@ def rejected(
 
 
 # --- time ---
+
+
+def inference(contender: Contender, args: Sequence[Tensor]) -> None:
+    with contender.during(), torch.no_grad():
+        contender.forward(*args)
+
+
+def training(contender: Contender, leaves: Sequence[Tensor], dh: Tensor) -> None:
+    with contender.during():
+        torch.autograd.grad(contender.forward(*leaves), leaves, dh)
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
@@ -195,21 +208,14 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, seconds: flo
     args = draw(shape, dtype, device)
     dh = torch.randn(shape.B, shape.S, shape.NH, shape.DH, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     wanted = reference(args, dh)
-    start = time.perf_counter()
-    first = {OURS: rejected(OURS, ours, args, dh, wanted)}
+    start, everyone = time.perf_counter(), contenders(device)
+    reasons = {OURS: rejected(OURS, everyone[OURS], args, dh, wanted)}
     first_seconds = time.perf_counter() - start
-    reasons = first | {
-        name: rejected(name, forward, args, dh, wanted) for name, forward in contenders(device).items() if name != OURS
-    }
-    usable = {name: forward for name, forward in contenders(device).items() if not reasons[name]}
+    reasons |= {name: rejected(name, one, args, dh, wanted) for name, one in everyone.items() if name != OURS}
+    usable = {name: one for name, one in everyone.items() if not reasons[name]}
     leaves = [t.detach().requires_grad_() for t in args]
-
-    def training(forward: Forward) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(forward(*leaves), leaves, dh)
-
-    with torch.no_grad():
-        forward_ms = alternate({k: lambda f=f: f(*args) for k, f in usable.items()}, device, seconds)  # type: ignore[misc]
-    both_ms = alternate({name: training(forward) for name, forward in usable.items()}, device, seconds)
+    forward_ms = alternate({name: partial(inference, one, args) for name, one in usable.items()}, device, seconds)
+    both_ms = alternate({name: partial(training, one, leaves, dh) for name, one in usable.items()}, device, seconds)
     return {
         "shape": shape._asdict(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -259,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each measurement, default 5")
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
+    operators()
     device = devices.resolve_device(given.device)
     dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     cases = []
