@@ -72,10 +72,11 @@ def backward(
     dh, dy, dc, dn, dm = gradients
     S, B, _, NH, DH = x.shape
     operands = h_before.flatten(0, 1)
-    products = kernels.products(operands, r_dense).view(S, B, NH, 4, DH)
     factors = c.new_empty(S, 5, *c.shape)
     c_all, n_all = (torch.cat([s[None], s.new_empty(S, *s.shape)]) for s in (c, n))
+    products = kernels.products(operands, r_dense).view(S, B, NH, 4, DH)
     _replay(kernels, x, products, b, c_all, n_all, m.clone(), factors, reset)
+    del products  # as large as x in float32
 
     dx = torch.empty_like(x)
     dh = torch.cat([dh[:-1], dh[-1:] + dy])
