@@ -29,8 +29,8 @@ class _Habit(NamedTuple):
 
 
 _HABITS = {
-    # Blocks of eight steps save the CPU an eighth of a forward pass (5.0 to 4.4 ms for 256 steps) and cost four times the
-    # compilation (2.4 to 8.7 s), and a tail another.
+    # Blocks of eight steps save the CPU an eighth of a forward pass (5.0 to 4.4 ms for 256 steps) and cost four times
+    # the compilation (2.4 to 8.7 s), and a tail another.
     "cpu": _Habit(schedule.Lengths(block=1, replay=1, backward=1), piece=128, fused_bytes=0),
     # A graph makes a block's length indifferent, but for the replay, which is one kernel whatever its length.
     "cuda": _Habit(schedule.Lengths(block=1, replay=8, backward=1), piece=1024, fused_bytes=32 << 20),
