@@ -1,0 +1,45 @@
+"""What every measurement shares: a clock that waits for the device, turns taken call by call, the machine's name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from torch_xlstm_ops import devices
+
+Call = Callable[[], Any]
+
+
+def timed(call: Call, device: torch.device) -> float:
+    """Return the milliseconds that a call takes to its end."""
+    devices.synchronize(device)
+    start = time.perf_counter()
+    call()
+    devices.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def alternate(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
+    """Return the median milliseconds of each call, all taking turns until the time is up, five times at least."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, taken.values())) < 5:
+        for name, call in calls.items():
+            taken[name].append(timed(call, device))
+    return {name: round(statistics.median(times), 4) for name, times in taken.items()}
+
+
+def machine(device: torch.device, *packages: str) -> dict[str, Any]:
+    """Return what a figure depends on: the device, its threads, and versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {
+        "device": device.type, "name": name, "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__, **versions,
+    }
