@@ -19,7 +19,8 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_xlstm_ops import cli, config, devices, generate, info, loading, meter, sampling, schedules, trace
+from torch_xlstm_ops import cli, config, devices, schedules, trace
+from torch_xlstm_ops.cli import generate, info, loading, meter, sampling
 
 PROMPT = "def main(argv):\n"
 CPU = torch.device("cpu")

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
-from torch_xlstm_ops import config, devices, generate, sampling, trace
-from torch_xlstm_ops.loading import Loaded, encode, end_tokens, load
-from torch_xlstm_ops.meter import Meter, Row, write_stats
-from torch_xlstm_ops.request import Request
+from torch_xlstm_ops import config, devices, trace
+from torch_xlstm_ops.cli import generate, sampling
+from torch_xlstm_ops.cli.loading import Loaded, encode, end_tokens, load
+from torch_xlstm_ops.cli.meter import Meter, Row, write_stats
+from torch_xlstm_ops.cli.request import Request
 
 QUIET_SECONDS = 5.0  # between progress lines where there is no terminal
 STATS_EVERY = 16

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_xlstm_ops import config, devices, schedules, trace_files
+from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput
 from torch_xlstm_ops.config import FRACTION, WHOLE, Kind
-from torch_xlstm_ops.loading import DEMO_MODEL, DTYPES, BadInput
 
 DEFAULT_PROMPT = "import os\nimport sys\n\n\n"
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_xlstm_ops import config, devices, trace
-from torch_xlstm_ops.loading import BadInput, Loaded
-from torch_xlstm_ops.meter import Meter
+from torch_xlstm_ops.cli.loading import BadInput, Loaded
+from torch_xlstm_ops.cli.meter import Meter
 
 # Prompt tokens a forward, unless a segment is longer: progress is seen on a CPU, and a GPU has enough to do.
 PIECES = {"cpu": 2048, "cuda": 8192, "mps": 4096}

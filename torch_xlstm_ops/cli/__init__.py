@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from torch_xlstm_ops import config, devices, info, request, writing
-from torch_xlstm_ops.loading import BadInput, check_extra
+from torch_xlstm_ops import config, devices
+from torch_xlstm_ops.cli import info, request, writing
+from torch_xlstm_ops.cli.loading import BadInput, check_extra
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-DEMO_MODEL = Path(__file__).parent / "demo_model"
+DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 EXTRA = ("transformers", "safetensors", "rich")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
