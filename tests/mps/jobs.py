@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 540
-PARALLEL = 2
+PARALLEL = min(2, os.cpu_count() or 1)
 
 
 class Job(NamedTuple):
@@ -46,21 +46,25 @@ def run(wanted: Job, **environment: str) -> dict[str, Any]:
 
 
 class Reports:
-    """The reports of jobs, `PARALLEL` at a time, each run once."""
+    """The reports of jobs, each run once: those started beforehand `PARALLEL` at a time, any other when asked for."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(PARALLEL)
-        self._running: dict[Job, Future[dict[str, Any]]] = {}
+        self._started: dict[Job, Future[dict[str, Any]]] = {}
+        self._done: dict[Job, dict[str, Any]] = {}
 
     def start(self, wanted: Job) -> None:
         """Queue a job."""
-        if wanted not in self._running:
-            self._running[wanted] = self._pool.submit(run, wanted)
+        if wanted not in self._started:
+            self._started[wanted] = self._pool.submit(run, wanted)
 
     def __call__(self, wanted: Job) -> dict[str, Any]:
         """Return a job's report, waiting for it."""
-        self.start(wanted)
-        return self._running[wanted].result()
+        if wanted in self._started:
+            return self._started[wanted].result()
+        if wanted not in self._done:
+            self._done[wanted] = run(wanted)
+        return self._done[wanted]
 
     def close(self) -> None:
         """Drop what has not started."""

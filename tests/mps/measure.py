@@ -13,7 +13,7 @@ from torch.utils._ordered_set import OrderedSet
 from torch_xlstm_ops import compiled, config, devices, schedules
 
 from . import cases, emulator
-from .instrument import Call, Instrument, relative_error
+from .instrument import Call, Instrument, relative_errors
 from .operations import OPERATIONS
 
 LINGER_US = 300
@@ -52,8 +52,8 @@ def operation(name: str, dtype: str) -> dict[str, Any]:
     entries = [e for e in log.submissions if start <= e.sequence < stop and not instrument.is_own(e.sequence)]
     aten = [e for e in entries if isinstance(e, emulator.AtenCall)]
     return {
-        "errors": [relative_error(g, e) for g, e in zip(results, exact, strict=True)],
-        "eager_errors": [relative_error(g, e) for g, e in zip(eager, exact, strict=True)],
+        "errors": relative_errors(results, exact),
+        "eager_errors": relative_errors(eager, exact),
         "kernels": len(entries) - len(aten),
         "aten": dict(Counter(e.name for e in aten)),
         "round_trips": [e.name for e in aten if e.waits_for_device],
@@ -109,8 +109,8 @@ def model(dtype: str, tokens: int) -> dict[str, Any]:
         with emulator.recording() as log:
             got = cases.logits(ours, on_device, tokens)
     return {
-        "error": relative_error(got, expected),
-        "eager_error": relative_error(eager, expected),
+        "error": relative_errors([got], [expected])[0],
+        "eager_error": relative_errors([eager], [expected])[0],
         "aten": dict(Counter(call.name for call in log.aten)),
         "round_trips": [call.name for call in log.aten if call.waits_for_device],
         "calls": [_call(call, log) for call in instrument.calls],

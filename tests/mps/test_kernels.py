@@ -57,13 +57,11 @@ def check_errors(call: dict[str, Any], dtype: str) -> None:
             assert error <= allowed + 2 * eager, (call["function"], call["sizes"], call["errors"])
 
 
-def report_of(reports: Reports, name: str, wanted: Job, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Return the report of an op; skip where its schedule does not exist, expect failure where its debt is known."""
-    report, run = reports(wanted), OPERATIONS[name]
+def report_of(reports: Reports, name: str, wanted: Job) -> dict[str, Any]:
+    """Return the report of an op; skip where its schedule does not exist."""
+    report = reports(wanted)
     if "unavailable" in report:
-        pytest.skip(f"schedule {run.schedule} on mps: {report['unavailable']}")
-    if run.debt:
-        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=run.debt))
+        pytest.skip(f"schedule {OPERATIONS[name].schedule} on mps: {report['unavailable']}")
     return report
 
 
@@ -109,10 +107,8 @@ def test_aten_calls_are_those_listed_and_run_on_mps(reports: Reports, name: str,
 
 
 @EVERY_OPERATION
-def test_op_equals_the_recurrence(
-    reports: Reports, request: pytest.FixtureRequest, name: str, dtype: str, wanted: Job
-) -> None:
-    report = report_of(reports, name, wanted, request)
+def test_op_equals_the_recurrence(reports: Reports, name: str, dtype: str, wanted: Job) -> None:
+    report = report_of(reports, name, wanted)
     tolerances = GRADIENT_TOLERANCE if OPERATIONS[name].gradient else TOLERANCE
     for error, eager in zip(report["errors"], report["eager_errors"], strict=True):
         assert error <= tolerances[cases.DTYPES[dtype]] + 2 * eager
@@ -120,9 +116,9 @@ def test_op_equals_the_recurrence(
 
 @EVERY_OPERATION
 def test_op_compiles_only_what_the_table_lists_and_each_is_exact(
-    reports: Reports, request: pytest.FixtureRequest, name: str, dtype: str, wanted: Job
+    reports: Reports, name: str, dtype: str, wanted: Job
 ) -> None:
-    report = report_of(reports, name, wanted, request)
+    report = report_of(reports, name, wanted)
     assert report["calls"]
     for call in report["calls"]:
         assert call["function"] in cases.EXPECTED
@@ -135,9 +131,7 @@ def test_op_compiles_only_what_the_table_lists_and_each_is_exact(
 
 @EVERY_OPERATION
 def test_op_stays_on_the_device(reports: Reports, name: str, dtype: str, wanted: Job) -> None:
-    report, run = reports(wanted), OPERATIONS[name]
-    if "unavailable" in report:
-        pytest.skip(f"schedule {run.schedule} on mps: {report['unavailable']}")
+    report, run = report_of(reports, name, wanted), OPERATIONS[name]
     assert report["round_trips"] == []
     assert report["uploads"] == []
     backward = cases.OP_ATEN.get(f"{run.op}_backward", set()) if run.gradient else set()
