@@ -32,9 +32,9 @@ _HABITS = {
     # Blocks of eight steps save the CPU an eighth of a forward pass (5.0 to 4.4 ms for 256 steps) and cost four times
     # the compilation (2.4 to 8.7 s), and a tail another.
     "cpu": _Habit(schedule.Lengths(block=1, replay=1, backward=1), piece=128, fused_bytes=0),
-    # A graph makes a block's length indifferent, but for the replay, which is one kernel whatever its length.
-    "cuda": _Habit(schedule.Lengths(block=1, replay=8, backward=1), piece=1024, fused_bytes=32 << 20),
-    "mps": _Habit(schedule.Lengths(block=4, replay=1, backward=4), piece=1024, fused_bytes=32 << 20),
+    # In a graph a step is one kernel, however long the block.
+    "cuda": _Habit(schedule.Lengths(block=1, replay=1, backward=1), piece=1024, fused_bytes=32 << 20),
+    "mps": _Habit(schedule.Lengths(block=4, replay=1, backward=1), piece=1024, fused_bytes=32 << 20),
 }
 graphs = schedule.Graphs()
 
@@ -59,7 +59,7 @@ def _kernels(x: Tensor, product: Product, masked: bool, floor: float) -> schedul
         lengths=_HABITS[x.device.type].lengths, block=lookup(slstm.block_, product=product),
         replay=lookup(slstm.replay_), backward=lookup(slstm.block_backward_, product=product),
         products=slstm.recurrent_products, weight_gradients=slstm.weight_gradients,
-        operand_gradient=lambda dx, r: slstm.operand_gradient(dx, r, wide, product),
+        operand_gradient=lambda gates, r: slstm.operand_gradient(gates, r, wide, product),
     )
 
 
@@ -239,10 +239,10 @@ def _backward(
         dh.to(dstate[0].dtype).transpose(0, 1), *dstate, x.transpose(0, 1), h_before.transpose(0, 1), laid_out,
         r.to(dense), b, *state[1:], *_time_first(reset, slice(None)),
     ]
-    dx, dr, db, *dstate = graphs.run(
+    dgates, dr, db, *dstate = graphs.run(
         ("backward", product, floor), lambda ready: schedule.backward(kernels, ready[:5], *ready[5:]), args
     )
-    return dx.transpose(0, 1).contiguous(), dr.to(r.dtype), db.to(b.dtype), *dstate
+    return dgates.permute(2, 1, 0, 3, 4).contiguous(), dr.to(r.dtype), db.to(b.dtype), *dstate
 
 
 def _sequence_backward_fake(

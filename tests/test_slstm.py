@@ -88,7 +88,7 @@ def eager_kernels(product, lengths, floor):
     return schedule.Kernels(
         lengths=lengths, block=lookup(slstm.block_, product=product), replay=lookup(slstm.replay_),
         backward=lookup(slstm.block_backward_, product=product), products=slstm.recurrent_products,
-        operand_gradient=lambda dx, r: slstm.operand_gradient(dx, r, torch.float64, product),
+        operand_gradient=lambda gates, r: slstm.operand_gradient(gates, r, torch.float64, product),
         weight_gradients=slstm.weight_gradients,
     )
 
@@ -116,8 +116,8 @@ def test_blocks_and_their_gradient_are_the_recurrence(product, T, S, seed, floor
         h_before = torch.where(mask[0][:, :, None, None], 0.0, h_before)
     laid_out = slstm.weights_backward(r, product, r.dtype)
     dh = dh.transpose(0, 1).contiguous()
-    dx, *rest = schedule.backward(kernels, [dh, *dstate], x_first, h_before, laid_out, r, b, c, n, m, *mask)
-    assert_close([dx.transpose(0, 1), *rest], gradients, GRADIENT_TOLERANCE[torch.float64])
+    dgates, *rest = schedule.backward(kernels, [dh, *dstate], x_first, h_before, laid_out, r, b, c, n, m, *mask)
+    assert_close([dgates.permute(2, 1, 0, 3, 4), *rest], gradients, GRADIENT_TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("S", range(8))

@@ -5,8 +5,8 @@ Gates are pre-activations in the order i f z o: ``g = x_t + R y + b`` per head. 
 x (T, B, 4, NH, DH). Source: Beck et al. 2024, "xLSTM" (sLSTM, stabilised form).
 
 The backward pass knows y (it is h), so it finds every R y with one large product over time (`recurrent_products`), what
-the cells did with them element by element (`replay`), and runs back through time without an exponential
-(`block_backward`); the gradients of R and b are again sums over time (`weight_gradients`).
+the cells did with them element by element (`replay_`), and runs back through time without an exponential
+(`block_backward_`); the gradients of R and b are again sums over time (`weight_gradients`).
 
 A function whose name ends in _ writes its results into its arguments; those are what is compiled (`axes`). None writes
 over what a product reads or follows: in a kernel that reduces, other threads may still be reading it.
@@ -68,35 +68,26 @@ def recurrent(
     return torch.stack(h, 1) if h else torch.empty_like(x[:, :, 0]), y, c, n, m
 
 
-def block(
-    x: Tensor, r: Tensor, b: Tensor, h_before: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None = None,
+def block_(
+    x: Tensor, r: Tensor, b: Tensor, h_before: Tensor, c: Tensor, n: Tensor, m: Tensor,
+    h: Tensor, y_after: Tensor, c_after: Tensor, n_after: Tensor, m_after: Tensor, reset: Tensor | None = None,
     *, floor: float, product: Product,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run the T steps of a block, unrolled; h_before is y in x's dtype, which is all that R sees of it.
+) -> tuple[()]:
+    """Run the T steps of a block, unrolled, into h (T, B, NH, DH) and the state after it.
 
-    x: (T, B, 4, NH, DH); reset: (T, B). Returns h (T, B, NH, DH) in x's dtype and y, c, n, m.
+    x: (T, B, 4, NH, DH); h_before: y in x's dtype, which is all that R sees of it; reset: (T, B).
     """
-    h, y = [], h_before
+    y = h_before
     for t in range(x.shape[0]):
         if reset is not None:
             y, c, n, m = (_unless(reset[t], s) for s in (y, c, n, m))
         y, c, n, m = step(x[t], r, b, y, c, n, m, floor=floor, product=product)
-        h.append(y.to(x.dtype))
-    return torch.stack(h), y, c, n, m
-
-
-def block_(
-    x: Tensor, r: Tensor, b: Tensor, h_before: Tensor, c: Tensor, n: Tensor, m: Tensor,
-    h: Tensor, y: Tensor, c_after: Tensor, n_after: Tensor, m_after: Tensor, reset: Tensor | None = None,
-    *, floor: float, product: Product,
-) -> tuple[()]:
-    """Run `block`, writing its results into h, y, c_after, n_after, m_after."""
-    results = block(x, r, b, h_before, c, n, m, reset, floor=floor, product=product)
-    return _write((h, y, c_after, n_after, m_after), results)
+        h[t].copy_(y)
+    return _write((y_after, c_after, n_after, m_after), (y, c, n, m))
 
 
 def weights(r: Tensor, product: Product, dtype: torch.dtype) -> Tensor:
-    """Lay out r (4, NH, DH_out, DH_in) for `block`, in the dtype that the product reads."""
+    """Lay out r (4, NH, DH_out, DH_in) for `block_`, in the dtype that the product reads."""
     if product is Product.FUSED:
         return r.to(dtype).contiguous()
     _, NH, DH, _ = r.shape
@@ -104,7 +95,7 @@ def weights(r: Tensor, product: Product, dtype: torch.dtype) -> Tensor:
 
 
 def weights_backward(r: Tensor, product: Product, dtype: torch.dtype) -> Tensor:
-    """Lay out r (4, NH, DH_out, DH_in) for `block_backward`."""
+    """Lay out r (4, NH, DH_out, DH_in) for `block_backward_`."""
     if product is Product.FUSED:
         return r.to(dtype).mT.contiguous()
     _, NH, DH, _ = r.shape
@@ -124,89 +115,76 @@ def recurrent_products(h_before: Tensor, r: Tensor) -> Tensor:
     return out.view(N, NH, 4, DH)
 
 
-def replay(
-    x: Tensor, products: Tensor, b: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None = None,
-    *, floor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Repeat the cells of a block whose recurrent products are known, and keep what the gradient needs.
-
-    x: (T, B, 4, NH, DH); products: (T, B, NH, 4, DH); reset: (T, B).
-    Returns keep, add, tanh(z), sigmoid(o), sigmoid(-f) as (T, 5, B, NH, DH), c and n after each step, and the last m.
-    """
-    wide = state_dtype(x.dtype)
-    factors, c_after, n_after = [], [], []
-    for t in range(x.shape[0]):
-        if reset is not None:
-            c, n, m = (_unless(reset[t], s) for s in (c, n, m))
-        igate, fgate, zgate, ogate = _preactivations(x[t], b, products[t].unbind(2), wide)
-        keep, add, m = _weigh(igate, fgate, n, m)
-        z = torch.tanh(zgate)
-        c, n = _accumulate(keep, add, z, c, n, floor)
-        factors.append(torch.stack([keep, add, z, torch.sigmoid(ogate), torch.sigmoid(-fgate)]))
-        c_after.append(c)
-        n_after.append(n)
-    return torch.stack(factors), torch.stack(c_after), torch.stack(n_after), m
-
-
 def replay_(
     x: Tensor, products: Tensor, b: Tensor, c_before: Tensor, n_before: Tensor, m: Tensor,
-    factors: Tensor, c: Tensor, n: Tensor, reset: Tensor | None = None, *, floor: float,
+    keep: Tensor, add: Tensor, z: Tensor, o: Tensor, not_f: Tensor, c: Tensor, n: Tensor, reset: Tensor | None = None,
+    *, floor: float,
 ) -> tuple[()]:
-    """Run `replay`, writing the new m over m and the rest into factors, c, n."""
-    return _write((factors, c, n, m), replay(x, products, b, c_before, n_before, m, reset, floor=floor))
+    """Repeat the cells of a block whose recurrent products are known, and write down what the gradient needs.
 
-
-def block_backward(
-    dh: Tensor, factors: Tensor, c_before: Tensor, n_before: Tensor, c: Tensor, n: Tensor, r: Tensor, dx_after: Tensor,
-    dc: Tensor, dn: Tensor, dm: Tensor, reset: Tensor | None = None, *, floor: float, product: Product,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run back through a block: the gradient of `block`, linear in all the gradients it is given.
-
-    dh: (T, B, NH, DH), wide; factors: as `replay` returns them; c_before, n_before, c, n: (T, B, NH, DH), before and
-    after each step; r: as `weights_backward` lays it out; dx_after: (B, 4, NH, DH), of the token after the block;
-    reset: (T + 1, B), that token's too. Returns dx (T, B, 4, NH, DH) in dx_after's dtype, and dc, dn, dm before.
+    x: (T, B, 4, NH, DH); products: (T, B, NH, 4, DH); reset: (T, B); m: (B, NH, DH), updated.
+    keep, add, z, o, not_f, c, n: (T, B, NH, DH), to hold the factors of the old state and of the token, tanh(z),
+    sigmoid(o), sigmoid(-f), and the state after each step.
     """
-    dx: list[Tensor] = []
+    wide = state_dtype(x.dtype)
+    state = c_before, n_before, m
+    for t in range(x.shape[0]):
+        c_last, n_last, m_last = state if reset is None else (_unless(reset[t], s) for s in state)
+        igate, fgate, zgate, ogate = _preactivations(x[t], b, products[t].unbind(2), wide)
+        kept, added, m_new = _weigh(igate, fgate, n_last, m_last)
+        value = torch.tanh(zgate)
+        c_new, n_new = _accumulate(kept, added, value, c_last, n_last, floor)
+        factors = kept, added, value, torch.sigmoid(ogate), torch.sigmoid(-fgate)
+        _write([into[t] for into in (keep, add, z, o, not_f, c, n)], (*factors, c_new, n_new))
+        state = c_new, n_new, m_new
+    return _write((m,), state[2:])
+
+
+def block_backward_(
+    dh: Tensor, keep: Tensor, add: Tensor, z: Tensor, o: Tensor, not_f: Tensor,
+    c_before: Tensor, n_before: Tensor, c: Tensor, n: Tensor, r: Tensor, *gradients: Tensor,
+    floor: float, product: Product,
+) -> tuple[()]:
+    """Run back through a block: its gradient, linear in dh and in those that come from after it.
+
+    dh: (T, B, NH, DH), wide; keep, add, z, o, not_f, c, n: as `replay_` writes them; c_before, n_before: as c, n but
+    before each step; r: as `weights_backward` lays it out.
+    gradients: of the token after the block, its gates i f z o, then c, n, m after the block, (B, NH, DH); to hold what
+    is found, the gates' (T, B, NH, DH), then those of c, n, m before the block; and last, if a row is ever reset,
+    the mask (T + 1, B), that token's too.
+    """
+    gates: Sequence[Tensor] = gradients[:4]
+    dc, dn, dm = gradients[4:7]
+    reset = gradients[14] if len(gradients) > 14 else None
     for t in reversed(range(dh.shape[0])):
-        dy = operand_gradient(dx_after, r, dh.dtype, product)
+        dy = operand_gradient(gates, r, dh.dtype, product)
         before, after = (c_before[t], n_before[t]), (c[t], n[t])
         if reset is not None:
             dy = _unless(reset[t + 1], dy)
             before = _unless(reset[t], before[0]), _unless(reset[t], before[1])
-        gates, dc, dn, dm = _cell_backward((dh[t] + dy, dc, dn, dm), factors[t].unbind(0), before, after, floor)
+        factors = keep[t], add[t], z[t], o[t], not_f[t]
+        found, dc, dn, dm = _cell_backward((dh[t] + dy, dc, dn, dm), factors, before, after, floor)
         if reset is not None:
             dc, dn, dm = (_unless(reset[t], s) for s in (dc, dn, dm))
-        dx_after = torch.stack(gates, 1).to(dx_after.dtype)
-        dx.append(dx_after)
-    return torch.stack(dx[::-1]), dc, dn, dm
+        gates = [gate.to(gradients[0].dtype) for gate in found]
+        _write([into[t] for into in gradients[7:11]], gates)
+    return _write(gradients[11:14], (dc, dn, dm))
 
 
-def block_backward_(
-    dh: Tensor, factors: Tensor, c_before: Tensor, n_before: Tensor, c: Tensor, n: Tensor, r: Tensor, dx_after: Tensor,
-    dc: Tensor, dn: Tensor, dm: Tensor, dx: Tensor, dc_before: Tensor, dn_before: Tensor, dm_before: Tensor,
-    reset: Tensor | None = None, *, floor: float, product: Product,
-) -> tuple[()]:
-    """Run `block_backward`, writing its results into dx, dc_before, dn_before, dm_before."""
-    before = c_before, n_before
-    grads = block_backward(dh, factors, *before, c, n, r, dx_after, dc, dn, dm, reset, floor=floor, product=product)
-    return _write((dx, dc_before, dn_before, dm_before), grads)
-
-
-def operand_gradient(dx: Tensor, r: Tensor, wide: torch.dtype, product: Product) -> Tensor:
-    """Return the gradient of y (B, NH, DH), wide, from that of the gates dx (B, 4, NH, DH), through R y."""
+def operand_gradient(gates: Sequence[Tensor], r: Tensor, wide: torch.dtype, product: Product) -> Tensor:
+    """Return the gradient of y (B, NH, DH), wide, from those of the four gates (B, NH, DH), through R y."""
     if product is Product.FUSED:
-        terms = [r[gate].to(wide) * dx[:, gate, :, None, :].to(wide) for gate in range(4)]
+        terms = [r[gate].to(wide) * gates[gate][:, :, None, :].to(wide) for gate in range(4)]
         return (terms[0] + terms[1] + terms[2] + terms[3]).sum(-1)
-    B, _, NH, DH = dx.shape
-    return _bmm(dx.permute(2, 0, 1, 3).reshape(NH, B, 4 * DH), r, wide).transpose(0, 1)
+    B, NH, DH = gates[0].shape
+    return _bmm(torch.stack(list(gates), 2).transpose(0, 1).reshape(NH, B, 4 * DH), r, wide).transpose(0, 1)
 
 
-def weight_gradients(dx: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dr (4, NH, DH, DH) and db (4, NH, DH) from dx (N, 4, NH, DH) and the products' operands (N, NH, DH)."""
-    wide = state_dtype(dx.dtype)
+def weight_gradients(dgates: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dr (4, NH, DH, DH) and db (4, NH, DH) from the gates' (4, N, NH, DH) and R's operands (N, NH, DH)."""
     operand = h_before.transpose(0, 1)
-    dr = torch.stack([torch.bmm(dx[:, gate].permute(1, 2, 0), operand) for gate in range(4)])
-    return dr, dx.sum(0, dtype=wide)
+    dr = torch.stack([torch.bmm(gate.permute(1, 2, 0), operand) for gate in dgates])
+    return dr, dgates.sum(1, dtype=state_dtype(dgates.dtype))
 
 
 def _preactivations(x: Tensor, b: Tensor, products: Sequence[Tensor], wide: torch.dtype) -> list[Tensor]:
@@ -292,8 +270,7 @@ def _write(into: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[()]:
 
 
 _WEIGHTS = {Product.MATMUL: "NH K N", Product.FUSED: "4 NH DH DH"}
-_CELLS, _TOKENS, _GATES = "G NH DH", "T G NH DH", "T G 4 NH DH"
-_BIAS, _FACTORS = "4 NH DH", "T 5 G NH DH"
+_CELLS, _TOKENS, _GATES, _BIAS = "G NH DH", "T G NH DH", "T G 4 NH DH", "4 NH DH"
 _RESET = "T G"
 
 
@@ -303,7 +280,7 @@ def axes(fn: Callable[..., tuple[Tensor, ...]], product: Product, reset: bool) -
     table = {
         step: ("G 4 NH DH", r, _BIAS, *[_CELLS] * 4),
         block_: (_GATES, r, _BIAS, *[_CELLS] * 4, _TOKENS, *[_CELLS] * 4),
-        replay_: (_GATES, "T G NH 4 DH", _BIAS, *[_CELLS] * 3, _FACTORS, _TOKENS, _TOKENS),
-        block_backward_: (_TOKENS, _FACTORS, *[_TOKENS] * 4, r, "G 4 NH DH", *[_CELLS] * 3, _GATES, *[_CELLS] * 3),
+        replay_: (_GATES, "T G NH 4 DH", _BIAS, *[_CELLS] * 3, *[_TOKENS] * 7),
+        block_backward_: (*[_TOKENS] * 10, r, *[_CELLS] * 7, *[_TOKENS] * 4, *[_CELLS] * 3),
     }
     return (*table[fn], _RESET) if reset else table[fn]

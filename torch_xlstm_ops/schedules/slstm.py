@@ -34,10 +34,10 @@ class Kernels(NamedTuple):
 
     lengths: Lengths
     block: Lookup  # x r b h_before c n m (h y c_after n_after m_after) reset?
-    replay: Lookup  # x products b c_before n_before m (factors c n) reset?
-    backward: Lookup  # dh factors c_before n_before c n r dx_after dc dn dm (dx dc_before dn_before dm_before) reset?
+    replay: Lookup  # x products b c_before n_before m (keep add z o not_f c n) reset?
+    backward: Lookup  # dh keep add z o not_f c_before n_before c n r (gradients after) (gradients before) reset?
     products: Callable[[Tensor, Tensor], Tensor]
-    operand_gradient: Callable[[Tensor, Tensor], Tensor]
+    operand_gradient: Callable[[Sequence[Tensor], Tensor], Tensor]
     weight_gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -63,7 +63,7 @@ def backward(
     kernels: Kernels, gradients: Sequence[Tensor], x: Tensor, h_before: Tensor, r: Tensor, r_dense: Tensor, b: Tensor,
     c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return dx (S, B, 4, NH, DH), dr, db, dy, dc, dn, dm; S > 0.
+    """Return the gradients of the gates (4, S, B, NH, DH) and dr, db, dy, dc, dn, dm; S > 0.
 
     gradients: dh (S, B, NH, DH), wide, and dy, dc, dn, dm after the last token. c, n, m: the state at the start.
     h_before: (S, B, NH, DH), what R was multiplied with.
@@ -72,42 +72,42 @@ def backward(
     dh, dy, dc, dn, dm = gradients
     S, B, _, NH, DH = x.shape
     operands = h_before.flatten(0, 1)
-    factors = c.new_empty(S, 5, *c.shape)
+    factors = c.new_empty(5, S, *c.shape).unbind(0)
     c_all, n_all = (torch.cat([s[None], s.new_empty(S, *s.shape)]) for s in (c, n))
     products = kernels.products(operands, r_dense).view(S, B, NH, 4, DH)
     _replay(kernels, x, products, b, c_all, n_all, m.clone(), factors, reset)
     del products  # as large as x in float32
 
-    dx = torch.empty_like(x)
+    dgates = x.new_empty(4, S, *c.shape)
     dh = torch.cat([dh[:-1], dh[-1:] + dy])
     lengths = _lengths(S, kernels.lengths.backward)
     dstates = _alternate((dc, dn, dm), len(lengths))
-    dx_blocks = torch.split(dx, lengths)
-    dx_after = [*(block[0] for block in dx_blocks[1:]), torch.zeros_like(x[0])]
-    streams = [torch.split(t, lengths) for t in (dh, factors, c_all[:-1], n_all[:-1], c_all[1:], n_all[1:])]
-    blocks = [*zip(zip(*streams, strict=True), dx_after, dx_blocks, _masks(reset, lengths, 1), strict=True)]
+    found = [*zip(*[torch.split(gate, lengths) for gate in dgates.unbind(0)], strict=True)]
+    gates_after = [*([block[0] for block in blocks] for blocks in found[1:]), [torch.zeros_like(x[0, :, 0])] * 4]
+    streams = [torch.split(t, lengths) for t in (dh, *factors, c_all[:-1], n_all[:-1], c_all[1:], n_all[1:])]
+    blocks = [*zip(zip(*streams, strict=True), gates_after, found, _masks(reset, lengths, 1), strict=True)]
     _run_all(kernels.backward, (
-        [*parts, r, after, *dstate, dx_block, *before, *mask]
-        for (parts, after, dx_block, mask), dstate, before in zip(reversed(blocks), dstates, dstates[1:], strict=False)
+        [*parts, r, *gates, *dstate, *found, *before, *mask]
+        for (parts, gates, found, mask), dstate, before in zip(reversed(blocks), dstates, dstates[1:], strict=False)
     ))
-    dy = kernels.operand_gradient(dx[0], r).contiguous()
+    dy = kernels.operand_gradient(dgates[:, 0].unbind(0), r).contiguous()
     if reset is not None:
         dy = torch.where(reset[0, :, None, None], 0.0, dy)
-    return dx, *kernels.weight_gradients(dx.flatten(0, 1), operands), dy, *dstates[-1]
+    return dgates, *kernels.weight_gradients(dgates.flatten(1, 2), operands), dy, *dstates[-1]
 
 
 def _replay(
-    kernels: Kernels, x: Tensor, products: Tensor, b: Tensor, c: Tensor, n: Tensor, m: Tensor, factors: Tensor,
-    reset: Tensor | None,
+    kernels: Kernels, x: Tensor, products: Tensor, b: Tensor, c: Tensor, n: Tensor, m: Tensor,
+    factors: Sequence[Tensor], reset: Tensor | None,
 ) -> None:
     """Fill factors, and c, n (S + 1, B, NH, DH) after their first entries."""
     lengths = _lengths(x.shape[0], kernels.lengths.replay)
     before = [[block[0] for block in torch.split(t[:-1], lengths)] for t in (c, n)]
     inputs = [torch.split(t, lengths) for t in (x, products)]
-    written = [torch.split(t, lengths) for t in (factors, c[1:], n[1:])]
+    written = [torch.split(t, lengths) for t in (*factors, c[1:], n[1:])]
     _run_all(kernels.replay, (
-        [*both, b, c_before, n_before, m, *three, *mask]
-        for both, c_before, n_before, three, mask
+        [*both, b, c_before, n_before, m, *into, *mask]
+        for both, c_before, n_before, into, mask
         in zip(zip(*inputs, strict=True), *before, zip(*written, strict=True), _masks(reset, lengths), strict=True)
     ))
 
