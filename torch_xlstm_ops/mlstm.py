@@ -81,8 +81,9 @@ def operands(
     within = _prefix(_parts(fgate.to(wide)))
     igate = igate.to(wide)
     M, dC, dn = _chunk_summaries(k, v, igate, within)
-    C_before, n_before, m_before = _states_before(within[..., -1], M, dC, dn, c, n, m)
+    # In this order: `_states_before` writes over a slot of dC, and copies it all if it is read again.
     c_after, n_after, m_after = absorb(*_fold(within[..., -1], M, dC, dn), c, n, m)
+    C_before, n_before, m_before = _states_before(within[..., -1], M, dC, dn, c, n, m)
 
     # Token t sees the tokens s <= t of its chunk and the state before the chunk, all relative to its maximum m_t.
     decay = _span(within[..., :, None], within[..., None, :]) + igate[..., None, :]
