@@ -1,6 +1,6 @@
 """Time a transformers xLSTM with and without our drop-in: one prompt, and decoding after it.
 
-    python benchmarks/transformers_model.py --json result.json
+    python -m benchmarks.transformers_model --json result.json
 
 The two take turns in one process, call by call, so that whatever else the machine does meets both.
 """
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import machine, timed
 from torch_xlstm_ops.patch import patch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of logits that are capped at 30
@@ -38,30 +37,16 @@ def build(args: argparse.Namespace) -> Any:
     return xLSTMForCausalLM(config).to(args.device, getattr(torch, args.dtype)).eval()
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        getattr(torch, device).synchronize()
-
-
-def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Return the milliseconds a call takes to its end, and its result."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    synchronize(device)
-    return (time.perf_counter() - start) * 1e3, result
-
-
-def one_round(model: Any, ids: Tensor, tokens: int, device: str) -> tuple[float, list[float], Tensor]:
+def one_round(model: Any, ids: Tensor, tokens: int) -> tuple[float, list[float], Tensor]:
     """Prefill `ids` and decode; return the milliseconds of the prefill and of each step, and all logits."""
-    prefill, out = timed(lambda: model(ids, use_cache=True), device)
-    logits, cache, steps = out.logits, out.cache_params, []
-    last = ids[:, -1:]
-    for _ in range(tokens):
-        ms, out = timed(lambda last=last: model(last, cache_params=cache, use_cache=True), device)  # type: ignore[misc]
-        steps.append(ms)
-        logits = torch.cat([logits, out.logits], 1)
-    return prefill, steps, logits
+    results: list[Any] = []
+    prefill = timed(lambda: results.append(model(ids, use_cache=True)), ids.device)
+    cache = results[0].cache_params
+    steps = [
+        timed(lambda: results.append(model(ids[:, -1:], cache_params=cache, use_cache=True)), ids.device)
+        for _ in range(tokens)
+    ]
+    return prefill, steps, torch.cat([out.logits for out in results], 1)
 
 
 @torch.no_grad()
@@ -73,7 +58,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for name, active in CONTENDERS.items():  # correctness, and the warm-up
         with active():
             for _ in range(2):
-                agreed[name] = one_round(model, ids, args.tokens, args.device)[2]
+                agreed[name] = one_round(model, ids, args.tokens)[2]
     difference = (agreed["patched"] - agreed["transformers"]).abs().max().item()
     if not difference <= TOLERANCE[model.dtype]:
         raise SystemExit(f"logits must agree to {TOLERANCE[model.dtype]}, got a difference of {difference}")
@@ -82,8 +67,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.rounds):
         for name, active in CONTENDERS.items():
             with active():
-                one_round(model, ids, 2, args.device)  # switching must not count
-                first, steps, _ = one_round(model, ids, args.tokens, args.device)
+                one_round(model, ids, 2)  # switching must not count
+                first, steps, _ = one_round(model, ids, args.tokens)
             prefill[name].append(first)
             decode[name] += steps
     medians = {
@@ -92,20 +77,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "model": {key: getattr(args, key) for key in ("hidden", "layers", "heads", "dtype", "batch", "prompt")},
-        "machine": machine(args.device), "difference": difference, **medians,
+        "machine": machine(ids.device, "transformers"), "difference": difference, **medians,
         "ratio": {
             phase.removesuffix("_ms"): round(of["patched"] / of["transformers"], 3) for phase, of in medians.items()
         },
-    }
-
-
-def machine(device: str) -> dict[str, Any]:
-    import transformers
-
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,13 +39,14 @@ def test_segment_equals_recurrence(shape, gate, seed):
     assert_close(whole(mlstm.segment(*chunked(args, L), eps=EPS), sizes), exact(args), 1e-10)
 
 
-@given(sizes_and_chunk, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 2**16))
-def test_segment_equals_recurrence_in_its_dtype(shape, dtype, seed):
-    sizes, L = shape
-    args = draw(sizes._replace(DHQK=sizes.DHQK + 4, DHHV=sizes.DHHV + 4), dtype, seed=seed, gates=torch.float32)
-    results = whole(mlstm.segment(*chunked(args, L), eps=EPS), sizes)
-    # A single head's h can be the small difference of large terms: measure over all of them.
-    assert_close(results, exact(args), 2 * TOLERANCE[dtype])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("L", [8, 32, 96])
+def test_segment_equals_recurrence_in_its_dtype(dtype, L):
+    """Over many tokens: in a few, h can be the small quotient of nearly cancelling sums, and any rounding is large."""
+    for seed in range(4):
+        sizes = Sizes(B=2, NH=4, S=192, DHQK=32, DHHV=48)
+        args = draw(sizes, dtype, seed=seed, gates=torch.float32)
+        assert_close(whole(mlstm.segment(*chunked(args, L), eps=EPS), sizes), exact(args), TOLERANCE[dtype])
 
 
 @given(sizes_and_chunk, gates, st.integers(0, 2**16))
