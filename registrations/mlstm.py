@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import compiled, config, devices, mlstm, schedules
-from torch_xlstm_ops.schedules import inductor, plan
-from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state
+from torch_xlstm_ops.schedules import plan
+from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state, machine
 from torch_xlstm_ops.shapes import check_mlstm_sequence, check_mlstm_step, check_not_negative, check_shape, state_dtype
 
 from .dispatch import autocast, autograd, fake, implement, overload, vmap
@@ -28,10 +28,13 @@ def _run(fn: compiled.PureFunction, **static: Any) -> Run:
     return run
 
 
-def _kernels(eps: float) -> Kernels:
+def _kernels(eps: float, release_gil: bool = False) -> Kernels:
+    def run(fn: compiled.PureFunction, **static: Any) -> Run:
+        return _run(fn, release_gil=release_gil, **static)
+
     return Kernels(
-        operands=_run(mlstm.operands, eps=eps), emit=mlstm.emit, step=_run(mlstm.step, eps=eps),
-        after=_run(mlstm.after), backward=_run(mlstm.segment_backward, eps=eps),
+        operands=run(mlstm.operands, eps=eps), emit=mlstm.emit, step=_run(mlstm.step, eps=eps), after=run(mlstm.after),
+        backward=run(mlstm.segment_backward, eps=eps), summarize=run(mlstm.summarize), absorb=run(mlstm.absorb),
     )
 
 
@@ -107,7 +110,8 @@ def _planned(
     B, NH, S, DHQK = q.shape
     cfg = config.for_call(schedule=None if schedule == "auto" else schedule, chunk_size=chunk_size)
     check_not_negative("eps", eps)
-    return plan.make(plan.Shape(B * NH, S, DHQK, v.shape[-1]), q.device.type, cfg), _kernels(eps)
+    planned = plan.make(plan.Shape(B * NH, S, DHQK, v.shape[-1]), q.device.type, cfg, machine(q.device))
+    return planned, _kernels(eps, release_gil=q.device.type == "cpu" and planned.workers > 1)
 
 
 def _chunkwise(
@@ -149,12 +153,13 @@ def _chunkwise_backward(
 ) -> tuple[Tensor, ...]:
     _check_gradients(dh, dc, dn, dm, q, k, v, igate, fgate, c, n, m)
     planned, kernels = _planned(q, v, chunk_size, schedule, eps)
+    module = schedules.load(planned.schedule, q.device)
     streams = (q, k, v, igate, fgate)
     with devices.submission(q.device):
         state, dstate = initial_state(q, v, (c, n, m)), initial_state(q, v, (dc, dn, dm))
         if v.numel() == 0:
             return *[torch.zeros_like(t, memory_format=torch.contiguous_format) for t in streams], *_shaped(dstate, q)
-        gradients, dstate = inductor.backward(planned, kernels, streams, state, dh.flatten(0, 1), dstate)
+        gradients, dstate = module.backward(planned, kernels, streams, state, dh.flatten(0, 1), dstate)
         return *[g.view(t.shape) for g, t in zip(gradients, streams, strict=True)], *_shaped(dstate, q)
 
 

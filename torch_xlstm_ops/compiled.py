@@ -22,6 +22,8 @@ RawCallable = Callable[[list[Tensor]], Sequence[Tensor]]
 CAPACITY = 1024  # entries a cache keeps; the oldest leaves first
 # Axes that stay symbolic, with the size to trace them at: large enough for Inductor to parallelise over.
 FREE_AXES = {"G": 11, "NC": 13}
+# Kernels that ask how many threads their caller may use: Inductor's others are compiled for a fixed number.
+RELEASE_GIL: dict[str, Any] = {"cpp_wrapper": True, "cpp.dynamic_threads": True}
 DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
     "mps": {"max_fusion_unique_io_buffers": 28},  # Metal allows 31 buffers a kernel, and Inductor does not split on it
 }
@@ -75,6 +77,7 @@ _Key = tuple[Any, ...]
 _callables: OrderedDict[_Key, RawCallable] = OrderedDict()  # by every size
 _families: OrderedDict[_Key, _Family] = OrderedDict()  # by the fixed sizes
 _lock = threading.Lock()
+_compiling = threading.RLock()  # Inductor's options are global in some versions of torch
 
 
 def _family(
@@ -116,9 +119,9 @@ def _compile(
     from torch.utils._python_dispatch import _disable_current_modes
 
     device = args[0].device
-    options = {"size_asserts": False, "cpp_wrapper": release_gil, **DEVICE_OPTIONS.get(device.type, {})}
+    options = {"size_asserts": False, **(RELEASE_GIL if release_gil else {}), **DEVICE_OPTIONS.get(device.type, {})}
     no_autocast = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), no_autocast, _disable_current_modes():
+    with _compiling, torch.inference_mode(False), torch.no_grad(), no_autocast, _disable_current_modes():
         try:
             return _compile_raw(fn, axes, args, free, options)
         except ImportError:  # this torch keeps the private entry elsewhere

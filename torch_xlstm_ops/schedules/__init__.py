@@ -9,7 +9,7 @@ import torch
 
 from torch_xlstm_ops.config import Schedule
 
-_MODULES = {Schedule.INDUCTOR: "inductor", Schedule.RECURRENT: "recurrent"}
+_MODULES = {Schedule.INDUCTOR: "inductor", Schedule.QUEUED: "queued", Schedule.RECURRENT: "recurrent"}
 
 
 def unavailable(schedule: Schedule, device: torch.device) -> str | None:

@@ -15,7 +15,9 @@ from torch_xlstm_ops.schedules.tasks import Kernels, Rows
 OP = "mlstm_chunkwise"
 
 
-def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def forward(
+    plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """Return h (R, S, DHHV) and the last state.
 
     streams: q, k, v, igate, fgate as the op has them. state: c, n, m by row, fresh: they may be written.
@@ -77,23 +79,45 @@ def backward(
     rows = Rows(plan, streams)
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in rows.streams]
     for index, band in enumerate(plan.bands):
-        segments = plan.segments
-        before = [[t[band] for t in state]]
-        for segment in segments[:-1]:
-            before.append(list(kernels.after([*rows.take_all(band, segment)[1:], *before[-1]])))
-        current = [t[band] for t in dstate]
-        for number in reversed(range(len(segments))):
-            args = [*rows.take_all(band, segments[number]), *before.pop(), rows.gradient(dh, band, segments[number]), *current]
+        found = BandGradient(kernels, rows, gradients, dh, band, [t[band] for t in state], [t[band] for t in dstate])
+        numbers = range(len(plan.segments))
+        for number in numbers[:-1]:
+            found.advance(number)
+        for number in reversed(numbers):
             if trace.active():
-                with trace.span(OP, schedule=str(plan.schedule), phase="backward", band=index, segment=number, device=dh.device):
-                    parts = kernels.backward(args)
+                schedule = str(plan.schedule)
+                with trace.span(OP, schedule=schedule, phase="backward", band=index, segment=number, device=dh.device):
+                    found.retreat(number)
             else:
-                parts = kernels.backward(args)
-            for whole, part in zip(gradients, parts[:5], strict=True):
-                rows.put(whole, band, segments[number], part)
-            current = list(parts[5:])
-        dstate = _keep(dstate, band, current)
+                found.retreat(number)
+        dstate = _keep(dstate, band, found.dstate)
     return gradients, dstate
+
+
+class BandGradient:
+    """The backward pass of one band: forth over its segments but the last for the states between, and back over all."""
+
+    def __init__(
+        self, kernels: Kernels, rows: Rows, gradients: list[Tensor], dh: Tensor, band: slice, state: list[Tensor],
+        dstate: list[Tensor],
+    ) -> None:
+        self._kernels, self._rows, self._gradients, self._dh, self._band = kernels, rows, gradients, dh, band
+        self._before = [state]
+        self.dstate = dstate  # after all segments, that of the initial state
+
+    def advance(self, number: int) -> None:
+        """Find the state after segment `number`."""
+        args = self._rows.take_all(self._band, self._rows.segments[number])[1:]
+        self._before.append(list(self._kernels.after([*args, *self._before[-1]])))
+
+    def retreat(self, number: int) -> None:
+        """Write the gradients of segment `number`'s streams."""
+        rows, band, segment = self._rows, self._band, self._rows.segments[number]
+        streams, dh = rows.take_all(band, segment), rows.gradient(self._dh, band, segment)
+        parts = self._kernels.backward([*streams, *self._before.pop(), dh, *self.dstate])
+        for whole, part in zip(self._gradients, parts[:5], strict=True):
+            rows.put(whole, band, segment, part)
+        self.dstate = list(parts[5:])
 
 
 def _keep(state: list[Tensor], band: slice, current: list[Tensor]) -> list[Tensor]:

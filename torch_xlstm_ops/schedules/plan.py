@@ -1,7 +1,7 @@
 """What will run: a sequence of S tokens in R rows, cut into bands of rows and segments of tokens. Pure data.
 
 A row is one head of one batch entry. Within a band the segments are strictly ordered, each starting from the state
-that the one before it left; bands are independent.
+that the one before it left; bands are independent. A task is one segment of one band.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one call is cut up. Sizes are in rows and tokens."""
+    """How one call is cut up, and what runs at once. Sizes are in rows and tokens."""
 
     schedule: Schedule
     rows: int
@@ -34,6 +34,12 @@ class Plan:
     segment: int
     band: int
     chunk_counts: tuple[int, ...] = ()  # what a tail's chunks are rounded up to; empty: any number
+    workers: int = 1  # threads that submit tasks
+    threads: int = 1  # intra-op threads of each worker
+    streams: int = 0  # device streams of our own
+    window: int = 1  # most tasks in flight
+    task_bytes: int = 0  # estimate of what one task in flight holds
+    notes: tuple[str, ...] = ()  # where the plan is less than what was asked for
 
     @property
     def bands(self) -> list[slice]:
@@ -45,10 +51,42 @@ class Plan:
         """Return the segments in order."""
         return [self._segment(start) for start in range(0, self.tokens, self.segment)]
 
+    @property
+    def abreast(self) -> int:
+        """Return how many segments of one band run at once: 1, or more where there are fewer bands than workers."""
+        return _ceil(self.workers, max(1, _ceil(self.rows, self.band)))
+
     def _segment(self, start: int) -> Segment:
         stop = min(start + self.segment, self.tokens)
-        chunks = -(-(stop - start) // self.chunk_size)
+        chunks = _ceil(stop - start, self.chunk_size)
         return Segment(start, stop, next((count for count in self.chunk_counts if count >= chunks), chunks))
+
+    def __str__(self) -> str:
+        bands, segments = len(self.bands), len(self.segments)
+        streams = f" on {_count(self.streams, 'stream')}" if self.streams else ""
+        memory = self.window * self.task_bytes / 2**20
+        table = [
+            ("schedule", str(self.schedule)),
+            ("rows", f"{self.rows} in {_count(bands, 'band')} of {self.band}"),
+            ("tokens", f"{self.tokens} in {_count(segments, 'segment')} of {self.segment} by {self.chunk_size}"),
+            ("workers", f"{self.workers}, {_count(self.threads, 'thread')} each{streams}"),
+            ("window", f"{_count(self.window, 'task')} in flight, about {memory:.1f} MB"),
+            *(("note", note) for note in self.notes),
+        ]
+        return "\n".join([*(f"{name:<8}  {value}" for name, value in table), "", *self._diagram()])
+
+    def _diagram(self) -> list[str]:
+        """Draw a line a band, a number a segment: -> hands on the state, ~> a state found ahead by a summary."""
+        segments = range(len(self.segments))
+        row = ""
+        for number in _some(segments, 8):
+            arrow = "" if number == 0 else "~>" if isinstance(number, int) and number % self.abreast else "->"
+            row += f" {arrow} {number}" if arrow else f" {number}"
+        lines = []
+        for index in _some(range(len(self.bands)), 8):
+            name = f"band {index}" if isinstance(index, int) else index
+            lines.append(f"{name:<8} {row}" if isinstance(index, int) else name)
+        return lines
 
 
 class Shape(NamedTuple):
@@ -58,6 +96,14 @@ class Shape(NamedTuple):
     tokens: int
     DHQK: int
     DHHV: int
+
+
+class Machine(NamedTuple):
+    """What a plan may count on."""
+
+    threads: int = 1  # of the host, for all workers together
+    streams: bool = False  # whether the device takes streams of our own
+    memory: int | None = None  # bytes that the process may use on the device; None where it is not known
 
 
 class _Habit(NamedTuple):
@@ -74,13 +120,14 @@ _HABITS = {
     "cpu": _Habit(chunk_size=64, state_bytes=4 << 20, task_tokens=1024),
     "cuda": _Habit(chunk_size=128, state_bytes=2 << 30, task_tokens=1 << 20),
     # Each new size of a matrix product takes memory that MPS does not give back, so tails come in few sizes.
-    "mps": _Habit(chunk_size=64, state_bytes=512 << 20, task_tokens=1 << 16, chunk_counts=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32)),
+    "mps": _Habit(64, state_bytes=512 << 20, task_tokens=1 << 16, chunk_counts=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32)),
 }
 MAX_CHUNKS = 64  # the product over chunks is quadratic in their number
+CUDA_WORKERS = 2  # one fills the gaps that the other's small kernels leave
 
 
 @functools.lru_cache(maxsize=1024)
-def make(shape: Shape, device: str, config: Config) -> Plan:
+def make(shape: Shape, device: str, config: Config, machine: Machine = Machine()) -> Plan:  # noqa: B008
     """Return the plan for a call on a device of type `device`; sizes in `config` come before the habitual ones."""
     habit = _HABITS.get(device, _HABITS["cpu"])
     schedule = config.schedule
@@ -90,8 +137,67 @@ def make(shape: Shape, device: str, config: Config) -> Plan:
     summary = shape.DHQK * shape.DHHV * 4
     chunks = min(habit.state_bytes // summary, habit.task_tokens // L, MAX_CHUNKS)
     segment = config.segment or max(4, chunks) * L
-    segment = -(-segment // L) * L
-    NC = -(-min(segment, max(shape.tokens, 1)) // L)
-    fitting = min(habit.state_bytes // (summary * NC), habit.task_tokens // (NC * L))
-    band = config.heads_per_band or max(1, fitting)
-    return Plan(schedule, shape.rows, shape.tokens, L, segment, min(band, max(shape.rows, 1)), habit.chunk_counts)
+    segment = _ceil(segment, L) * L
+    NC = _ceil(min(segment, max(shape.tokens, 1)), L)
+    fitting = max(1, min(habit.state_bytes // (summary * NC), habit.task_tokens // (NC * L)))
+    if schedule is Schedule.QUEUED:  # a band for each worker comes before full bands
+        fitting = min(fitting, _ceil(shape.rows, _wanted_workers(device, config, machine)))
+    band = min(config.heads_per_band or max(1, fitting), max(shape.rows, 1))
+    # The summaries, the states before each chunk, and their source; gates and scores; what is read and written.
+    task_bytes = 4 * band * NC * (3 * shape.DHQK * shape.DHHV + L * (3 * L + 3 * shape.DHQK + 3 * shape.DHHV))
+    plan = Plan(schedule, shape.rows, shape.tokens, L, segment, band, habit.chunk_counts, threads=machine.threads,
+                task_bytes=task_bytes)
+    return _at_once(plan, device, config, machine) if schedule is Schedule.QUEUED else plan
+
+
+def _wanted_workers(device: str, config: Config, machine: Machine) -> int:
+    if device == "mps":
+        return 1
+    return config.workers or (machine.threads if device == "cpu" else CUDA_WORKERS)
+
+
+def _at_once(plan: Plan, device: str, config: Config, machine: Machine) -> Plan:
+    """Settle workers, streams and window: never more than there is, and a note for whatever is cut down."""
+    notes: list[str] = []
+    bands, segments = len(plan.bands), len(plan.segments)
+
+    def cut(value: int, limit: int, why: str, what: str) -> int:
+        if value > limit:
+            notes.append(f"{why}: {limit} of {_count(value, what)} used")
+        return max(1, min(value, limit))
+
+    workers = _wanted_workers(device, config, machine)
+    if device == "mps":
+        cut(config.workers or 1, 1, "MPS takes one submitting thread", "worker")
+    workers = cut(workers, max(machine.threads, 1), _count(machine.threads, "thread"), "worker")
+    if device != "cpu":  # elsewhere one task fills the device: summaries would only add work
+        workers = cut(workers, max(bands, 1), _count(bands, "band"), "worker")
+    elif workers > bands:
+        limit = max(bands * segments, 1)
+        workers = cut(workers, limit, f"{_count(bands, 'band')} of {_count(segments, 'segment')}", "worker")
+    in_order = device == "cpu" or not machine.streams
+    window = config.window or (workers if device == "cpu" else 2 * workers)
+    if config.mem_fraction and machine.memory and plan.task_bytes:
+        fitting = int(config.mem_fraction * machine.memory) // plan.task_bytes
+        window = cut(window, max(1, fitting), f"{config.mem_fraction:g} of the memory", "task")
+    workers = cut(workers, window, f"a window of {window}", "worker")
+    if in_order and config.streams:
+        notes.append(f"{device} has no streams of our own: 0 of {_count(config.streams, 'stream')} used")
+    streams = 0 if in_order else cut(config.streams or workers, workers, _count(workers, "worker"), "stream")
+    threads = max(1, machine.threads // workers) if device == "cpu" else machine.threads
+    return dataclasses.replace(
+        plan, workers=workers, threads=threads, streams=streams, window=window, notes=tuple(notes)
+    )
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _some(numbers: range, most: int) -> list[int | str]:
+    """Return the numbers, with an ellipsis for what is too many."""
+    return list(numbers) if len(numbers) <= most else [*numbers[: most - 2], "...", numbers[-1]]

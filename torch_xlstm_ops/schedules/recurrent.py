@@ -8,11 +8,14 @@ from torch import Tensor
 
 from torch_xlstm_ops import trace
 from torch_xlstm_ops.schedules.inductor import OP, step_through
+from torch_xlstm_ops.schedules.inductor import backward as backward
 from torch_xlstm_ops.schedules.plan import Plan, Segment
 from torch_xlstm_ops.schedules.tasks import Kernels, Rows
 
 
-def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def forward(
+    plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """Return h (R, S, DHHV) and the last state; arguments as of `inductor.forward`."""
     rows = Rows(plan, streams)
     h = streams[2].new_empty(plan.rows, plan.tokens, streams[2].shape[-1])

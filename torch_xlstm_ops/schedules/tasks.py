@@ -1,4 +1,4 @@
-"""What every schedule does with one (band, segment): take its slices, hand them to compiled functions, put results back."""
+"""What every schedule does with one (band, segment): take its slices, call compiled functions, put results back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_xlstm_ops.schedules.plan import Plan, Segment
+from torch_xlstm_ops import config, devices
+from torch_xlstm_ops.schedules.plan import Machine, Plan, Segment
 from torch_xlstm_ops.shapes import state_dtype
 
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -27,13 +28,15 @@ class Kernels(NamedTuple):
     step: Run  # q k v igate fgate c n m -> h c n m
     after: Run  # k v igate fgate c n m -> c n m
     backward: Run  # q k v igate fgate c n m dh dc dn dm -> their gradients
+    summarize: Run  # k v igate fgate -> F M dC dn
+    absorb: Run  # F M dC dn c n m -> c n m
 
 
 class Rows:
     """The streams of a call with batch and heads joined, R rows of S tokens, cut into tasks."""
 
     def __init__(self, plan: Plan, streams: Sequence[Tensor]) -> None:
-        self.plan = plan
+        self.plan, self.segments = plan, plan.segments
         self.streams = [t.flatten(0, 1) for t in streams]  # (R, S, ...), a view where strides allow
 
     def take(self, index: int, band: slice, segment: Segment) -> Tensor:
@@ -67,6 +70,12 @@ class Rows:
         if part.shape[1] != segment.chunks * L or not part.is_contiguous():
             return None
         return part.view(-1, L, part.shape[-1])
+
+
+def machine(device: torch.device) -> Machine:
+    """Return what a plan may count on here and now, in this thread."""
+    memory = devices.memory(device).budget if config.current().mem_fraction is not None else None
+    return Machine(torch.get_num_threads(), device.type == "cuda", memory)
 
 
 def initial_state(q: Tensor, v: Tensor, state: Sequence[Tensor | None]) -> list[Tensor]:
