@@ -5,10 +5,10 @@
 
 THIS IS A PREDICTION: nothing here has run on an Apple GPU. Launches are counted exactly, on the emulated device of
 tests/mps. A submission is charged its launch plus the longer of its memory traffic and its arithmetic at the chip's
-published rates. Traffic is every buffer once, as if caches were perfect inside a launch and empty between launches.
-Arithmetic is 2 M N K for a product, and for a generated kernel the operators in its source, a transcendental function
-counting eight. The floor is what any method must do: read the inputs and write the results once, and multiply each
-token with the state twice (one product in, one out).
+published rates. Traffic is every buffer once, or what its threads can touch of it if that is less: as if caches were
+perfect inside a launch and empty between launches. Arithmetic is 2 M N K for a product, and for a generated kernel the
+operators in its source, a transcendental function counting eight. The floor is what any method must do: read the
+inputs and write the results once, and multiply each token with the state twice (one product in, one out).
 
 Beside ours stand the ancestor's scheme (one compiled step a token) and transformers' eager code, through the same
 counter. Eager elementwise ops are charged as Metal launches, which flatters them.
@@ -24,7 +24,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +35,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.mps import emulator
-from tests.mps.emulator import AtenCall, Launch
-from tests.mps.emulator.translate import kernels_of
+from tests.mps.emulator import AtenCall, Launch, Operand
+from tests.mps.emulator.translate import KernelSource, kernels_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PRODUCTS = {"bmm", "mm", "baddbmm", "baddbmm_", "addmm", "matmul"}
@@ -104,9 +104,21 @@ def count(run: Callable[[], object]) -> list[Submission]:
 
 
 def _launch(launch: Launch) -> Submission:
-    nbytes = sum(operand.nbytes for operand in launch.buffers)
-    flops = math.prod(launch.threads) * _flops_per_thread(launch.source, launch.kernel)
-    return Submission(launch.kernel, False, METAL_LAUNCH, nbytes, flops)
+    kernel, threads = _kernel(launch.source, launch.kernel), math.prod(launch.threads)
+    nbytes = sum(min(operand.nbytes, threads * _accesses(kernel.body, operand)) for operand in launch.buffers)
+    return Submission(launch.kernel, False, METAL_LAUNCH, int(nbytes), threads * _operations(kernel.body))
+
+
+def _accesses(body: str, operand: Operand) -> float:
+    """Return the most bytes of a buffer that one thread can touch: it may use a corner of a large one only."""
+    elements = max(1, math.prod(operand.sizes))
+    width = max(1, operand.nbytes // elements)
+    return width * sum(n * len(re.findall(rf"\b{operand.name}\b", line)) for n, line in _repeated(body))
+
+
+@functools.cache
+def _kernel(path: str, name: str) -> KernelSource:
+    return next(kernel for kernel in kernels_of(Path(path).read_text()) if kernel.name == name)
 
 
 def _aten(call: AtenCall) -> Submission:
@@ -120,26 +132,10 @@ def _aten(call: AtenCall) -> Submission:
     return Submission(call.op, is_product, launch_s, sum(t.nbytes for t in call.tensors), flops)
 
 
-_flops: dict[tuple[str, str], float] = {}
-
-
-def _flops_per_thread(path: str, name: str) -> float:
-    if (path, name) not in _flops:
-        for kernel in kernels_of(Path(path).read_text()):
-            _flops[path, kernel.name] = _operations(kernel.body)
-    return _flops[path, name]
-
-
 def _operations(body: str) -> float:
     """Count the arithmetic of a kernel on its values; lines of index arithmetic declare an int and are free."""
-    total, repeats = 0.0, [1.0]
-    for line in body.splitlines():
-        if loop := re.search(r"\bfor\s*\(auto (\w+) = 0; \1 < (\d+)", line):
-            repeats.append(repeats[-1] * int(loop[2]))
-            continue
-        if line.strip() == "}" and len(repeats) > 1:
-            repeats.pop()
-            continue
+    total = 0.0
+    for times, line in _repeated(body):
         if re.match(r"\s*(?:int|uint|long|threadgroup)\b", line) or "=" not in line:
             continue
         value = re.sub(r"\[[^\]]*\]|static_cast<[^;]*?>|decltype\([^)]*\)", "", line.split("=", 1)[1])
@@ -147,8 +143,20 @@ def _operations(body: str) -> float:
         operators = len(re.findall(r"(?<=[\w)\] ])[-+*/](?=[ \w(])|<=|>=|==|\?|\b(?:max|min|abs)\(", value))
         sums = len(re.findall(r"\bthreadgroup_(?:sum|max|min|prod)\(", value))
         accumulates = 1 if re.search(r"[-+*/]=", line) else 0
-        total += repeats[-1] * (operators + TRANSCENDENTAL * functions + accumulates + 2 * sums)
+        total += times * (operators + TRANSCENDENTAL * functions + accumulates + 2 * sums)
     return total
+
+
+def _repeated(body: str) -> Iterator[tuple[float, str]]:
+    """Yield each line of a kernel with how often a thread runs it."""
+    repeats = [1.0]
+    for line in body.splitlines():
+        if loop := re.search(r"\bfor\s*\(auto (\w+) = 0; \1 < (\d+)", line):
+            repeats.append(repeats[-1] * int(loop[2]))
+        elif line.strip() == "}" and len(repeats) > 1:
+            repeats.pop()
+        else:
+            yield repeats[-1], line
 
 
 # --- predicting ---
