@@ -1,0 +1,145 @@
+"""Time the queued schedule against the inductor schedule on one mLSTM prefill, and print both plans.
+
+    python benchmarks/schedules.py --json result.json                 # this machine's first device
+    python benchmarks/schedules.py --cases 1,2,256,512,4096:segment=1024,heads_per_band=2   # B,NH,DHQK,DHHV,S:settings
+
+A schedule is held to the other one, and on a short sequence to the recurrence, before it is timed; then they take
+turns call by call, so that whatever else the machine does meets both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops import config, devices
+from torch_xlstm_ops.functional import mlstm_chunkwise
+from torch_xlstm_ops.schedules import plan, tasks
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, in the Euclidean norm
+SCHEDULES = ("inductor", "queued")
+# The shape of a 7B model; one band that two workers share by summaries; and two heads, a band each.
+CASES = ["1,8,256,512,8192", "1,2,256,512,4096:segment=1024,heads_per_band=2", "1,2,256,512,4096:segment=1024"]
+CHECKED_TOKENS = 96  # by the recurrence
+
+
+class Case(NamedTuple):
+    """The sizes of one call, and the settings that both schedules run under."""
+
+    B: int
+    NH: int
+    DHQK: int
+    DHHV: int
+    S: int
+    settings: dict[str, int]
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """Read ``B,NH,DHQK,DHHV,S`` and maybe ``:field=value,...``."""
+        sizes, _, settings = text.partition(":")
+        pairs = (pair.split("=") for pair in settings.split(",") if pair)
+        B, NH, DHQK, DHHV, S = map(int, sizes.split(","))
+        return cls(B, NH, DHQK, DHHV, S, {field: int(value) for field, value in pairs})
+
+
+def draw(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return q, k, v, igate, fgate; forget gates mostly open, as trained ones are."""
+    g = torch.Generator().manual_seed(0)
+    B, NH, DHQK, DHHV, S, _ = case
+    streams = [torch.randn(B, NH, S, D, generator=g).to(device, dtype) for D in (DHQK, DHQK, DHHV)]
+    igate, fgate = (torch.randn(B, NH, S, generator=g).to(device) for _ in range(2))
+    return [*streams, igate, fgate + 3]
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def check(args: Sequence[Tensor], outputs: dict[str, Tensor]) -> dict[str, float]:
+    """Return each schedule's distance from inductor's h, and from the recurrence's on the first tokens."""
+    short = [t[:, :, :CHECKED_TOKENS] for t in args]
+    wanted, _ = mlstm_chunkwise(*short, schedule="recurrent")
+    errors = {f"{name} to inductor": distance(h, outputs["inductor"]) for name, h in outputs.items()}
+    errors |= {f"{name} to recurrent": distance(h[:, :, :CHECKED_TOKENS], wanted) for name, h in outputs.items()}
+    if max(errors.values()) > TOLERANCE[args[0].dtype]:
+        raise SystemExit(f"wrong: {errors}")
+    return errors
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the milliseconds that a call takes to its end."""
+    devices.synchronize(device)
+    start = time.perf_counter()
+    call()
+    devices.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def measure(case: Case, dtype: torch.dtype, device: torch.device, rounds: int, learning: bool) -> dict[str, Any]:
+    """Return one case's medians, plans, and the ratio of each to inductor."""
+    args = draw(case, dtype, device)
+    if learning:
+        args = [t.requires_grad_() for t in args]
+
+    def call(schedule: str) -> Tensor:
+        h, _ = mlstm_chunkwise(*args, schedule=schedule)
+        if learning:
+            torch.autograd.grad(h, args, h.detach())
+        return h.detach()
+
+    with config.use(**case.settings), nullcontext() if learning else torch.inference_mode():
+        plans = {}
+        for name in SCHEDULES:
+            shape = plan.Shape(case.B * case.NH, case.S, case.DHQK, case.DHHV)
+            plans[name] = plan.make(shape, device.type, config.for_call(schedule=name), tasks.machine(device))
+        first = {name: timed(lambda name=name: call(name), device) / 1e3 for name in SCHEDULES}  # type: ignore[misc]
+        errors = check([t.detach() for t in args], {name: call(name) for name in SCHEDULES})
+        taken: dict[str, list[float]] = {name: [] for name in SCHEDULES}
+        for _ in range(rounds):
+            for name in SCHEDULES:
+                taken[name].append(timed(lambda name=name: call(name), device))  # type: ignore[misc]
+    medians = {name: round(statistics.median(times), 2) for name, times in taken.items()}
+    return {
+        "case": case._asdict(), "dtype": str(dtype).removeprefix("torch."), "backward": learning, "median_ms": medians,
+        "fastest_ms": {name: round(min(times), 2) for name, times in taken.items()},
+        "ratio": {name: round(ms / medians["inductor"], 4) for name, ms in medians.items()},
+        "first_call_s": {name: round(seconds, 1) for name, seconds in first.items()},
+        "errors": errors, "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "plans": {name: str(p).splitlines() for name, p in plans.items()},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--cases", nargs="+", metavar="B,NH,DHQK,DHHV,S[:FIELD=VALUE,...]", default=CASES)
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each schedule, default 15")
+    parser.add_argument("--backward", action="store_true", help="time the gradients too")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    given = parser.parse_args(arguments)
+    device, dtype = devices.resolve_device(given.device), getattr(torch, given.dtype)
+    cases = []
+    for text in given.cases:
+        case = measure(Case.parse(text), dtype, device, given.rounds, given.backward)
+        print(json.dumps(case, indent=1), flush=True)
+        cases.append(case)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    machine = {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if given.json:
+        given.json.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
