@@ -32,9 +32,13 @@ def _kernels(eps: float, release_gil: bool = False) -> Kernels:
     def run(fn: compiled.PureFunction, **static: Any) -> Run:
         return _run(fn, release_gil=release_gil, **static)
 
+    def with_scores(fn: compiled.PureFunction) -> Run:
+        after_scores = run(fn, eps=eps)
+        return lambda args: after_scores([*args[:5], mlstm.scores(args[0], args[1]), *args[5:]])
+
     return Kernels(
-        operands=run(mlstm.operands, eps=eps), emit=mlstm.emit, step=_run(mlstm.step, eps=eps), after=run(mlstm.after),
-        backward=run(mlstm.segment_backward, eps=eps), summarize=run(mlstm.summarize), absorb=run(mlstm.absorb),
+        operands=with_scores(mlstm.operands), emit=mlstm.emit, step=_run(mlstm.step, eps=eps), after=run(mlstm.after),
+        backward=with_scores(mlstm.segment_backward), summarize=run(mlstm.summarize), absorb=run(mlstm.absorb),
     )
 
 

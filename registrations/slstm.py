@@ -49,6 +49,11 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.device.type == "cuda" else state_dtype(x.dtype)
 
 
+def _block_dtype(x: Tensor, product: Product) -> torch.dtype:
+    """Return the dtype in which blocks read R; the meta function of CUDA's wide product fails on symbolic sizes."""
+    return x.dtype if product is Product.FUSED else state_dtype(x.dtype)
+
+
 def _kernels(x: Tensor, product: Product, masked: bool, floor: float) -> schedule.Kernels:
     def lookup(fn: compiled.PureFunction, **static: Any) -> schedule.Lookup:
         axes = slstm.axes(fn, product, masked)
@@ -184,7 +189,7 @@ def _sequence(
 def _forward(x: Tensor, r: Tensor, b: Tensor, state: list[Tensor], reset: Tensor | None, floor: float) -> _Results:
     product = _product(x, r)
     kernels = _kernels(x, product, reset is not None, floor)
-    laid_out = slstm.weights(r, product, x.dtype if product is Product.FUSED else _product_dtype(x))
+    laid_out = slstm.weights(r, product, _block_dtype(x, product))
     h = x.new_empty(x[:, :, 0].shape)
     piece = _HABITS[x.device.type].piece
     for start in range(0, x.shape[1], piece):
@@ -231,7 +236,7 @@ def _backward(
 ) -> _Results:
     product, dense = _product(x, r), _product_dtype(x)
     kernels = _kernels(x, product, reset is not None, floor)
-    laid_out = slstm.weights_backward(r, product, x.dtype if product is Product.FUSED else dense)
+    laid_out = slstm.weights_backward(r, product, _block_dtype(x, product))
     h_before = torch.cat([state[0].to(x.dtype)[:, None], h[:, :-1]], 1)
     if reset is not None:
         h_before = torch.where(reset[:, :, None, None], 0.0, h_before)

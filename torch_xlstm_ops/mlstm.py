@@ -8,8 +8,6 @@ same masked product again.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,12 +65,30 @@ def recurrent(
     return torch.stack(h, -2) if h else torch.empty_like(v), c, n, m
 
 
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    """Return q k^T of each chunk, (G, NC, L, L), in float32; q, k: (G, NC, L, DHQK).
+
+    Where a denominator is the small sum of large scores, their rounding to bfloat16 would put 1.6e-2 into h; without
+    it h is as good as the recurrence's. A product outside the compiled graph: CUDA alone has one with a wider result,
+    and its meta function fails on symbolic sizes.
+    """
+    wide = state_dtype(q.dtype)
+    q_chunks, k_chunks = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
+    if q.is_cuda and q.dtype != wide:
+        product = torch.bmm(q_chunks, k_chunks, out_dtype=wide)
+    else:
+        product = torch.bmm(q_chunks.to(wide), k_chunks.to(wide))
+    return product.view(*q.shape[:3], q.shape[2])
+
+
 def operands(
-    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, c: Tensor, n: Tensor, m: Tensor,
+    *, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Turn a segment into the factors of its output, ``h = q_gated C_before + P v``, and the state after it.
 
-    q, k: (G, NC, L, DHQK); v: (G, NC, L, DHHV); igate, fgate: (G, NC, L); c: (G, DHQK, DHHV); n: (G, DHQK); m: (G, 1).
+    q, k: (G, NC, L, DHQK); v: (G, NC, L, DHHV); igate, fgate: (G, NC, L); scores: (G, NC, L, L), of `scores`;
+    c: (G, DHQK, DHHV); n: (G, DHQK); m: (G, 1).
     Returns P (G*NC, L, L), q_gated (G*NC, L, DHQK), C_before (G*NC, DHQK, DHHV), c, n, m. The factors already hold
     1/denominator, so no pass over h follows. A token with igate -inf and fgate +inf changes nothing (padding).
     """
@@ -90,8 +106,7 @@ def operands(
     decay = torch.where(_causal(L, q), decay, NEG_INF)  # (G, NC, L, L)
     m_inter = _span(within) + m_before[..., None]
     m_t = torch.maximum(decay.amax(-1), m_inter)
-    scores: Tensor = _Scores.apply(q.flatten(0, 1), k.flatten(0, 1))  # type: ignore[no-untyped-call]
-    P = scores.view(decay.shape) * scale * torch.exp(decay - m_t[..., None])
+    P = scores * scale * torch.exp(decay - m_t[..., None])
     w = torch.exp(m_inter - m_t) * scale
     qn = (q.to(wide) * n_before[..., None, :]).sum(-1)
     r = 1 / (torch.maximum((P.sum(-1) + w * qn).abs(), _floor(m_t)) + eps)
@@ -116,20 +131,31 @@ def segment(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return h (G, NC, L, DHHV) and the state after a segment; shapes as in `operands`."""
-    P, q_gated, C_before, c, n, m = operands(q, k, v, igate, fgate, c, n, m, eps=eps)
+    return _segment(q, k, v, igate, fgate, scores(q, k), c, n, m, eps=eps)
+
+
+def _segment(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, c: Tensor, n: Tensor, m: Tensor,
+    *, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    P, q_gated, C_before, c, n, m = operands(q, k, v, igate, fgate, scores, c, n, m, eps=eps)
     h = torch.bmm(q_gated, C_before).to(v.dtype) + torch.bmm(P, v.flatten(0, 1))
     return h.view(v.shape), c, n, m
 
 
 def segment_backward(
-    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, c: Tensor, n: Tensor, m: Tensor,
     dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, *, eps: float,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, igate, fgate, c, n, m from those of the results of `segment`, recomputing it."""
-    inputs = [t.detach().requires_grad_() for t in (q, k, v, igate, fgate, c, n, m)]
+    inputs = [t.detach().requires_grad_() for t in (q, k, v, igate, fgate, scores, c, n, m)]
     with torch.enable_grad():
-        outputs = segment(*inputs, eps=eps)
-    return torch.autograd.grad(outputs, inputs, (dh, dc, dn, dm))
+        results = _segment(*inputs, eps=eps)
+    dq, dk, dv, digate, dfgate, dscores, *dstate = torch.autograd.grad(results, inputs, (dh, dc, dn, dm))
+    dscores = dscores.to(q.dtype).flatten(0, 1)
+    dq = dq + torch.bmm(dscores, k.flatten(0, 1)).view(q.shape)
+    dk = dk + torch.bmm(dscores.transpose(1, 2), q.flatten(0, 1)).view(k.shape)
+    return dq, dk, dv, digate, dfgate, *dstate
 
 
 def after(
@@ -214,28 +240,6 @@ def _fold(across: Tensor, M: Tensor, dC: Tensor, dn: Tensor) -> tuple[Tensor, Te
     return _span(upto[..., -1:]), M_all, dC_all, (weight[..., None] * dn).sum(1)
 
 
-class _Scores(torch.autograd.Function):
-    """The products q k^T (B, L, L) in float32.
-
-    Where a denominator is the small sum of large scores, their rounding to bfloat16 would put 1.6e-2 into h; without
-    it h is as good as the recurrence's, 1.7e-3.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k)
-        wide = state_dtype(q.dtype)
-        if q.is_cuda and q.dtype != wide:  # CUDA alone has a product with a wider result, without a gradient
-            return torch.bmm(q, k.transpose(1, 2), out_dtype=wide)
-        return torch.bmm(q.to(wide), k.to(wide).transpose(1, 2))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = ctx.saved_tensors
-        narrow = gradient.to(q.dtype)
-        return torch.bmm(narrow, k), torch.bmm(narrow.transpose(1, 2), q)
-
-
 def _parts(fgate: Tensor) -> Tensor:
     """Split log_f into three planes whose sums stay exact: coarse, fine, and the count of closed gates (log_f = -inf).
 
@@ -288,8 +292,8 @@ _STEP = ("B NH DHQK", "B NH DHQK", "B NH DHHV", "B NH 1", "B NH 1", "B NH DHQK D
 AXES = {
     step: _STEP,
     step_: _STEP,
-    operands: (*_STREAMS, *_STATE),
-    segment_backward: (*_STREAMS, *_STATE, "G NC L DHHV", *_STATE),
+    operands: (*_STREAMS, "G NC L L", *_STATE),
+    segment_backward: (*_STREAMS, "G NC L L", *_STATE, "G NC L DHHV", *_STATE),
     summarize: _STREAMS[1:],
     absorb: (*_SUMMARY, *_STATE),
     after: (*_STREAMS[1:], *_STATE),
