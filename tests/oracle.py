@@ -78,6 +78,11 @@ def _size(t: Tensor) -> float:
     return float(t[t.isfinite()].double().norm())
 
 
+def float32_tolerance(args: Sequence[Tensor], wanted: Tensor) -> float:
+    """Return what a drawn call is held to: where a denominator nearly cancels, the recurrence itself is no better."""
+    return 2 * max(TOLERANCE[torch.float32], error(mlstm.recurrent(*args, eps=1e-6)[0], wanted))
+
+
 def weigh(results: Sequence[Tensor]) -> Tensor:
     """Return a scalar that depends on every element of every result, differently."""
     total = results[0].new_zeros((), dtype=torch.float64)

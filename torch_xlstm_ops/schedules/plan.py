@@ -113,12 +113,13 @@ class _Habit(NamedTuple):
     state_bytes: int  # most bytes of chunk summaries in one task
     task_tokens: int  # most row-tokens in one task
     chunk_counts: tuple[int, ...] = ()
+    wide_chunk_size: int | None = None  # where DHQK is 256 or more
 
 
 _HABITS = {
     # A task's chunk summaries stay in the cache: a third of the time of all heads and 2,048 tokens at once.
     "cpu": _Habit(chunk_size=64, state_bytes=4 << 20, task_tokens=1024),
-    "cuda": _Habit(chunk_size=128, state_bytes=2 << 30, task_tokens=1 << 20),
+    "cuda": _Habit(chunk_size=128, state_bytes=2 << 30, task_tokens=1 << 20, wide_chunk_size=256),
     # Each new size of a matrix product takes memory that MPS does not give back, so tails come in few sizes.
     "mps": _Habit(64, state_bytes=512 << 20, task_tokens=1 << 16, chunk_counts=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32)),
 }
@@ -133,7 +134,7 @@ def make(shape: Shape, device: str, config: Config, machine: Machine = Machine()
     schedule = config.schedule
     if schedule is Schedule.AUTO:
         schedule = Schedule.RECURRENT if shape.tokens <= STEP_TOKENS else Schedule.INDUCTOR
-    L = config.chunk_size or habit.chunk_size
+    L = config.chunk_size or (shape.DHQK >= 256 and habit.wide_chunk_size) or habit.chunk_size
     summary = shape.DHQK * shape.DHHV * 4
     chunks = min(habit.state_bytes // summary, habit.task_tokens // L, MAX_CHUNKS)
     segment = config.segment or max(4, chunks) * L
