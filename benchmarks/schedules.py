@@ -1,7 +1,7 @@
 """Time the queued schedule against the inductor schedule on one mLSTM prefill, and print both plans.
 
-    python benchmarks/schedules.py --json result.json                 # this machine's first device
-    python benchmarks/schedules.py --cases 1,2,256,512,4096:segment=1024,heads_per_band=2   # B,NH,DHQK,DHHV,S:settings
+    python -m benchmarks.schedules --json result.json                 # this machine's first device
+    python -m benchmarks.schedules --cases 1,2,256,512,4096:segment=1024,heads_per_band=2   # B,NH,DHQK,DHHV,S:settings
 
 A schedule is held to the other one, and on a short sequence to the recurrence, before it is timed; then they take
 turns call by call, so that whatever else the machine does meets both.
@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.timing import machine, timed
 from torch_xlstm_ops import config, devices
 from torch_xlstm_ops.functional import mlstm_chunkwise
 from torch_xlstm_ops.schedules import plan, tasks
@@ -77,15 +76,6 @@ def check(args: Sequence[Tensor], outputs: dict[str, Tensor]) -> dict[str, float
     return errors
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the milliseconds that a call takes to its end."""
-    devices.synchronize(device)
-    start = time.perf_counter()
-    call()
-    devices.synchronize(device)
-    return (time.perf_counter() - start) * 1e3
-
-
 def measure(case: Case, dtype: torch.dtype, device: torch.device, rounds: int, learning: bool) -> dict[str, Any]:
     """Return one case's medians, plans, and the ratio of each to inductor."""
     args = draw(case, dtype, device)
@@ -135,10 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case = measure(Case.parse(text), dtype, device, given.rounds, given.backward)
         print(json.dumps(case, indent=1), flush=True)
         cases.append(case)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    machine = {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if given.json:
-        given.json.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n", encoding="utf-8")
+        given.json.write_text(json.dumps({"machine": machine(device), "cases": cases}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

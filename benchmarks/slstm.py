@@ -1,7 +1,7 @@
 """Time our sLSTM against xlstm's and flashrnn's: a sequence forward, forward and backward, and one step.
 
-    python benchmarks/slstm.py --json result.json                                # this machine's first device
-    python benchmarks/slstm.py --device cuda --shapes 8,4,64,1024 8,4,128,1024   # B,NH,DH,S
+    python -m benchmarks.slstm --json result.json                                # this machine's first device
+    python -m benchmarks.slstm --device cuda --shapes 8,4,64,1024 8,4,128,1024   # B,NH,DH,S
 
 Every contender is held to the float64 recurrence before it is timed, one that is not there or not right is named with
 the reason, and the others take turns call by call, so that whatever else the machine does meets all of them. On CUDA
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.timing import alternate, machine, timed
 from torch_xlstm_ops import devices, slstm
 from torch_xlstm_ops.functional import slstm_sequence, slstm_step
 from torch_xlstm_ops.schedules.slstm import Graphs
@@ -184,25 +184,6 @@ def training(contender: Contender, leaves: Sequence[Tensor], dh: Tensor) -> None
         torch.autograd.grad(contender.forward(*leaves), leaves, dh)
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the milliseconds that a call takes to its end."""
-    devices.synchronize(device)
-    start = time.perf_counter()
-    call()
-    devices.synchronize(device)
-    return (time.perf_counter() - start) * 1e3
-
-
-def alternate(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, float]:
-    """Return the median milliseconds of each call, all taking turns until the time is up, five times at least."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, taken.values())) < 5:
-        for name, call in calls.items():
-            taken[name].append(timed(call, device))
-    return {name: round(statistics.median(times), 4) for name, times in taken.items()}
-
-
 def measure(shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, Any]:
     """Return the medians of one case, the step's microseconds, and who took no part."""
     args = draw(shape, dtype, device)
@@ -250,11 +231,6 @@ def step_us(args: Sequence[Tensor], device: torch.device, calls: int = 200) -> f
     with torch.inference_mode():
         run()
         return statistics.median(timed(run, device) for _ in range(7)) / calls * 1e3
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Train the embedded demo model: a byte-level xLSTM that has read the Python standard library.
 
-    python benchmarks/train_demo_model.py --minutes 8
+    python -m benchmarks.train_demo_model --minutes 8
 
 Whole files are held out by a hash of their path, so every machine and Python version holds out the same ones. The
 model is transformers' `xLSTMForCausalLM` on our operators; what is written loads in plain transformers. Each of the
