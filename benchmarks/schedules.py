@@ -126,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(case, indent=1), flush=True)
         cases.append(case)
     if given.json:
-        given.json.write_text(json.dumps({"machine": machine(device), "cases": cases}, indent=1) + "\n", encoding="utf-8")
+        result = {"machine": machine(device), "cases": cases}
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
