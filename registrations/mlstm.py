@@ -50,7 +50,10 @@ _steps: dict[_Signature, compiled.RawCallable] = {}  # calls whose arguments wer
 
 def _compiled_step(fn: compiled.PureFunction, args: list[Tensor], eps: float) -> compiled.RawCallable:
     """Return the callable for a step; arguments of a signature seen before are not checked again."""
-    signature = (fn, eps, *[t.shape for t in args], *[t.dtype for t in args], *[t.device for t in args])
+    signature = (
+        fn, eps, torch.get_num_threads(),
+        *[t.shape for t in args], *[t.dtype for t in args], *[t.device for t in args],
+    )
     call = _steps.get(signature)
     if call is None:
         check_mlstm_step(*args)

@@ -22,8 +22,7 @@ RawCallable = Callable[[list[Tensor]], Sequence[Tensor]]
 CAPACITY = 1024  # entries a cache keeps; the oldest leaves first
 # Axes that stay symbolic, with the size to trace them at: large enough for Inductor to parallelise over.
 FREE_AXES = {"G": 11, "NC": 13}
-# Kernels that ask how many threads their caller may use: Inductor's others are compiled for a fixed number.
-RELEASE_GIL: dict[str, Any] = {"cpp_wrapper": True, "cpp.dynamic_threads": True}
+RELEASE_GIL: dict[str, Any] = {"cpp_wrapper": True}
 DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
     "mps": {"max_fusion_unique_io_buffers": 28},  # Metal allows 31 buffers a kernel, and Inductor does not split on it
 }
@@ -38,7 +37,11 @@ def get(
     axes: the axes of each argument, e.g. ``"G NC L DHQK"``; names in FREE_AXES stay symbolic, all others are fixed.
     release_gil: generate a C++ wrapper, which costs compile time and lets other Python threads run meanwhile (CPU).
     """
-    key = (fn, release_gil, args[0].device, *static.values(), *[t.shape for t in args], *[t.dtype for t in args])
+    # A CPU kernel has as many accumulators as there were threads when it was compiled.
+    key = (
+        fn, release_gil, args[0].device, torch.get_num_threads(),
+        *static.values(), *[t.shape for t in args], *[t.dtype for t in args],
+    )
     call = _callables.get(key)
     if call is None:
         family = _family(fn, axes, args, release_gil, static)
@@ -85,7 +88,8 @@ def _family(
 ) -> _Family:
     fixed = [s for names, t in zip(axes, args, strict=True)
              for a, s in zip(_split(names), t.shape, strict=True) if a not in FREE_AXES]
-    key = (fn, release_gil, args[0].device, *static.items(), *[t.dtype for t in args], *fixed)
+    threads = torch.get_num_threads()
+    key = (fn, release_gil, args[0].device, threads, *static.items(), *[t.dtype for t in args], *fixed)
     family = _families.get(key)
     if family is None:
         family = _remember(_families, key, _Family(functools.partial(fn, **static), axes, release_gil))
