@@ -131,7 +131,10 @@ _steps: dict[tuple[Any, ...], compiled.RawCallable] = {}  # calls whose argument
 
 def _compiled_step(args: list[Tensor], floor: float) -> compiled.RawCallable:
     """Return the callable for a step; arguments of a signature seen before are not checked again."""
-    signature = (floor, *[t.shape for t in args], *[t.dtype for t in args], *[t.device for t in args])
+    signature = (
+        floor, torch.get_num_threads(),
+        *[t.shape for t in args], *[t.dtype for t in args], *[t.device for t in args],
+    )
     call = _steps.get(signature)
     if call is None:
         x, r, b, y, c, n, m = args

@@ -48,6 +48,19 @@ def test_what_a_kernel_is_specialised_on_is_in_the_key(compiles):
     assert len(compiles) == 4
 
 
+def test_another_number_of_threads_is_another_kernel(compiles):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            args = draw(8, 64)
+            (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
+            torch.testing.assert_close(found, scale(*args, factor=2.0)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert len(compiles) == 2
+
+
 def test_threads_that_race_compile_once(compiles):
     args, found, start = draw(3, 5), [], threading.Barrier(4)
 
