@@ -29,7 +29,7 @@ def extra(S, schedule):
 torch.set_num_threads(2)
 found = {}
 with config.use(**json.loads(sys.argv[1])), torch.inference_mode():
-    for schedule in ("inductor",):
+    for schedule in ("inductor", "queued"):
         extra(4096, schedule)  # compiles
         found[schedule] = [extra(S, schedule) for S in (16_384, 131_072)]
 print(json.dumps(found))

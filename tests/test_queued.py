@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, float32_tolerance, weigh
-from torch_xlstm_ops import config, devices, mlstm_chunkwise, schedules, trace
+from torch_xlstm_ops import config, devices, mlstm_chunkwise, trace
 from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.schedules import inductor, pool
 from torch_xlstm_ops.schedules.job import Job, TaskError
@@ -25,14 +25,6 @@ from torch_xlstm_ops.schedules.plan import Plan
 L = 16  # as in test_mlstm_ops: each new size is a compile
 CPU = torch.device("cpu")
 ALONE = {"segment": 2 * L, "heads_per_band": 6}  # one band, which workers share by summaries
-
-
-pytestmark = pytest.mark.slow  # until the schedule is offered
-
-
-@pytest.fixture(autouse=True)
-def _offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(schedules._UNFINISHED, Schedule.QUEUED)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -163,7 +163,8 @@ def _compile_raw(
         examples = [example(names, t) for names, t in zip(axes, args, strict=True)]
         graph = make_fx(fn, decomposition_table=select_decomp_table(), tracing_mode="real")(*examples)
     with config.patch(options), tracing(TracingContext(mode)):
-        call = compile_fx_inner(graph, examples).current_callable  # type: ignore[attr-defined]
+        code = compile_fx_inner(graph, examples, cpp_wrapper="cpp_wrapper" in options)
+        call = code.current_callable  # type: ignore[attr-defined]
     conditions = {guard.expr for guard in env.guards}
 
     def admits(sizes: dict[str, int]) -> bool:

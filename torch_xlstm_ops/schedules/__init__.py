@@ -10,14 +10,12 @@ import torch
 from torch_xlstm_ops.config import Schedule
 
 _MODULES = {Schedule.INDUCTOR: "inductor", Schedule.QUEUED: "queued", Schedule.RECURRENT: "recurrent"}
-# Built, and tested by tests marked slow, but not yet safe to offer.
-_UNFINISHED = {Schedule.QUEUED: "not finished: being proven on worker threads"}
 
 
 def unavailable(schedule: Schedule, device: torch.device) -> str | None:
     """Return why `schedule` cannot run on `device`, or None if it can."""
     if schedule is Schedule.AUTO or schedule in _MODULES:
-        return _UNFINISHED.get(schedule)
+        return None
     return "not built yet"
 
 
