@@ -203,7 +203,7 @@ def test_unknown_names_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         error(config.use(trace="a.csv").__enter__),
     ]
     assert_expected_inline("\n".join(messages), """\
-an XLSTM_OPS_* variable must be one of XLSTM_OPS_CHUNK_SIZE, XLSTM_OPS_CONFIG, XLSTM_OPS_HEADS_PER_BAND, XLSTM_OPS_MEM_FRACTION, XLSTM_OPS_SCHEDULE, XLSTM_OPS_SEGMENT, XLSTM_OPS_STREAMS, XLSTM_OPS_TRACE, XLSTM_OPS_WINDOW, XLSTM_OPS_WORKERS, got XLSTM_OPS_WORKER
+an XLSTM_OPS_* variable must be one of XLSTM_OPS_CHUNK_SIZE, XLSTM_OPS_CONFIG, XLSTM_OPS_HEADS_PER_BAND, XLSTM_OPS_MEM_FRACTION, XLSTM_OPS_PATCH, XLSTM_OPS_SCHEDULE, XLSTM_OPS_SEGMENT, XLSTM_OPS_STREAMS, XLSTM_OPS_TRACE, XLSTM_OPS_WINDOW, XLSTM_OPS_WORKERS, got XLSTM_OPS_WORKER
 XLSTM_MEM_SOFT_PCT and XLSTM_MEM_HARD_PCT must agree, as both mean XLSTM_OPS_MEM_FRACTION, got 0.85 and 0.92
 a flag must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, got worker
 a field of config.use must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, got worker

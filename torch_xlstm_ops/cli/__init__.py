@@ -1,4 +1,5 @@
-"""`xlstm-ops`: `generate` writes text with an xLSTM and measures it, `info` says what this machine can do.
+"""`xlstm-ops`: `generate` writes text with an xLSTM and measures it, `run` runs a script on our operators, `info` says
+what this machine can do.
 
 What cannot be used ends with one line on stderr and exit status 2, before a model is loaded or a file is touched.
 """
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from torch_xlstm_ops import config, devices
-from torch_xlstm_ops.cli import info, request, writing
+from torch_xlstm_ops.cli import info, request, run, writing
 from torch_xlstm_ops.cli.loading import BadInput, check_extra
 
 
@@ -28,6 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     write = commands.add_parser("generate", help="write text with an xLSTM and time it", allow_abbrev=False)
     request.add_flags(write)
+    start = commands.add_parser("run", help="run a Python script with the packages it imports patched",
+                                allow_abbrev=False)
+    run.add_flags(start)
     tell = commands.add_parser("info", help="say what this machine can do", allow_abbrev=False)
     tell.add_argument("--device", metavar="NAME", help="ask the schedules about auto, cpu, cuda or mps (default auto)")
     config.add_flags(tell)
@@ -38,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `xlstm-ops` and return its exit status: 2 for what cannot be used, 130 when interrupted."""
     try:
         parsed = _parser().parse_args(arguments)
-        return {"generate": _generate, "info": _info}[parsed.command](parsed)
+        return {"generate": _generate, "run": run.run, "info": _info}[parsed.command](parsed)
     except BadInput as error:
         print(f"xlstm-ops: error: {error}", file=sys.stderr)
         return 2

@@ -1,20 +1,19 @@
-"""The mLSTM as every peer calls it: any length, any state it may hold, one operator call."""
+"""The mLSTM and the sLSTM as every peer calls them: any length, any state it may hold, one operator call."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.functional import mlstm_chunkwise, mlstm_step
-from torch_xlstm_ops.shapes import MLSTMState, state_dtype
+from torch_xlstm_ops.functional import mlstm_chunkwise, mlstm_step, slstm_sequence
+from torch_xlstm_ops.shapes import MLSTMState, SLSTMState, state_dtype
 
 
 def mlstm(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
-    c: Tensor | None, n: Tensor | None, m: Tensor | None, *, eps: float,
+    c: Tensor | None, n: Tensor | None, m: Tensor | None, *, eps: float, schedule: str | None = None,
 ) -> tuple[Tensor, MLSTMState]:
     """Run a sequence (B, NH, S, D) in one call: the step for a single token, else the chunkwise op.
 
@@ -24,16 +23,31 @@ def mlstm(
     B, NH, S, DHQK = q.shape
     wide = state_dtype(q.dtype)
     if c is None and n is None and m is None and S != 1:
-        return mlstm_chunkwise(q, k, v, igate, fgate, eps=eps)
+        return mlstm_chunkwise(q, k, v, igate, fgate, eps=eps, schedule=schedule)
     learning = torch.is_grad_enabled() and _any_requires_grad(q, k, v, igate, fgate, c, n, m)
     # Peers overwrite the state they passed as soon as they have the new one, so autograd must not have saved theirs.
     c = q.new_zeros((B, NH, DHQK, v.shape[-1]), dtype=wide) if c is None else c.to(q.device, wide, copy=learning)
     n = q.new_zeros((B, NH, DHQK), dtype=wide) if n is None else n.to(q.device, wide, copy=learning)
     m = q.new_zeros((B, NH, 1), dtype=wide) if m is None else m.to(q.device, wide, copy=learning)
     if S != 1:
-        return mlstm_chunkwise(q, k, v, igate, fgate, c, n, m, eps=eps)
+        return mlstm_chunkwise(q, k, v, igate, fgate, c, n, m, eps=eps, schedule=schedule)
     h, state = mlstm_step(q.squeeze(2), k.squeeze(2), v.squeeze(2), igate, fgate, c, n, m, eps=eps)
     return h.unsqueeze(2), state
+
+
+def slstm(
+    x: Tensor, r: Tensor, b: Tensor, states: Sequence[Tensor] | None, *, floor: float = 0.0
+) -> tuple[Tensor, SLSTMState]:
+    """Run a sequence x (B, S, 4, NH, DH) in one call; r (4, NH, DH, DH) [gate, head, out, in] is cast to x's dtype.
+
+    states: y, c, n, m (B, NH, DH) of any floating dtype, or None for zeros.
+    Returns h (B, S, NH, DH) in x's dtype and new states in float32 (float64 for float64 inputs).
+    """
+    if states is None:
+        return slstm_sequence(x, r.to(x.dtype), b, floor=floor)
+    learning = torch.is_grad_enabled() and _any_requires_grad(x, r, b, *states)
+    y, c, n, m = (state.to(x.device, state_dtype(x.dtype), copy=learning) for state in states)
+    return slstm_sequence(x, r.to(x.dtype), b, y, c, n, m, floor=floor)
 
 
 def returns_states(asked: bool | None, mode: str | None, *, mode_default: str, states_default: bool) -> bool:
@@ -50,14 +64,6 @@ def returns_states(asked: bool | None, mode: str | None, *, mode_default: str, s
     if "inference" in mode:
         return True
     raise ValueError(f"mode must be train, train_with_padding or inference, got {mode!r}")
-
-
-def check_signature(function: Callable[..., object], names: Sequence[str]) -> None:
-    """Raise RuntimeError unless a peer's function takes exactly the parameters that our replacement takes."""
-    found = list(inspect.signature(function).parameters)
-    if found != list(names):
-        place = f"{function.__module__}.{function.__qualname__}"
-        raise RuntimeError(f"{place} must take ({', '.join(names)}) to be patched, got ({', '.join(found)})")
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

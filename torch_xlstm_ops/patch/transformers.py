@@ -6,7 +6,7 @@ model keeps the states between calls in an `xLSTMCache`: that is where we step i
 
 The peer holds those states in the embedding's dtype, so a bfloat16 model rounds them at every call; a cache made
 while patched holds them in float32 (float64 beside float64) and reports the dtype it was asked for. A cache made
-before keeps its own.
+before keeps its own, and so do all with ``compat``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.patch import Change, mlstm_kernels
-from torch_xlstm_ops.patch.kernels import check_signature, mlstm, returns_states
+from torch_xlstm_ops.patch import mlstm_kernels
+from torch_xlstm_ops.patch.kernels import mlstm, returns_states
+from torch_xlstm_ops.patch.ledger import Change
 from torch_xlstm_ops.shapes import state_dtype
 
 BACKEND_PARAMETERS = (
@@ -28,16 +29,16 @@ BACKEND_PARAMETERS = (
 )
 
 
-def changes() -> Sequence[Change]:
+def changes(compat: bool) -> Sequence[Change]:
     """Return what to replace for the branch that transformers chose when it was imported."""
     from transformers.models.xlstm import modeling_xlstm as peer
 
-    cache = peer.xLSTMCache
-    states = Change(cache, "__init__", _with_wide_states(cache.__init__), "states stay float32 between calls")
+    states = Change(peer.xLSTMCache, "__init__", _with_wide_states, "states stay float32 between calls")
+    kept = [] if compat else [states]
     if peer.external_xlstm:
-        return [states, *mlstm_kernels.changes()]
-    check_signature(peer.xLSTMBackend.forward, BACKEND_PARAMETERS)
-    return [states, Change(peer.xLSTMBackend, "forward", _forward, "sequences of any length and steps are one op call")]
+        return [*kept, *mlstm_kernels.changes(compat)]
+    effect = "sequences of any length and steps are one op call"
+    return [*kept, Change(peer.xLSTMBackend, "forward", lambda theirs: _forward, effect, BACKEND_PARAMETERS)]
 
 
 def _forward(
