@@ -3,12 +3,14 @@
 import os
 
 from torch_xlstm_ops import registrations as registrations
+from torch_xlstm_ops.explain import explain
 from torch_xlstm_ops.functional import mlstm_chunkwise, mlstm_step, mlstm_step_, slstm_sequence, slstm_step
 from torch_xlstm_ops.shapes import MLSTMState, SLSTMState
 
 __all__ = [
     "MLSTMState",
     "SLSTMState",
+    "explain",
     "mlstm_chunkwise",
     "mlstm_step",
     "mlstm_step_",

@@ -1,1 +1,8 @@
 """Effects only: importing it registers the operators."""
+
+from typing import Any
+
+# The Dynamo backend, which nothing imports before it is asked for.
+dynamo: Any
+dynamo_rules: Any
+inline: Any

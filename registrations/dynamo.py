@@ -1,0 +1,130 @@
+"""The Dynamo backend ``xlstm``: the peers' xLSTM functions become our operators, and Inductor compiles the graph.
+
+    torch.compile(model, backend="xlstm")
+
+Torch finds it by an entry point, so nobody has to import us. `dynamo_rules` recognises, `inline` splices.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from torch_xlstm_ops import config, schedules
+
+from . import dynamo_rules
+from .inline import EVERYTHING, STEPS, Maths, operator_of, splice
+
+INLINE = "inline"
+
+
+class Options(NamedTuple):
+    """What a user asked of the backend."""
+
+    settings: Mapping[str, object]  # fields of Config, for every call of an operator in the compiled code
+    inline: bool | None  # whether operators are spliced; None: where it measures better
+    inductor: Mapping[str, Any]  # everything else
+
+
+def read(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+    """Sort and check what `torch.compile` was given.
+
+    Raises ValueError for a name that neither we nor Inductor know, and for a value that cannot be used.
+    """
+    import torch._inductor as inductor
+
+    settings: dict[str, object] = {}
+    rest: dict[str, Any] = dict(inductor.list_mode_options(mode) if mode is not None else {})
+    inline: bool | None = None
+    known = inductor.config.get_config_copy()
+    for name, value in (options or {}).items():
+        if name == INLINE:
+            if not isinstance(value, bool):
+                raise ValueError(f"option {INLINE} must be True or False, got {value!r}")
+            inline = value
+        elif name == "trace":
+            raise ValueError("an option must not be trace, which is process-wide: use trace.record(FILE)")
+        elif name in config.SETTINGS:
+            settings[name] = config.check(config.SETTINGS[name].kind, value, f"option {name}", text=False)
+        elif name.replace("-", "_") in known:
+            rest[name] = value
+        else:
+            ours = ", ".join([*(n for n in config.SETTINGS if n != "trace"), INLINE])
+            raise ValueError(f"an option must be one of {ours}, or of torch._inductor.list_options(), got {name!r}")
+    return Options(settings, inline, rest)
+
+
+def prepare(module: fx.GraphModule, options: Options) -> list[fx.Node]:
+    """Splice what is to be spliced; return the nodes that stay calls of our operators.
+
+    Raises NotImplementedError for a schedule that cannot run where they are.
+    """
+    for node in module.graph.nodes:
+        if operator_of(node) is not None and "schedule" in options.settings:
+            device = node.args[0].meta["example_value"].device
+            schedules.load(config.Schedule(options.settings["schedule"]), device)
+    with config.use(**options.settings):
+        return splice(module, _spliced(options.inline))
+
+
+def _spliced(inline: bool | None) -> Mapping[str, Maths]:
+    if inline is None:
+        return STEPS
+    return EVERYTHING if inline else {}
+
+
+def xlstm(
+    module: fx.GraphModule, examples: Sequence[Any], *, options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Any:
+    """Compile a graph: the backend itself.
+
+    options: fields of `Config` (all but trace), ``inline``, and options of Inductor. mode: as Inductor has it.
+    """
+    asked = read(options, mode)
+    _warn(module)
+    prepare(module, asked)
+    return _lower(module, examples, asked)
+
+
+xlstm.wants_xlstm_rules = True  # type: ignore[attr-defined]
+
+
+def _warn(module: fx.GraphModule) -> None:
+    """Say what stays as it is: a call that no operator promises, or a whole frame without any xLSTM."""
+    found = dynamo_rules.findings()
+    refusals = dict.fromkeys(f"{f.place} stays as it is: {f.refusal}" for f in found if f.refusal is not None)
+    for refusal in refusals:
+        warnings.warn(f"backend xlstm: {refusal}", stacklevel=2)
+    if not found and not dynamo_rules.is_piece(module) and not any(operator_of(node) for node in module.graph.nodes):
+        warnings.warn("backend xlstm found no xLSTM here and leaves all to Inductor; torch_xlstm_ops.explain(model, "
+                      "*inputs) says more", stacklevel=2)
+
+
+def _lower(module: fx.GraphModule, examples: Sequence[Any], options: Options) -> Any:
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    patches = dict(options.inductor)
+    if not options.settings:
+        return compile_fx(module, examples, config_patches=patches)
+
+    # Forward and backward run apart, in threads of autograd's choosing: each brings the settings with it.
+    def compile_inner(graph: fx.GraphModule, inputs: Sequence[Any], **how: Any) -> Any:
+        compiled = compile_fx_inner(graph, inputs, **how)
+
+        def run(args: Any) -> Any:
+            with config.use(**options.settings):
+                return compiled(args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # what it finds was compiled without the settings
+        return compile_fx(module, examples, inner_compile=compile_inner, config_patches=patches)
+
+
+dynamo_rules.watch()

@@ -1,0 +1,125 @@
+"""Splices an operator's mathematics into a graph, so that Inductor fuses it with what stands around it.
+
+This happens before autograd sees the graph: training differentiates the spliced mathematics.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from torch_xlstm_ops import config, mlstm, slstm
+from torch_xlstm_ops.schedules import plan
+from torch_xlstm_ops.shapes import state_dtype
+
+Maths = Callable[..., tuple[Tensor, ...]]
+NEG_INF, INF = float("-inf"), float("inf")
+
+
+def _slstm_step(*args: Tensor, floor: float = 0.0) -> tuple[Tensor, ...]:
+    return slstm.step(*args, floor=floor, product=slstm.Product.FUSED)
+
+
+def _mlstm_chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
+    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
+    *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
+) -> tuple[Tensor, ...]:
+    """Run segments of all heads, one after another: what the operator does, without its bands."""
+    B, NH, S, DHQK = q.shape
+    settings = config.for_call(chunk_size=chunk_size)
+    L = plan.make(plan.Shape(B * NH, S, DHQK, v.shape[-1]), q.device.type, settings).chunk_size
+    wide = state_dtype(q.dtype)
+    if c is None or n is None or m is None:
+        c = q.new_zeros((B, NH, DHQK, v.shape[-1]), dtype=wide)
+        n, m = q.new_zeros((B, NH, DHQK), dtype=wide), q.new_zeros((B, NH, 1), dtype=wide)
+    state = [t.flatten(0, 1) for t in (c, n, m)]
+    h = []
+    for start in range(0, S, plan.MAX_CHUNKS * L):
+        at = slice(start, min(start + plan.MAX_CHUNKS * L, S))
+        tail = (at.start - at.stop) % L
+        padded = [F.pad(t[:, :, at], (0, 0, 0, tail)) for t in (q, k, v)]
+        padded += [F.pad(t[:, :, at], (0, tail), value=fill) for t, fill in ((igate, NEG_INF), (fgate, INF))]
+        streams = [torch.unflatten(t, 2, (-1, L)).flatten(0, 1) for t in padded]  # (B*NH, NC, L, ...)
+        out, *state = mlstm.segment(*streams, *state, eps=eps)
+        h.append(out.flatten(1, 2)[:, :at.stop - at.start])
+    parted = [torch.unflatten(t, 0, (B, NH)) for t in (torch.cat(h, 1) if h else v.flatten(0, 1).clone(), *state)]
+    return tuple(parted)
+
+
+STEPS: dict[str, Maths] = {"mlstm_step": mlstm.step, "mlstm_step_": mlstm.step_, "slstm_step": _slstm_step}
+EVERYTHING: dict[str, Maths] = {**STEPS, "mlstm_chunkwise": _mlstm_chunkwise}
+
+
+def operator_of(node: fx.Node) -> str | None:
+    """Return the name of our operator that a node calls, or None."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverloadPacket):
+        return None
+    library, name = target._qualified_op_name.split("::")
+    return name if library == "xlstm" else None
+
+
+def splice(module: fx.GraphModule, maths: Mapping[str, Maths]) -> list[fx.Node]:
+    """Replace the calls of the operators in `maths` by what those functions do; return those that stay calls.
+
+    A call stays where autocast would change its dtypes, and one over a sequence where a size is symbolic.
+    """
+    stay = []
+    for node in list(module.graph.nodes):
+        name = operator_of(node)
+        if name is not None and not (name in maths and _splice(module.graph, node, maths[name])):
+            stay.append(node)
+    module.recompile()
+    return stay
+
+
+def _splice(graph: fx.Graph, node: fx.Node, maths: Maths) -> bool:
+    values = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
+    body = _trace(node, maths, values)
+    if body is None:
+        return False
+    with graph.inserting_before(node):
+        copies = dict(zip(body.graph.find_nodes(op="placeholder"), values, strict=True))
+        results: Any = graph.graph_copy(body.graph, copies)
+    for user in list(node.users):
+        if user.target is operator.getitem:
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+    if node.users:  # the one result of mlstm_step_
+        node.replace_all_uses_with(results[0])
+    graph.erase_node(node)
+    return True
+
+
+def _trace(node: fx.Node, maths: Maths, values: list[fx.Node]) -> fx.GraphModule | None:
+    """Return the graph of `maths` for a call's tensors, or None where it would not give what the call gives."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    examples = [value.meta["example_value"] for value in values]
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(values, tensors, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
+        return maths(*args, **kwargs)
+
+    if maths is _mlstm_chunkwise and any(_symbolic(t) for t in examples):
+        return None
+    with examples[0].fake_mode, torch.no_grad():
+        body = make_fx(call)(*examples)
+        returned: Any = body.graph.output_node().args[0]
+    wanted = node.meta["example_value"]
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    same = all(a.meta["val"].dtype == b.dtype for a, b in zip(returned, wanted, strict=True))
+    return body if same else None
+
+
+def _symbolic(t: Tensor) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in t.shape)
