@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import compiled, config, devices, mlstm, schedules
+from torch_xlstm_ops import compiled, config, devices, mlstm, mlstm_gradient, schedules
 from torch_xlstm_ops.schedules import plan
 from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state, machine
 from torch_xlstm_ops.shapes import check_mlstm_sequence, check_mlstm_step, check_not_negative, check_shape, state_dtype
@@ -17,13 +17,14 @@ from .dispatch import autocast, autograd, fake, implement, overload, vmap
 from .schemas import LIBRARY
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor]
+AXES = mlstm.AXES | mlstm_gradient.AXES
 
 
 def _run(fn: compiled.PureFunction, **static: Any) -> Run:
     """Return a callable that compiles `fn` for the arguments it is called with."""
 
     def run(args: list[Tensor]) -> Sequence[Tensor]:
-        return compiled.get(fn, mlstm.AXES[fn], args, **static)(args)
+        return compiled.get(fn, AXES[fn], args, **static)(args)
 
     return run
 
@@ -36,9 +37,16 @@ def _kernels(eps: float, release_gil: bool = False) -> Kernels:
         after_scores = run(fn, eps=eps)
         return lambda args: after_scores([*args[:5], mlstm.scores(args[0], args[1]), *args[5:]])
 
+    factors = with_scores(mlstm_gradient.gradient)
+
+    def backward(args: list[Tensor]) -> Sequence[Tensor]:
+        q, k, v, dh = *args[:3], args[8]
+        P, dS, dq, dk, k_gated, ddC, *rest = factors(args)
+        return *mlstm_gradient.finish(P, dS, dq, dk, k_gated, ddC, q, k, v, dh), *rest
+
     return Kernels(
         operands=with_scores(mlstm.operands), emit=mlstm.emit, step=_run(mlstm.step, eps=eps), after=run(mlstm.after),
-        backward=with_scores(mlstm.segment_backward), summarize=run(mlstm.summarize), absorb=run(mlstm.absorb),
+        backward=backward, summarize=run(mlstm.summarize), absorb=run(mlstm.absorb),
     )
 
 
@@ -58,7 +66,7 @@ def _compiled_step(fn: compiled.PureFunction, args: list[Tensor], eps: float) ->
     if call is None:
         check_mlstm_step(*args)
         check_not_negative("eps", eps)
-        call = compiled.get(fn, mlstm.AXES[fn], args, eps=eps)
+        call = compiled.get(fn, AXES[fn], args, eps=eps)
         if len(_steps) >= compiled.CAPACITY:
             _steps.clear()
         _steps[signature] = call

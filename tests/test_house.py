@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 # Each floor may import from itself and from those before it.
 FLOORS = [
     ["shapes", "config", "devices", "trace", "trace_files"],
-    ["mlstm", "slstm"],
+    ["decay"],
+    ["mlstm", "mlstm_gradient", "slstm"],
     ["compiled"],
     ["schedules"],
     ["registrations"],
@@ -25,7 +26,9 @@ FLOORS = [
 ]
 # Floors that see less than what lies below them.
 ONLY = {
-    "mlstm": {"shapes"},
+    "decay": set(),
+    "mlstm": {"shapes", "decay"},
+    "mlstm_gradient": {"shapes", "decay", "mlstm"},
     "slstm": {"shapes"},
     "compiled": set(),
     "schedules": {"shapes", "config", "devices", "trace"},

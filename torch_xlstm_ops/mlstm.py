@@ -8,14 +8,16 @@ same masked product again.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_xlstm_ops.decay import NEG_INF, causal, finite, prefix, prefixes, span
 from torch_xlstm_ops.shapes import state_dtype
 
-NEG_INF = float("-inf")
-GRID = 256.0  # multiples of 1/GRID add up exactly in float32 to +-65,536
+FLOOR = {torch.float32: 80.0, torch.float64: 700.0}  # the most that `floor` raises e to
 
 
 def step(
@@ -38,7 +40,7 @@ def step(
     k_gated = add * k.to(wide)
     c_new = forget[..., None] * c + k_gated[..., :, None] * v.to(wide)[..., None, :]
     n_new = forget * n + k_gated
-    denominator = torch.maximum((q_scaled * n_new).sum(-1, keepdim=True).abs(), _floor(m_new)) + eps
+    denominator = torch.maximum((q_scaled * n_new).sum(-1, keepdim=True).abs(), floor(m_new)) + eps
     h = (c_new * q_scaled[..., :, None]).sum(-2) / denominator
     return h.to(v.dtype), c_new, n_new, m_new
 
@@ -84,42 +86,42 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
 def operands(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, c: Tensor, n: Tensor, m: Tensor,
     *, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Turn a segment into the factors of its output, ``h = q_gated C_before + P v``, and the state after it.
 
     q, k: (G, NC, L, DHQK); v: (G, NC, L, DHHV); igate, fgate: (G, NC, L); scores: (G, NC, L, L), of `scores`;
     c: (G, DHQK, DHHV); n: (G, DHQK); m: (G, 1).
-    Returns P (G*NC, L, L), q_gated (G*NC, L, DHQK), C_before (G*NC, DHQK, DHHV), c, n, m. The factors already hold
-    1/denominator, so no pass over h follows. A token with igate -inf and fgate +inf changes nothing (padding).
+    Returns P (G*NC, L, L), q_gated (G*NC, L, DHQK), W (G, NC, NC) and dC (G, NC, DHQK, DHHV) for `states_before`, and
+    c, n, m. The factors already hold 1/denominator, so no pass over h follows. A token with igate -inf and fgate +inf
+    changes nothing (padding).
     """
-    _, _, L, DHQK = q.shape
-    wide, scale = state_dtype(q.dtype), DHQK**-0.5
-    within = _prefix(_parts(fgate.to(wide)))
+    wide, scale = state_dtype(q.dtype), q.shape[-1] ** -0.5
+    within = prefixes(fgate.to(wide))
     igate = igate.to(wide)
-    M, dC, dn = _chunk_summaries(k, v, igate, within)
-    # In this order: `_states_before` writes over a slot of dC, and copies it all if it is read again.
-    c_after, n_after, m_after = absorb(*_fold(within[..., -1], M, dC, dn), c, n, m)
-    C_before, n_before, m_before = _states_before(within[..., -1], M, dC, dn, c, n, m)
+    chunks = summaries(k, v, igate, within)
+    across = prefix(within[..., -1])
+    c_after, n_after, m_after = absorb(*_fold(across, *chunks), c, n, m)
+    reach = reaches(within[..., -1], across, chunks.M, m)
+    n_before = torch.bmm(reach.W, chunks.dn) + reach.w_state[..., None] * n[:, None]
+    look = looks(igate, within, reach.m_before)
 
-    # Token t sees the tokens s <= t of its chunk and the state before the chunk, all relative to its maximum m_t.
-    decay = _span(within[..., :, None], within[..., None, :]) + igate[..., None, :]
-    decay = torch.where(_causal(L, q), decay, NEG_INF)  # (G, NC, L, L)
-    m_inter = _span(within) + m_before[..., None]
-    m_t = torch.maximum(decay.amax(-1), m_inter)
-    P = scores * scale * torch.exp(decay - m_t[..., None])
-    w = torch.exp(m_inter - m_t) * scale
+    P = scores * scale * torch.exp(look.decay - look.m[..., None])
+    w = torch.exp(look.m_inter - look.m) * scale
     qn = (q.to(wide) * n_before[..., None, :]).sum(-1)
-    r = 1 / (torch.maximum((P.sum(-1) + w * qn).abs(), _floor(m_t)) + eps)
+    r = 1 / (torch.maximum((P.sum(-1) + w * qn).abs(), floor(look.m)) + eps)
     P = (P * r[..., None]).to(q.dtype).flatten(0, 1)
-    q_gated = (q.to(wide) * (w * r)[..., None]).to(C_before.dtype).flatten(0, 1)
-    return P, q_gated, C_before, c_after, n_after, m_after
+    q_gated = (q.to(wide) * (w * r)[..., None]).to(chunks.dC.dtype).flatten(0, 1)
+    return P, q_gated, reach.with_state().to(chunks.dC.dtype), chunks.dC, c_after, n_after, m_after
 
 
-def emit(P: Tensor, q_gated: Tensor, C_before: Tensor, v: Tensor, h: Tensor) -> None:
-    """Write ``q_gated C_before + P v`` into h (G*NC, L, DHHV); v (G, NC, L, DHHV), the rest from `operands`.
+def emit(P: Tensor, q_gated: Tensor, W: Tensor, dC: Tensor, c: Tensor, v: Tensor, h: Tensor) -> None:
+    """Write ``q_gated C_before + P v`` into h (G*NC, L, DHHV), and over dC; v (G, NC, L, DHHV), the rest of `operands`.
 
-    Two products outside the compiled graph: the second adds in place, where Inductor's would copy first.
+    Products outside the compiled graph: there Inductor would copy all of dC to change one slot, and the second product
+    to add it to the first.
     """
+    dC[:, -1].copy_(c)
+    C_before = torch.bmm(W, dC.flatten(2)).view(-1, *c.shape[1:])
     if C_before.dtype == h.dtype:
         torch.bmm(q_gated, C_before, out=h)
     else:
@@ -130,32 +132,12 @@ def emit(P: Tensor, q_gated: Tensor, C_before: Tensor, v: Tensor, h: Tensor) -> 
 def segment(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return h (G, NC, L, DHHV) and the state after a segment; shapes as in `operands`."""
-    return _segment(q, k, v, igate, fgate, scores(q, k), c, n, m, eps=eps)
-
-
-def _segment(
-    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, c: Tensor, n: Tensor, m: Tensor,
-    *, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    P, q_gated, C_before, c, n, m = operands(q, k, v, igate, fgate, scores, c, n, m, eps=eps)
+    """Return h (G, NC, L, DHHV) and the state after a segment; shapes as in `operands`. A pure form of the two."""
+    P, q_gated, W, dC, c_after, n_after, m_after = operands(q, k, v, igate, fgate, scores(q, k), c, n, m, eps=eps)
+    sources = with_state(dC, c)
+    C_before = torch.bmm(W, sources.flatten(2)).view(-1, *c.shape[1:])
     h = torch.bmm(q_gated, C_before).to(v.dtype) + torch.bmm(P, v.flatten(0, 1))
-    return h.view(v.shape), c, n, m
-
-
-def segment_backward(
-    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, c: Tensor, n: Tensor, m: Tensor,
-    dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, *, eps: float,
-) -> tuple[Tensor, ...]:
-    """Return the gradients of q, k, v, igate, fgate, c, n, m from those of the results of `segment`, recomputing it."""
-    inputs = [t.detach().requires_grad_() for t in (q, k, v, igate, fgate, scores, c, n, m)]
-    with torch.enable_grad():
-        results = _segment(*inputs, eps=eps)
-    dq, dk, dv, digate, dfgate, dscores, *dstate = torch.autograd.grad(results, inputs, (dh, dc, dn, dm))
-    dscores = dscores.to(q.dtype).flatten(0, 1)
-    dq = dq + torch.bmm(dscores, k.flatten(0, 1)).view(q.shape)
-    dk = dk + torch.bmm(dscores.transpose(1, 2), q.flatten(0, 1)).view(k.shape)
-    return dq, dk, dv, digate, dfgate, *dstate
+    return h.view(v.shape), c_after, n_after, m_after
 
 
 def after(
@@ -168,8 +150,8 @@ def after(
 def summarize(k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reduce a segment to its monoid element F (G, 1), M (G, 1), dC (G, DHQK, DHHV), dn (G, DHQK)."""
     wide = state_dtype(k.dtype)
-    within = _prefix(_parts(fgate.to(wide)))
-    return _fold(within[..., -1], *_chunk_summaries(k, v, igate.to(wide), within))
+    within = prefixes(fgate.to(wide))
+    return _fold(prefix(within[..., -1]), *summaries(k, v, igate.to(wide), within))
 
 
 def absorb(
@@ -190,111 +172,115 @@ def combine(
     """Compose the monoid elements of two segments, `first` before `second` in time; exactly associative."""
     (F_first, M, dC, dn), (F_second, M_second, dC_second, dn_second) = first, second
     M_new = torch.maximum(F_second + M, M_second)
-    base = _finite(M_new)
+    base = finite(M_new)
     keep, add = torch.exp(F_second + M - base), torch.exp(M_second - base)
     dC_new = keep[..., None] * dC + add[..., None] * dC_second
     return F_first + F_second, M_new, dC_new, keep * dn + add * dn_second
 
 
-def _chunk_summaries(k: Tensor, v: Tensor, igate: Tensor, within: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return M (G, NC), dC (G, NC, DHQK, DHHV) and dn (G, NC, DHQK) of each chunk."""
+class Summaries(NamedTuple):
+    """The monoid elements of the chunks of a segment, but for their decay."""
+
+    M: Tensor  # (G, NC)
+    dC: Tensor  # (G, NC, DHQK, DHHV)
+    dn: Tensor  # (G, NC, DHQK)
+
+
+def summaries(k: Tensor, v: Tensor, igate: Tensor, within: Tensor) -> Summaries:
+    """Sum up each chunk, all weights relative to the chunk's largest; within: `prefixes` of its tokens."""
     G, NC, _, DHQK = k.shape
-    a = _span(within[..., -1:], within) + igate  # (G, NC, L)
-    M = a.amax(-1)
-    k_gated = k.to(a.dtype) * torch.exp(a - _finite(M)[..., None])[..., None]
-    product = _state_product_dtype(k.dtype)
+    gate, M = input_weights(igate, within)
+    k_gated = k.to(gate.dtype) * gate[..., None]
+    product = product_dtype(k.dtype)
     dC = torch.bmm(k_gated.to(product).flatten(0, 1).transpose(1, 2), v.to(product).flatten(0, 1))
-    return M, dC.view(G, NC, DHQK, v.shape[-1]), k_gated.sum(-2)
+    return Summaries(M, dC.view(G, NC, DHQK, v.shape[-1]), k_gated.sum(-2))
 
 
-def _states_before(
-    across: Tensor, M: Tensor, dC: Tensor, dn: Tensor, c: Tensor, n: Tensor, m: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return C (G*NC, DHQK, DHHV), n (G, NC, DHQK) and m (G, NC) as they stand before each chunk."""
-    G, NC, DHQK, DHHV = dC.shape
-    upto = _prefix(across)  # (3, G, NC)
-    before = upto - across
-    from_state = _span(before) + m
-    chunk = torch.arange(NC, device=M.device)
-    earlier = chunk[None, :] < chunk[:, None]
-    from_chunk = _span(before[..., :, None], upto[..., None, :]) + M[..., None, :]
-    from_chunk = torch.where(earlier, from_chunk, NEG_INF)  # (G, NC, NC)
+def input_weights(igate: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a token weighs at the end of its chunk, (G, NC, L), relative to the chunk's largest, and that M."""
+    log_weight = span(within[..., -1:], within) + igate
+    M = log_weight.amax(-1)
+    return torch.exp(log_weight - finite(M)[..., None]), M
+
+
+class Reach(NamedTuple):
+    """How much of each chunk's summary, and of the incoming state, stands before each chunk."""
+
+    W: Tensor  # (G, NC, NC), strictly lower triangular
+    w_state: Tensor  # (G, NC)
+    m_before: Tensor  # (G, NC), what both are relative to
+    from_chunk: Tensor  # (G, NC, NC) and
+    from_state: Tensor  # (G, NC): their logarithms, not relative
+
+    def with_state(self) -> Tensor:
+        """Return W with w_state in the last column: the last chunk's summary feeds no chunk of this segment."""
+        chunk = torch.arange(self.W.shape[-1], device=self.W.device)
+        return torch.where(chunk == self.W.shape[-1] - 1, self.w_state[..., None], self.W)
+
+
+def reaches(F_: Tensor, across: Tensor, M: Tensor, m: Tensor) -> Reach:
+    """Find the weights of the second level; F_: each chunk's decay (3, G, NC); across: their `prefix`."""
+    chunk = torch.arange(M.shape[-1], device=M.device)
+    before = across - F_
+    from_state = span(before) + m
+    from_chunk = span(before[..., :, None], across[..., None, :]) + M[..., None, :]
+    from_chunk = torch.where(chunk[None, :] < chunk[:, None], from_chunk, NEG_INF)
     m_before = torch.maximum(from_chunk.amax(-1), from_state)
-    w_state = torch.exp(from_state - m_before)
     W = torch.exp(from_chunk - m_before[..., None])
-    n_before = torch.bmm(W, dn) + w_state[..., None] * n[:, None]
-    # The last chunk's summary feeds no chunk of this segment: its slot in the product carries the incoming state.
-    W = torch.where(chunk == NC - 1, w_state[..., None], W).to(dC.dtype)
-    sources = dC.slice_scatter(c.to(dC.dtype)[:, None], 1, NC - 1, NC)
-    C_before = torch.bmm(W, sources.flatten(2))
-    return C_before.view(G * NC, DHQK, DHHV), n_before, m_before
+    return Reach(W, torch.exp(from_state - m_before), m_before, from_chunk, from_state)
+
+
+def with_state(dC: Tensor, c: Tensor) -> Tensor:
+    """Return dC (G, NC, DHQK, DHHV) with the incoming state in its last slot, as `Reach.with_state` expects it."""
+    NC = dC.shape[1]
+    return dC.slice_scatter(c.to(dC.dtype)[:, None], 1, NC - 1, NC)
+
+
+class Look(NamedTuple):
+    """Logarithms of what a token sees: the tokens s <= t of its chunk, and the state before the chunk."""
+
+    decay: Tensor  # (G, NC, L, L)
+    m_inter: Tensor  # (G, NC, L)
+    m: Tensor  # (G, NC, L), the largest of either
+
+
+def looks(igate: Tensor, within: Tensor, m_before: Tensor) -> Look:
+    """Find the logarithms of the first level."""
+    decay = span(within[..., :, None], within[..., None, :]) + igate[..., None, :]
+    decay = torch.where(causal(igate.shape[-1], igate), decay, NEG_INF)
+    m_inter = span(within) + m_before[..., None]
+    return Look(decay, m_inter, torch.maximum(decay.amax(-1), m_inter))
 
 
 def _fold(across: Tensor, M: Tensor, dC: Tensor, dn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compose the monoid elements of the chunks of a segment into one."""
-    upto = _prefix(across)
-    from_chunk = _span(upto[..., -1:], upto) + M
+    from_chunk = span(across[..., -1:], across) + M
     M_all = from_chunk.amax(-1, keepdim=True)
-    weight = torch.exp(from_chunk - _finite(M_all))
+    weight = torch.exp(from_chunk - finite(M_all))
     dC_all = (weight[..., None, None] * dC.to(M.dtype)).sum(1)
-    return _span(upto[..., -1:]), M_all, dC_all, (weight[..., None] * dn).sum(1)
+    return span(across[..., -1:]), M_all, dC_all, (weight[..., None] * dn).sum(1)
 
 
-def _parts(fgate: Tensor) -> Tensor:
-    """Split log_f into three planes whose sums stay exact: coarse, fine, and the count of closed gates (log_f = -inf).
-
-    Differences of plain prefix sums lose a decay of 1e-6 behind a sum of -1e3. The coarse plane holds multiples of
-    1/GRID, which float32 adds without rounding; a closed gate is counted, not added, as -inf - -inf is no number.
-    """
-    log_f = F.logsigmoid(fgate)
-    closed = log_f == NEG_INF
-    log_f = torch.where(closed, 0.0, log_f)
-    coarse = torch.round(log_f * GRID) / GRID
-    return torch.stack([coarse, log_f - coarse, closed.to(log_f.dtype)])
-
-
-def _prefix(parts: Tensor) -> Tensor:
-    """Return the inclusive prefix sums over the last axis, as a masked reduction that fuses (cumsum does not)."""
-    return torch.where(_causal(parts.shape[-1], parts), parts[..., None, :], 0.0).sum(-1)
-
-
-def _span(after: Tensor, before: Tensor | None = None) -> Tensor:
-    """Return the log decay between two prefixes of `_parts`, -inf where a closed gate lies between them."""
-    coarse, fine, closed = (after if before is None else after - before).unbind(0)
-    return torch.where(closed == 0, coarse + fine, NEG_INF)
-
-
-def _causal(size: int, like: Tensor) -> Tensor:
-    index = torch.arange(size, device=like.device)
-    return index[None, :] <= index[:, None]
-
-
-def _finite(maximum: Tensor) -> Tensor:
-    """Replace the maximum of nothing, -inf, by 0, so that -inf - maximum stays -inf."""
-    return torch.where(maximum == NEG_INF, 0.0, maximum)
-
-
-def _floor(m: Tensor) -> Tensor:
+def floor(m: Tensor) -> Tensor:
     """Return exp(-m), held finite: 1/denominator is 0 in effect, and its gradient is no 0 * inf."""
-    return torch.exp((-m).clamp(max=700.0 if m.dtype == torch.float64 else 80.0))
+    return torch.exp((-m).clamp(max=FLOOR[m.dtype]))
 
 
-def _state_product_dtype(stream: torch.dtype) -> torch.dtype:
+def product_dtype(stream: torch.dtype) -> torch.dtype:
     """Return the dtype in which states are multiplied: float16's range is too small for a sum over a segment."""
     return torch.float32 if stream == torch.float16 else stream
 
 
-_STREAMS = ("G NC L DHQK", "G NC L DHQK", "G NC L DHHV", "G NC L", "G NC L")
-_STATE = ("G DHQK DHHV", "G DHQK", "G 1")
+STREAMS = ("G NC L DHQK", "G NC L DHQK", "G NC L DHHV", "G NC L", "G NC L")
+STATE = ("G DHQK DHHV", "G DHQK", "G 1")
 _SUMMARY = ("G 1", "G 1", "G DHQK DHHV", "G DHQK")
 _STEP = ("B NH DHQK", "B NH DHQK", "B NH DHHV", "B NH 1", "B NH 1", "B NH DHQK DHHV", "B NH DHQK", "B NH 1")
 # The functions that are compiled, with the axes of their arguments.
 AXES = {
     step: _STEP,
     step_: _STEP,
-    operands: (*_STREAMS, "G NC L L", *_STATE),
-    segment_backward: (*_STREAMS, "G NC L L", *_STATE, "G NC L DHHV", *_STATE),
-    summarize: _STREAMS[1:],
-    absorb: (*_SUMMARY, *_STATE),
-    after: (*_STREAMS[1:], *_STATE),
+    operands: (*STREAMS, "G NC L L", *STATE),
+    summarize: STREAMS[1:],
+    absorb: (*_SUMMARY, *STATE),
+    after: (*STREAMS[1:], *STATE),
 }

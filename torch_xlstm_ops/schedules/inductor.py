@@ -42,12 +42,12 @@ def run(
     """Compute one task: write its slice of h and return the state after it."""
     streams = rows.take_all(band, segment)
     v = streams[2]
-    P, q_gated, C_before, *new = kernels.operands([*streams, *state])
+    P, q_gated, W, dC, *new = kernels.operands([*streams, *state])
     if h.device.type == "cpu" and not math.isfinite(new[0].sum().item()):
         return step_through(kernels, rows, h, band, segment, state)
     slot = rows.slot(h, band, segment)
     out = v.new_empty(P.shape[0], *v.shape[2:]) if slot is None else slot
-    kernels.emit(P, q_gated, C_before, v, out)
+    kernels.emit(P, q_gated, W, dC, state[0], v, out)
     if slot is None:
         rows.put(h, band, segment, out.view(v.shape))
     return new

@@ -23,8 +23,8 @@ _PADDING = (0.0, 0.0, 0.0, -math.inf, math.inf)
 class Kernels(NamedTuple):
     """The compiled functions of an op, each called with one list of contiguous tensors; shapes as in `mlstm`."""
 
-    operands: Run  # q k v igate fgate c n m -> P q_gated C_before c n m
-    emit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]  # P q_gated C_before v, h written
+    operands: Run  # q k v igate fgate c n m -> P q_gated W dC c n m
+    emit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # P q_gated W dC c v, h written
     step: Run  # q k v igate fgate c n m -> h c n m
     after: Run  # k v igate fgate c n m -> c n m
     backward: Run  # q k v igate fgate c n m dh dc dn dm -> their gradients

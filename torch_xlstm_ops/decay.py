@@ -1,0 +1,47 @@
+"""Log decays between tokens: prefix sums of log forget gates whose differences stay exact, and their maxima."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEG_INF = float("-inf")
+GRID = 256.0  # multiples of 1/GRID add up exactly in float32 to +-65,536
+
+
+def prefixes(fgate: Tensor) -> Tensor:
+    """Return the inclusive prefix sums over the last axis of log_f = logsigmoid(fgate), in three planes (3, ...).
+
+    The planes are coarse, fine, and the count of closed gates (log_f = -inf). Differences of plain prefix sums lose a
+    decay of 1e-6 behind a sum of -1e3. The coarse plane holds multiples of 1/GRID, which float32 adds without rounding;
+    a closed gate is counted, not added, as -inf - -inf is no number.
+    """
+    log_f = F.logsigmoid(fgate)
+    closed = log_f == NEG_INF
+    log_f = torch.where(closed, 0.0, log_f)
+    coarse = torch.round(log_f * GRID) / GRID
+    # Stacked after the sums: Inductor writes a stack out, and computes these three inside its reduction.
+    return torch.stack([prefix(part) for part in (coarse, log_f - coarse, closed.to(log_f.dtype))])
+
+
+def prefix(terms: Tensor) -> Tensor:
+    """Return the inclusive prefix sums over the last axis, as a masked reduction that fuses (cumsum does not)."""
+    return torch.where(causal(terms.shape[-1], terms), terms[..., None, :], 0.0).sum(-1)
+
+
+def span(after: Tensor, before: Tensor | None = None) -> Tensor:
+    """Return the log decay between two of `prefixes`, -inf where a closed gate lies between them."""
+    coarse, fine, closed = (after if before is None else after - before).unbind(0)
+    return torch.where(closed == 0, coarse + fine, NEG_INF)
+
+
+def causal(size: int, like: Tensor) -> Tensor:
+    """Return the mask (size, size) of what a token sees: itself and what came before."""
+    index = torch.arange(size, device=like.device)
+    return index[None, :] <= index[:, None]
+
+
+def finite(maximum: Tensor) -> Tensor:
+    """Replace the maximum of nothing, -inf, by 0, so that -inf - maximum stays -inf."""
+    return torch.where(maximum == NEG_INF, 0.0, maximum)
