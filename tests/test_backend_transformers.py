@@ -1,0 +1,248 @@
+"""Laws of the Dynamo backend on transformers' own xLSTM, which nobody patched."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._dynamo.utils import counters
+
+transformers = pytest.importorskip("transformers")
+
+from transformers.models.xlstm import modeling_xlstm as peer  # noqa: E402
+
+if peer.external_xlstm:
+    pytest.skip("transformers' own xLSTM needs an environment without the package xlstm", allow_module_level=True)
+
+import torch_xlstm_ops  # noqa: E402
+from tests.oracle import GRADIENT_TOLERANCE, assert_close  # noqa: E402
+from tests.test_patch_transformers import build, decode, logits, prefill, prompt  # noqa: E402
+from torch_xlstm_ops.patch import patch  # noqa: E402
+from torch_xlstm_ops.registrations import dynamo_rules, inline  # noqa: E402
+
+WRAPPER = "transformers.models.xlstm.modeling_xlstm.wrap_chunkwise_arbitrary_sequence_length"
+# Logits are capped at 30, and the model adds its own rounding to the operators'.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    return torch.compile(model, backend="xlstm", fullgraph=True, options=options)
+
+
+def recompiles() -> int:
+    return int(counters["stats"]["unique_graphs"]) - 1
+
+
+@pytest.mark.parametrize(("dtype", "S"), [(torch.float32, 1), (torch.float32, 70), (torch.bfloat16, 70)])
+def test_logits_equal_the_eager_models(dtype: torch.dtype, S: int):
+    model, ids = build(dtype), prompt(S)
+    found, wanted = logits(compiled(model), ids), logits(model, ids)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_a_step_is_one_graph_for_a_hundred_tokens_and_writes_its_states_in_place():
+    model, ids = build(), prompt(140)
+    cache, twin = prefill(model, ids[:, :40]).cache_params, prefill(model, ids[:, :40]).cache_params
+    places = [t.data_ptr() for state in cache.rnn_state.values() for t in state]
+    found = decode(compiled(model), ids[:, 40:], cache)
+    assert recompiles() == 0
+    assert not counters["graph_break"]
+    assert [t.data_ptr() for state in cache.rnn_state.values() for t in state] == places
+    torch.testing.assert_close(found, decode(model, ids[:, 40:], twin), rtol=0, atol=TOLERANCE[torch.float32])
+    assert int(cache.seqlen_offset) == 140
+
+
+def test_states_of_a_step_are_written_without_a_copy():
+    from torch._inductor.utils import run_and_get_code
+
+    model, ids = build(), prompt(3)
+    cache = prefill(model, ids).cache_params
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(compiled(model), ids[:, -1:], cache_params=cache, use_cache=True)
+    assert "xlstm.mlstm" not in code
+    assert ".copy_(" not in code
+
+
+def test_prefill_and_decode_share_a_cache():
+    model, ids = build(), prompt(40)
+    fast = compiled(model)
+    out = prefill(fast, ids[:, :33])
+    found = torch.cat([out.logits.double(), decode(fast, ids[:, 33:], out.cache_params)], 1)
+    torch.testing.assert_close(found, logits(model, ids), rtol=0, atol=TOLERANCE[torch.float32])
+
+
+def gradients(model: Any, run: Any, ids: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    run(ids).logits.square().mean().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("inlined", [True, False])
+def test_gradients_equal_the_patched_models(inlined: bool):
+    model, ids = build(mode="train").train(), prompt(64)
+    found = gradients(model, compiled(model, inline=inlined), ids)
+    with patch("transformers"):
+        wanted = gradients(model, model, ids)
+    assert_close(found, wanted, GRADIENT_TOLERANCE[torch.float32])
+
+
+def test_a_patched_model_is_spliced_too():
+    model, ids = build(), prompt(3)
+    wanted = logits(model, ids[:, :1])
+    with patch("transformers"):
+        text = torch_xlstm_ops.explain(model, ids[:, :1])
+        found = logits(compiled(model), ids[:, :1])
+    assert "mlstm_step, spliced into the graph" in text
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE[torch.float32])
+
+
+# --- what stays as it is ---
+
+
+def step_args(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    B, NH, DHQK, DHHV = 2, 3, 8, 16
+    shapes = {"query": (DHQK,), "key": (DHQK,), "value": (DHHV,), "igate": (1,), "fgate": (1,),
+              "cstate": (DHQK, DHHV), "nstate": (DHQK,), "mstate": (1,)}
+    return {name: torch.randn(B, NH, *shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"dtype_state": torch.float64}, "dtype_state must be at most float32 beside float32, got float64"),
+    ({"eps": -1e-6}, "eps must be a number of at least 0, got -1e-06"),
+    ({"query": torch.ones(2, 3, 8).double()}, "query, key, value must share one of .* float64, float32, float32"),
+])
+def test_a_call_that_the_operator_does_not_promise_stays_and_says_why(changed: dict[str, Any], message: str):
+    given = step_args() | changed
+
+    def call() -> Any:
+        return peer.mlstm_recurrent_step_native(**given)
+
+    with pytest.warns(UserWarning, match=message):
+        found = torch.compile(call, backend="xlstm", fullgraph=True)()
+    torch.testing.assert_close(found, call())
+    assert re.search(f"stays as it is: {message}", torch_xlstm_ops.explain(call))
+
+
+def test_states_come_back_in_the_dtype_that_was_asked_for():
+    given = step_args()
+    fn = torch.compile(peer.mlstm_recurrent_step_native, backend="xlstm", fullgraph=True)
+    h, state = fn(**given, dtype_state=torch.bfloat16)
+    assert {t.dtype for t in state} == {torch.bfloat16}
+    assert h.dtype == torch.float32
+
+
+# --- other backends ---
+
+TARGETS = """
+import sys, torch
+import transformers.models.xlstm.modeling_xlstm as peer
+if {loaded}:
+    torch.compile(lambda x: x, backend="xlstm")
+    assert "torch_xlstm_ops.registrations.dynamo_rules" in sys.modules
+shape = lambda *size: torch.ones(2, 3, *size)
+def record(module, examples):
+    print([(node.op, getattr(node.target, "__name__", node.target)) for node in module.graph.nodes])
+    return module
+args = [shape(70, 8)] * 3 + [shape(70)] * 2
+config = type("Config", (), dict(chunk_size=64, eps=1e-6, autocast_kernel_dtype="float32", mode="inference",
+                                 inference_state_dtype="float32", return_last_states=True))
+torch.compile(peer.xLSTMBackend(config), backend=record, fullgraph=True)(*args)
+"""
+
+
+def test_other_backends_see_the_graph_they_always_saw():
+    graphs = [
+        subprocess.run([sys.executable, "-c", TARGETS.format(loaded=loaded)], check=True,
+                       capture_output=True, text=True).stdout
+        for loaded in (False, True)
+    ]
+    assert graphs[0] == graphs[1] != ""
+
+
+def test_backends_side_by_side_keep_their_own_code():
+    model, ids = build(), prompt(70)
+    seen: list[str] = []
+
+    def record(module: fx.GraphModule, examples: Any) -> Any:
+        seen.extend(str(inline.operator_of(node)) for node in module.graph.nodes if inline.operator_of(node))
+        return module
+
+    ours, theirs = compiled(model), torch.compile(model, backend=record, fullgraph=True)
+    for run in (ours, theirs, ours, theirs):
+        logits(run, ids)
+    assert seen == []
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_rules_of_a_module_imported_later_are_installed():
+    check = f"""
+import sys, torch
+fn = torch.compile(lambda run, ids: run(ids), backend="xlstm", fullgraph=True)
+assert "transformers.models.xlstm.modeling_xlstm" not in sys.modules
+import transformers.models.xlstm.modeling_xlstm
+from torch_xlstm_ops.registrations import dynamo_rules
+assert "{WRAPPER}" in dynamo_rules._installed
+"""
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_every_rule_for_transformers_is_installed():
+    rules = [rule for rule in dynamo_rules.RULES if rule.module == peer.__name__]
+    assert len(rules) == 4
+    assert {rule.place for rule in rules} <= dynamo_rules._installed
+
+
+# --- the explanation ---
+
+
+def test_the_explanation_names_functions_operators_breaks_and_the_plan():
+    model, ids = build(), prompt(100)
+    with torch.no_grad():
+        text = torch_xlstm_ops.explain(model, ids, use_cache=True)
+    text = re.sub(r"^torch_xlstm_ops .*: ", "", text)
+    text = re.sub(r"at .*:\d+ in", "at FILE:LINE in", text)
+    text = re.sub(r"\d+ nodes", "N nodes", text)
+    head, plan = text.split("plan\n")
+    assert head == f"""\
+1 graph, 0 graph breaks
+graph 0: N nodes
+  2 x {WRAPPER}
+    at FILE:LINE in forward
+    -> torch.ops.xlstm.mlstm_chunkwise, a call, first argument (2, 2, 100, 32) float32 on cpu
+"""
+    assert "schedule  inductor" in plan
+
+
+def test_the_explanation_counts_graph_breaks():
+    model, ids = build(), prompt(5)
+
+    def broken(ids: Tensor) -> Tensor:
+        out = model(ids).logits
+        torch._dynamo.graph_break()
+        result: Tensor = out + 1
+        return result
+
+    with torch.no_grad():
+        text = torch_xlstm_ops.explain(broken, ids)
+    assert ": 2 graphs, 1 graph break\n" in text
+    assert "no xLSTM found" in text
+
+
+def test_an_explanation_can_be_had_any_number_of_times():
+    model, ids = build(), prompt(1)
+    texts = {torch_xlstm_ops.explain(model, ids) for _ in range(12)}
+    assert len(texts) == 1
