@@ -20,7 +20,6 @@ from torch_xlstm_ops import config
 from torch_xlstm_ops.registrations import dynamo, inline
 
 
-
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.compiler.reset()
