@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -17,3 +19,22 @@ hypothesis.settings.load_profile(os.environ.get("XLSTM_TEST_PROFILE", "ci" if os
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def _choose_branch() -> None:
+    """Have transformers build its xLSTM on its own classes, unless told to build it on the package xlstm.
+
+    It looks for that package once in a process; `test_patch_branches` runs the other branch in a process of its own.
+    """
+    if os.environ.get("XLSTM_TEST_BRANCH") == "xlstm" or importlib.util.find_spec("xlstm") is None:
+        return
+    from transformers.utils import import_utils
+
+    sys.modules["xlstm"] = None  # type: ignore[assignment]  # which hides it
+    assert not import_utils.is_xlstm_available()
+    del sys.modules["xlstm"]
+    assert not import_utils.is_xlstm_available(), "transformers no longer remembers what it found"
+
+
+if importlib.util.find_spec("transformers") is not None:
+    _choose_branch()

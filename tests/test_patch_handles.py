@@ -1,0 +1,265 @@
+"""Laws of handles, held by a package made up for the purpose: what is replaced, for whom, and how it is put back."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import io
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from torch_xlstm_ops import patch as patch_package
+from torch_xlstm_ops.patch import Change, Peer, patch
+from torch_xlstm_ops.patch.on_import import patch_from_environment, patch_on_import
+
+
+class Layer(torch.nn.Module):
+    """A layer of the made-up package."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(Layer(), Layer())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+PATCHED, UNPATCHED = torch.tensor(30.0), torch.tensor(12.0)  # two layers from 10 of "+ 10", of "+ 1"
+KERNELS: dict[str, Any] = {"native": "theirs"}
+
+
+def build(theirs: Any) -> Any:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return x + 10
+
+    return forward
+
+
+def changes(compat: bool) -> list[Change]:
+    return [
+        Change(Layer, "forward", build, "adds ten", ("self", "x")),
+        Change(KERNELS, "native", lambda theirs: f"ours for {theirs}", "resolves to ours", place="kernel native"),
+        Change(KERNELS, "new", lambda theirs: "ours", "resolves to ours", place="kernel new"),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make `patch` know the package, and hold every test to leaving it as it was."""
+    peer, drop_in = types.ModuleType("made_up"), types.ModuleType("made_up_drop_in")
+    drop_in.changes = changes  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "made_up", peer)
+    monkeypatch.setitem(sys.modules, "made_up_drop_in", drop_in)
+    row = Peer("made_up_drop_in", "made-up", (1, 0), (1, 4), "made_up")
+    monkeypatch.setattr(patch_package, "PEERS", {"made_up": row})
+    monkeypatch.setattr("torch_xlstm_ops.patch.on_import.PEERS", {"made_up": row})
+    monkeypatch.setattr(patch_package, "_warned", set())
+    version(monkeypatch, "1.2.3")
+    before = dict(vars(Layer))
+    yield
+    assert dict(vars(Layer)) == before
+    assert KERNELS == {"native": "theirs"}
+
+
+def version(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: text)
+
+
+def ten() -> torch.Tensor:
+    return torch.tensor(10.0)
+
+
+def test_entries_of_registries_are_replaced_and_restored() -> None:
+    with patch("made_up") as handle:
+        assert KERNELS == {"native": "ours for theirs", "new": "ours"}
+        assert "kernel new: resolves to ours" in handle.report()
+
+
+def test_a_package_answers_to_what_pip_calls_it() -> None:
+    with patch("made-up"):
+        assert torch.equal(Model()(ten()), PATCHED)
+
+
+def test_one_model_alone_is_patched() -> None:
+    model, other = Model(), Model()
+    with patch(model) as handle:
+        assert torch.equal(model(ten()), PATCHED)
+        assert torch.equal(other(ten()), UNPATCHED)
+        assert KERNELS == {"native": "theirs"}
+        (line,) = handle.report()
+        assert line.endswith("Layer.forward (2 layers of one model): adds ten")
+    assert torch.equal(model(ten()), UNPATCHED)
+    assert all(set(vars(layer)) == set(vars(Layer())) for layer in model.layers)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_handles_on_models_and_packages_nest_in_any_order(order: tuple[int, ...]) -> None:
+    model, other = Model(), Model()
+    handles = [patch(model), patch("made_up"), patch(model.layers)]
+    held = {0, 1, 2}
+    for index in order:
+        handles[index].remove()
+        held.remove(index)
+        assert torch.equal(model(ten()), PATCHED if held else UNPATCHED)
+        assert torch.equal(other(ten()), PATCHED if 1 in held else UNPATCHED)
+
+
+def test_copies_of_a_patched_model_are_patched_as_long_as_it_is() -> None:
+    model = Model()
+    with patch(model):
+        twin = copy.deepcopy(model)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+        assert torch.equal(twin(ten()), PATCHED)
+        assert torch.equal(loaded(ten()), PATCHED)
+    assert torch.equal(twin(ten()), UNPATCHED)
+    with patch(Model()):  # another handle's marks are not theirs
+        assert torch.equal(twin(ten()), UNPATCHED)
+        assert torch.equal(loaded(ten()), UNPATCHED)
+
+
+def test_compiled_models_follow_patch_and_removal_of_the_model() -> None:
+    model, other = Model(), Model()
+    compiled, others = (torch.compile(one, backend="eager", fullgraph=True) for one in (model, other))
+    for _ in range(2):
+        assert torch.equal(compiled(ten()), UNPATCHED)
+        with patch(compiled):
+            assert torch.equal(compiled(ten()), PATCHED)
+            assert torch.equal(others(ten()), UNPATCHED)
+        assert torch.equal(compiled(ten()), UNPATCHED)
+
+
+def test_a_model_that_is_gone_leaves_no_trace() -> None:
+    model = Model()
+    handle = patch(model)
+    del model
+    handle.remove()
+
+
+def test_threads_patch_models_of_their_own() -> None:
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                model = Model()
+                with patch(model):
+                    assert torch.equal(model(ten()), PATCHED)
+                assert torch.equal(model(ten()), UNPATCHED)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_a_model_without_known_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="a model to patch must have xLSTM layers of made_up, got Linear without"):
+        patch(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="must get names of packages or one model, got 1 names, 1 models"):
+        patch("made_up", Model())
+
+
+def test_the_other_compat_is_refused_while_one_is_held() -> None:
+    with patch("made_up"), pytest.raises(RuntimeError, match="is held with compat=False: remove that handle first"):
+        patch("made_up", compat=True)
+    with patch("made_up", compat=True):
+        pass
+
+
+def test_an_old_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    version(monkeypatch, "0.9")
+    with pytest.raises(RuntimeError, match=r"made_up must be made-up>=1.0, got 0.9: pip install 'made-up>=1.0'"):
+        patch("made_up")
+    with pytest.raises(RuntimeError, match=r"nothing could be patched: made_up must be"):
+        patch()
+
+
+def test_a_newer_version_warns_once_and_patches_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    version(monkeypatch, "1.5.0")
+    with pytest.warns(RuntimeWarning, match=r"made_up 1.5.0 is newer than 1.4, the newest we were tested with"):
+        patch("made_up").remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with patch("made_up") as handle:
+            assert len(handle.report()) == 3
+    with monkeypatch.context() as context:
+        context.setattr(Layer, "forward", lambda self, x, y=None: x + 1)
+        with pytest.warns(RuntimeWarning, match=r"left as it is: .*must take \(self, x\)"):
+            handle = patch("made_up")
+        assert len(handle.report()) == 2
+        assert torch.equal(Model()(ten()), UNPATCHED)
+        handle.remove()
+
+
+def test_a_known_version_that_looks_different_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as context:
+        context.setattr(Layer, "forward", lambda self, x, y=None: x + 1)
+        with pytest.raises(RuntimeError, match=r"must take \(self, x\) to be patched, got \(self, x, y\)"):
+            patch("made_up")
+
+
+def test_a_half_imported_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(compat: bool) -> list[Change]:
+        raise AttributeError("module 'made_up' has no attribute 'Layer'")
+
+    monkeypatch.setattr(sys.modules["made_up_drop_in"], "changes", broken)
+    with pytest.raises(RuntimeError, match="made_up does not look as we know it: module 'made_up' has no attribute"):
+        patch("made_up")
+
+
+def test_what_somebody_else_replaced_is_not_replaced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = patch("made_up")
+    with monkeypatch.context() as context:
+        context.setattr(Layer, "forward", lambda self, x: x)
+        for attempt in (handle.remove, lambda: patch("made_up")):
+            with pytest.raises(RuntimeError, match=r"Layer.forward was replaced by somebody else after patch\(\)"):
+                attempt()
+    handle.remove()
+
+
+def test_a_package_imported_already_is_patched_at_once() -> None:
+    watch = patch_on_import()
+    assert torch.equal(Model()(ten()), PATCHED)
+    assert len(watch.report()) == 3
+    watch.remove()
+    assert watch.report() == ()
+
+
+def test_a_package_that_cannot_be_patched_is_imported_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    version(monkeypatch, "0.9")
+    with pytest.warns(RuntimeWarning, match="made_up is left as it is: made_up must be made-up>=1.0, got 0.9"):
+        watch = patch_on_import("made_up")
+    assert watch.report() == ()
+    watch.remove()
+
+
+def test_the_environment_asks_for_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLSTM_OPS_PATCH", " ")
+    assert patch_from_environment() is None
+    for value in ("auto", "made_up", " made-up "):
+        monkeypatch.setenv("XLSTM_OPS_PATCH", value)
+        watch = patch_from_environment()
+        assert watch is not None
+        assert len(watch.report()) == 3
+        watch.remove()
+    monkeypatch.setenv("XLSTM_OPS_PATCH", "made_upp")
+    with pytest.raises(ValueError, match="XLSTM_OPS_PATCH must be auto or names of made_up, got 'made_upp'"):
+        patch_from_environment()

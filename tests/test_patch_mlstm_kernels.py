@@ -1,0 +1,148 @@
+"""Laws of the mlstm_kernels drop-in, judged by the package itself and the float64 recurrence."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.oracle import Sizes, assert_close, draw, exact, weigh
+from torch_xlstm_ops.patch import patch
+
+pytest.importorskip("mlstm_kernels", reason="needs the package mlstm_kernels")
+
+from mlstm_kernels.torch import get_mlstm_kernel, get_mlstm_sequence_kernel, get_mlstm_step_kernel
+from mlstm_kernels.torch.backend_module import mLSTMBackend, mLSTMBackendConfig
+
+NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
+TRITON = {"chunkwise_kernel": "chunkwise--triton_limit_chunk", "sequence_kernel": "native_sequence__triton",
+          "step_kernel": "triton"}
+OURS = {"chunkwise_kernel": "chunkwise--xlstm_ops", "sequence_kernel": "native_sequence__xlstm_ops",
+        "step_kernel": "xlstm_ops"}
+
+
+def backend(**options: Any) -> Any:
+    return mLSTMBackend(mLSTMBackendConfig(**{"chunk_size": 16, "mode": "inference", **options}))
+
+
+def run(module: Any, args: list[Tensor], **options: Any) -> Any:
+    return module(**dict(zip(NAMES, args, strict=False)), **options)
+
+
+@pytest.mark.parametrize("S", [1, 2, 15, 16, 33])
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_existing_backends_equal_their_unpatched_selves(mode: str, S: int) -> None:
+    module, args = backend(mode=mode), draw(Sizes(S=S))
+    with patch("mlstm_kernels"):
+        h, state = run(module, args)
+    assert_close([h, *state], exact(args), 1e-5)
+    if S % 16 == 0 or mode == "inference":  # the peer's own training wants whole chunks
+        theirs, their_state = run(module, args)
+        assert_close([h, *state], [theirs, *their_state], 1e-4)
+
+
+def test_what_is_returned_follows_mode_and_request() -> None:
+    args = draw(Sizes(S=16))
+    for mode, asked, states in [("train", None, True), ("train", False, False), ("inference", False, True)]:
+        with patch("mlstm_kernels"):
+            ours = run(backend(mode=mode), args, return_last_states=asked)
+        theirs = run(backend(mode=mode), args, return_last_states=asked)
+        assert isinstance(ours, tuple) is isinstance(theirs, tuple) is states
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the Triton kernels stay theirs")
+def test_triton_configs_build_and_run_without_cuda() -> None:
+    args = draw(Sizes(S=33))
+    with patch("mlstm_kernels"):
+        module = backend(**TRITON)
+        h, state = run(module, args)
+        for name in ("triton_limit_chunk", "triton_xl_chunk"):
+            assert_close([get_mlstm_kernel(f"chunkwise--{name}")(*args, chunk_size=64)], exact(args)[:1], 1e-5)
+    assert_close([h, *state], exact(args), 1e-5)
+    again, _ = run(module, args)  # it was built with ours, and keeps it
+    assert_close([again], exact(args)[:1], 1e-5)
+
+
+@pytest.mark.parametrize("chunkwise", ["xlstm_ops", "xlstm_ops_queued"])
+def test_configs_may_name_ours(chunkwise: str) -> None:
+    args = draw(Sizes(S=33))
+    with patch("mlstm_kernels"):
+        h, state = run(backend(**{**OURS, "chunkwise_kernel": f"chunkwise--{chunkwise}"}), args)
+        kernels = get_mlstm_kernel(f"chunkwise--{chunkwise}"), get_mlstm_sequence_kernel(OURS["sequence_kernel"])
+        for kernel in kernels:
+            found, after = kernel(**dict(zip(NAMES, args, strict=True)), return_last_states=True, chunk_size=64)
+            assert_close([found, *after], exact(args), 1e-5)
+    assert_close([h, *state], exact(args), 1e-5)
+    with pytest.raises(ValueError, match="Unknown"):
+        get_mlstm_kernel(f"chunkwise--{chunkwise}")
+
+
+def test_the_step_kernel_is_one_token_of_the_sequence() -> None:
+    args = draw(Sizes(S=1))
+    with patch("mlstm_kernels"):
+        step = get_mlstm_step_kernel("xlstm_ops")
+    q, k, v, i, f, c, n, m = args
+    h, state = step(q=q[:, :, 0], k=k[:, :, 0], v=v[:, :, 0], i=i, f=f, c=c, n=n, m=m)
+    assert_close([h[:, :, None], *state], exact(args), 1e-5)
+
+
+def gradients(module: Any, args: list[Tensor]) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in args[:5]]
+    weigh([run(module, leaves)[0]]).backward()
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def test_gradients_include_the_normalisers_unless_compat() -> None:
+    args = draw(Sizes(S=16), torch.float64, state=False)
+    right = gradients(backend(mode="train", chunkwise_kernel="chunkwise--native_autograd"), args)
+    module = backend(mode="train", chunkwise_kernel="chunkwise--native_custbw")
+    theirs = gradients(module, args)
+    with patch("mlstm_kernels"):
+        assert_close(gradients(module, args), right, 1e-6)
+    with patch("mlstm_kernels", compat=True):
+        assert_close(gradients(module, args), theirs, 1e-10)
+        if not torch.cuda.is_available():
+            assert_close(gradients(backend(**{**TRITON, "mode": "train"}), args), theirs, 1e-10)
+    assert max(float((a - b).norm() / b.norm()) for a, b in zip(theirs, right, strict=True)) > 0.1
+
+
+def test_states_stay_float32_unless_compat() -> None:
+    module, args = backend(mode="train"), draw(Sizes(S=16), torch.bfloat16, state=False)
+    theirs = run(module, args)[1]
+    with patch("mlstm_kernels"):
+        assert {t.dtype for t in run(module, args)[1]} == {torch.float32}
+    with patch("mlstm_kernels", compat=True):
+        assert [t.dtype for t in run(module, args)[1]] == [t.dtype for t in theirs] == [torch.bfloat16] * 3
+
+
+def test_results_alias_no_input() -> None:
+    """xlstm_large copies new states over the ones it passed."""
+    module, args = backend(), draw(Sizes(S=1))
+    with patch("mlstm_kernels"):
+        wanted = [t.clone() for t in run(module, args)[1]]
+        state = args[5:]
+        for _ in range(2):
+            after = run(module, [*args[:5], *state])[1]
+            assert not {t.data_ptr() for t in after} & {t.data_ptr() for t in state}
+        assert all(torch.equal(a, b) for a, b in zip(after, wanted, strict=True))
+
+
+def test_sigmoid_gated_kernels_stay_theirs() -> None:
+    args = draw(Sizes(S=16), state=False)
+    module = backend(mode="train", chunkwise_kernel="parallel--native_siging_autograd", return_last_states=False)
+    theirs = run(module, args)
+    with patch("mlstm_kernels"):
+        assert torch.equal(run(module, args), theirs)
+
+
+def test_a_backend_built_while_patched_is_pickled_by_name() -> None:
+    args = draw(Sizes(S=20))
+    with patch("mlstm_kernels"):
+        module = backend(**OURS)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert torch.equal(run(loaded, args)[0], run(module, args)[0])
