@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch_xlstm_ops.shapes import check_mlstm_sequence, check_mlstm_step, check
 
 from .dispatch import autocast, autograd, fake, implement, overload, vmap
 from .schemas import LIBRARY
+from .seen import Seen
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor]
 AXES = mlstm.AXES | mlstm_gradient.AXES
@@ -52,31 +54,25 @@ def _kernels(eps: float, release_gil: bool = False) -> Kernels:
 
 # --- step ---
 
-_Signature = tuple[Any, ...]
-_steps: dict[_Signature, compiled.RawCallable] = {}  # calls whose arguments were checked and compiled for
+# Elements of a state up to which one CPU thread is as fast as many: waking the others takes longer than it saves, and
+# beside other work they come late.
+ONE_THREAD = 1 << 16
 
 
-def _compiled_step(fn: compiled.PureFunction, args: list[Tensor], eps: float) -> compiled.RawCallable:
-    """Return the callable for a step; arguments of a signature seen before are not checked again."""
-    signature = (
-        fn, eps, torch.get_num_threads(),
-        *[t.shape for t in args], *[t.dtype for t in args], *[t.device for t in args],
-    )
-    call = _steps.get(signature)
-    if call is None:
-        check_mlstm_step(*args)
-        check_not_negative("eps", eps)
-        call = compiled.get(fn, AXES[fn], args, eps=eps)
-        if len(_steps) >= compiled.CAPACITY:
-            _steps.clear()
-        _steps[signature] = call
-    return call
+def _find_step(args: list[Tensor], fn: compiled.PureFunction, eps: float) -> compiled.RawCallable:
+    check_mlstm_step(*args)
+    check_not_negative("eps", eps)
+    threads = 1 if args[5].numel() <= ONE_THREAD else None
+    return compiled.get(fn, AXES[fn], args, threads=threads, eps=eps)
+
+
+_steps = Seen(_find_step)
 
 
 def _step(*args: Tensor, eps: float = 1e-6) -> _Results:
     contiguous = [t.contiguous() for t in args]
     with devices.submission(args[0].device):
-        h, c, n, m = _compiled_step(mlstm.step, contiguous, eps)(contiguous)
+        h, c, n, m = _steps(contiguous, mlstm.step, eps)(contiguous)
     return h, c, n, m
 
 
@@ -84,7 +80,7 @@ def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:
     contiguous = [t.contiguous() for t in args]
     states = [(given, used) for given, used in zip(args[5:], contiguous[5:], strict=True) if given is not used]
     with devices.submission(args[0].device):
-        (h,) = _compiled_step(mlstm.step_, contiguous, eps)(contiguous)
+        (h,) = _steps(contiguous, mlstm.step_, eps)(contiguous)
         for given, used in states:
             given.copy_(used)
     for t in args[5:]:
@@ -119,14 +115,39 @@ def _step_refuses(*args: Tensor, eps: float = 1e-6) -> Tensor:
 # --- chunkwise ---
 
 
-def _planned(
-    q: Tensor, v: Tensor, chunk_size: int | None, schedule: str, eps: float
-) -> tuple[plan.Plan, Kernels]:
-    B, NH, S, DHQK = q.shape
-    cfg = config.for_call(schedule=None if schedule == "auto" else schedule, chunk_size=chunk_size)
+class _Route(NamedTuple):
+    """How a checked call is carried out."""
+
+    config: config.Config  # that it was planned under
+    plan: plan.Plan
+    schedule: ModuleType
+    kernels: Kernels
+
+
+def _find_route(tensors: Sequence[Tensor | None], chunk_size: int | None, schedule: str, eps: float) -> _Route:
+    (q, k, v, igate, fgate), (c, n, m) = cast("list[Tensor]", tensors[:5]), tensors[5:8]
+    check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
     check_not_negative("eps", eps)
+    if len(tensors) > 8:
+        dh, dc, dn, dm = cast("list[Tensor]", tensors[8:])
+        _check_gradients(dh, dc, dn, dm, q, v)
+    cfg = config.for_call(schedule=None if schedule == "auto" else schedule, chunk_size=chunk_size)
+    B, NH, S, DHQK = q.shape
     planned = plan.make(plan.Shape(B * NH, S, DHQK, v.shape[-1]), q.device.type, cfg, machine(q.device))
-    return planned, _kernels(eps, release_gil=q.device.type == "cpu" and planned.workers > 1)
+    kernels = _kernels(eps, release_gil=q.device.type == "cpu" and planned.workers > 1)
+    return _Route(config.current(), planned, schedules.load(planned.schedule, q.device), kernels)
+
+
+_routes = Seen(_find_route)
+
+
+def _route(tensors: Sequence[Tensor | None], chunk_size: int | None, schedule: str, eps: float) -> _Route:
+    found = _routes(tensors, chunk_size, schedule, eps)
+    now = config.current()
+    if found.config is now and now.mem_fraction is None:  # free memory is never the same twice
+        return found
+    _routes.clear()
+    return _routes(tensors, chunk_size, schedule, eps)
 
 
 def _chunkwise(
@@ -134,14 +155,12 @@ def _chunkwise(
     c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
     *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
 ) -> _Results:
-    check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
-    planned, kernels = _planned(q, v, chunk_size, schedule, eps)
-    module = schedules.load(planned.schedule, q.device)
+    route = _route((q, k, v, igate, fgate, c, n, m), chunk_size, schedule, eps)
     with devices.submission(q.device):
         state = initial_state(q, v, (c, n, m))
         if v.numel() == 0:
             return v.new_empty(v.shape), *_shaped(state, q)
-        h, state = module.forward(planned, kernels, (q, k, v, igate, fgate), state)
+        h, state = route.schedule.forward(route.plan, route.kernels, (q, k, v, igate, fgate), state)
         return h.view(v.shape), *_shaped(state, q)
 
 
@@ -166,15 +185,15 @@ def _chunkwise_backward(
     c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
     *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
 ) -> tuple[Tensor, ...]:
-    _check_gradients(dh, dc, dn, dm, q, k, v, igate, fgate, c, n, m)
-    planned, kernels = _planned(q, v, chunk_size, schedule, eps)
-    module = schedules.load(planned.schedule, q.device)
     streams = (q, k, v, igate, fgate)
+    route = _route((*streams, c, n, m, dh, dc, dn, dm), chunk_size, schedule, eps)
     with devices.submission(q.device):
         state, dstate = initial_state(q, v, (c, n, m)), initial_state(q, v, (dc, dn, dm))
         if v.numel() == 0:
             return *[torch.zeros_like(t, memory_format=torch.contiguous_format) for t in streams], *_shaped(dstate, q)
-        gradients, dstate = module.backward(planned, kernels, streams, state, dh.flatten(0, 1), dstate)
+        gradients, dstate = route.schedule.backward(
+            route.plan, route.kernels, streams, state, dh.flatten(0, 1), dstate
+        )
         return *[g.view(t.shape) for g, t in zip(gradients, streams, strict=True)], *_shaped(dstate, q)
 
 
@@ -184,15 +203,12 @@ def _chunkwise_backward_fake(
     c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
     *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
 ) -> tuple[Tensor, ...]:
-    _check_gradients(dh, dc, dn, dm, q, k, v, igate, fgate, c, n, m)
+    check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
+    _check_gradients(dh, dc, dn, dm, q, v)
     return tuple(t.new_empty(t.shape) for t in (q, k, v, igate, fgate, dc, dn, dm))
 
 
-def _check_gradients(
-    dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
-    c: Tensor | None, n: Tensor | None, m: Tensor | None,
-) -> None:
-    check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
+def _check_gradients(dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, q: Tensor, v: Tensor) -> None:
     B, NH, S, DHQK = q.shape
     sizes = {"B": B, "NH": NH, "S": S, "DHQK": DHQK, "DHHV": v.shape[-1]}
     check_shape("dh", dh, "B NH S DHHV", sizes)

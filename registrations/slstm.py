@@ -15,6 +15,7 @@ from torch_xlstm_ops.slstm import Product
 
 from .dispatch import autocast, autograd, fake, implement, overload
 from .schemas import LIBRARY
+from .seen import Seen
 
 OP = "slstm_sequence"
 _Results = tuple[Tensor, ...]
@@ -126,25 +127,14 @@ def _check_gradients(dh: Tensor, dy: Tensor, dc: Tensor, dn: Tensor, dm: Tensor,
 
 # --- step ---
 
-_steps: dict[tuple[Any, ...], compiled.RawCallable] = {}  # calls whose arguments were checked and compiled for
+def _find_step(args: list[Tensor], floor: float) -> compiled.RawCallable:
+    x, r, b, y, c, n, m = args
+    _check_step(x, r, b, y, c, n, m, floor)
+    axes = slstm.axes(slstm.step, Product.FUSED, False)
+    return compiled.get(slstm.step, axes, args, floor=floor, product=Product.FUSED)
 
 
-def _compiled_step(args: list[Tensor], floor: float) -> compiled.RawCallable:
-    """Return the callable for a step; arguments of a signature seen before are not checked again."""
-    signature = (
-        floor, torch.get_num_threads(),
-        *[t.shape for t in args], *[t.dtype for t in args], *[t.device for t in args],
-    )
-    call = _steps.get(signature)
-    if call is None:
-        x, r, b, y, c, n, m = args
-        _check_step(x, r, b, y, c, n, m, floor)
-        axes = slstm.axes(slstm.step, Product.FUSED, False)
-        call = compiled.get(slstm.step, axes, args, floor=floor, product=Product.FUSED)
-        if len(_steps) >= compiled.CAPACITY:
-            _steps.clear()
-        _steps[signature] = call
-    return call
+_steps = Seen(_find_step)
 
 
 def _step(*args: Tensor, floor: float = 0.0) -> _Results:
@@ -152,7 +142,7 @@ def _step(*args: Tensor, floor: float = 0.0) -> _Results:
     with devices.submission(args[0].device):
         if args[0].numel() == 0:
             return _step_fake(*contiguous, floor=floor)
-        return tuple(_compiled_step(contiguous, floor)(contiguous))
+        return tuple(_steps(contiguous, floor)(contiguous))
 
 
 def _step_fake(

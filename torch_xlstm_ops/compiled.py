@@ -11,7 +11,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,27 +24,32 @@ CAPACITY = 1024  # entries a cache keeps; the oldest leaves first
 FREE_AXES = {"G": 11, "NC": 13}
 RELEASE_GIL: dict[str, Any] = {"cpp_wrapper": True}
 DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
-    "mps": {"max_fusion_unique_io_buffers": 28},  # Metal allows 31 buffers a kernel, and Inductor does not split on it
+    "mps": {
+        "max_fusion_unique_io_buffers": 28,  # Metal allows 31 buffers a kernel, and Inductor does not split on it
+        "pick_loop_orders": False,  # keep an update in the order of the sum that follows, so that they are one kernel
+        "realize_reads_threshold": 2,  # write the gates' factors down once: no other kernel then reads m
+    },
 }
 
 
 def get(
-    fn: PureFunction, axes: Sequence[str], args: Sequence[Tensor], *, release_gil: bool = False, **static: Any
+    fn: PureFunction, axes: Sequence[str], args: Sequence[Tensor], *, release_gil: bool = False,
+    threads: int | None = None, **static: Any,
 ) -> RawCallable:
     """Return a compiled ``fn(*args, **static)``, to be called with one list of contiguous tensors.
 
     fn: pure, returns a tuple of fresh tensors, and may end by ``copy_`` into arguments.
     axes: the axes of each argument, e.g. ``"G NC L DHQK"``; names in FREE_AXES stay symbolic, all others are fixed.
     release_gil: generate a C++ wrapper, which costs compile time and lets other Python threads run meanwhile (CPU).
+    threads: how many a CPU kernel uses, exactly; default those that the calling thread may use now.
     """
-    # A CPU kernel has as many accumulators as there were threads when it was compiled.
+    how = _How(release_gil, threads or torch.get_num_threads())
     key = (
-        fn, release_gil, args[0].device, torch.get_num_threads(),
-        *static.values(), *[t.shape for t in args], *[t.dtype for t in args],
+        fn, how, args[0].device, *static.values(), *[t.shape for t in args], *[t.dtype for t in args],
     )
     call = _callables.get(key)
     if call is None:
-        family = _family(fn, axes, args, release_gil, static)
+        family = _family(fn, axes, args, how, static)
         with family.lock:  # of threads that race for a first call, one compiles and the others wait
             call = _callables.get(key) or family.find(args)
         _remember(_callables, key, call)
@@ -58,22 +63,34 @@ def clear() -> None:
         _families.clear()
 
 
+class _How(NamedTuple):
+    """What a callable is compiled for beside its arguments."""
+
+    release_gil: bool
+    threads: int  # a CPU kernel has an accumulator for each, and no more
+
+    def options(self, device: torch.device) -> dict[str, Any]:
+        cpu = {"cpp.threads": self.threads} if device.type == "cpu" else {}
+        return {"size_asserts": False, **cpu, **(RELEASE_GIL if self.release_gil else {}),
+                **DEVICE_OPTIONS.get(device.type, {})}
+
+
 class _Family:
     """One compile that is valid for all sizes of the free axes but those its conditions exclude."""
 
-    def __init__(self, fn: PureFunction, axes: Sequence[str], release_gil: bool) -> None:
-        self.fn, self.axes, self.release_gil = fn, [_split(names) for names in axes], release_gil
+    def __init__(self, fn: PureFunction, axes: Sequence[str], how: _How) -> None:
+        self.fn, self.axes, self.how = fn, [_split(names) for names in axes], how
         self.lock = threading.Lock()
         self.general: tuple[RawCallable, _Admits] | None = None
 
     def find(self, args: Sequence[Tensor]) -> RawCallable:
         if self.general is None:
-            self.general = _compile(self.fn, self.axes, args, frozenset(FREE_AXES), self.release_gil)
+            self.general = _compile(self.fn, self.axes, args, frozenset(FREE_AXES), self.how)
         call, admits = self.general
         sizes = {a: s for names, t in zip(self.axes, args, strict=True) for a, s in zip(names, t.shape, strict=True)}
         if admits(sizes):
             return call
-        return _compile(self.fn, self.axes, args, frozenset(), self.release_gil)[0]
+        return _compile(self.fn, self.axes, args, frozenset(), self.how)[0]
 
 
 _Key = tuple[Any, ...]
@@ -84,15 +101,14 @@ _compiling = threading.RLock()  # Inductor's options are global in some versions
 
 
 def _family(
-    fn: PureFunction, axes: Sequence[str], args: Sequence[Tensor], release_gil: bool, static: dict[str, Any]
+    fn: PureFunction, axes: Sequence[str], args: Sequence[Tensor], how: _How, static: dict[str, Any]
 ) -> _Family:
     fixed = [s for names, t in zip(axes, args, strict=True)
              for a, s in zip(_split(names), t.shape, strict=True) if a not in FREE_AXES]
-    threads = torch.get_num_threads()
-    key = (fn, release_gil, args[0].device, threads, *static.items(), *[t.dtype for t in args], *fixed)
+    key = (fn, how, args[0].device, *static.items(), *[t.dtype for t in args], *fixed)
     family = _families.get(key)
     if family is None:
-        family = _remember(_families, key, _Family(functools.partial(fn, **static), axes, release_gil))
+        family = _remember(_families, key, _Family(functools.partial(fn, **static), axes, how))
     return family
 
 
@@ -117,13 +133,13 @@ _Admits = Callable[[dict[str, int]], bool]  # whether a callable is valid for th
 
 
 def _compile(
-    fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], release_gil: bool
+    fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], how: _How
 ) -> tuple[RawCallable, _Admits]:
     """Compile `fn` for tensors like `args` with the axes in `free` symbolic, whatever modes the caller is in."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     device = args[0].device
-    options = {"size_asserts": False, **(RELEASE_GIL if release_gil else {}), **DEVICE_OPTIONS.get(device.type, {})}
+    options = how.options(device)
     no_autocast = torch.autocast(device.type, enabled=False)
     with _compiling, torch.inference_mode(False), torch.no_grad(), no_autocast, _disable_current_modes():
         try:

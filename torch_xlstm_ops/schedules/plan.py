@@ -41,12 +41,12 @@ class Plan:
     task_bytes: int = 0  # estimate of what one task in flight holds
     notes: tuple[str, ...] = ()  # where the plan is less than what was asked for
 
-    @property
+    @functools.cached_property
     def bands(self) -> list[slice]:
         """Return the rows of each band."""
         return [slice(start, min(start + self.band, self.rows)) for start in range(0, self.rows, self.band)]
 
-    @property
+    @functools.cached_property
     def segments(self) -> list[Segment]:
         """Return the segments in order."""
         return [self._segment(start) for start in range(0, self.tokens, self.segment)]

@@ -41,7 +41,10 @@ class Rows:
 
     def take(self, index: int, band: slice, segment: Segment) -> Tensor:
         """Return a task's part of a stream, contiguous and padded: (G, NC, L, ...)."""
-        return self._chunked(self.streams[index][band, segment.start:segment.stop], segment, _PADDING[index])
+        stream = self.streams[index]
+        if band.stop - band.start != stream.shape[0] or segment.stop - segment.start != stream.shape[1]:
+            stream = stream[band, segment.start:segment.stop]
+        return self._chunked(stream, segment, _PADDING[index])
 
     def take_all(self, band: slice, segment: Segment) -> list[Tensor]:
         """Return a task's part of q, k, v, igate, fgate."""
