@@ -38,11 +38,20 @@ def step(
     forget, add = torch.exp(log_f + m - m_new), torch.exp(igate - m_new)
     q_scaled = q.to(wide) * q.shape[-1] ** -0.5
     k_gated = add * k.to(wide)
-    c_new = forget[..., None] * c + k_gated[..., :, None] * v.to(wide)[..., None, :]
+    c_new, read = _update(c, forget, k_gated, v.to(wide), q_scaled)
     n_new = forget * n + k_gated
     denominator = torch.maximum((q_scaled * n_new).sum(-1, keepdim=True).abs(), floor(m_new)) + eps
-    h = (c_new * q_scaled[..., :, None]).sum(-2) / denominator
-    return h.to(v.dtype), c_new, n_new, m_new
+    return (read / denominator).to(v.dtype), c_new, n_new, m_new
+
+
+def _update(c: Tensor, forget: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``forget c + k v^T`` and its product with q."""
+    if c.device.type != "mps":
+        c = forget[..., None] * c + k[..., :, None] * v[..., None, :]
+        return c, (c * q[..., :, None]).sum(-2)
+    # In Metal, Inductor writes c and sums it in one kernel only along the last axis.
+    c = forget[..., None] * c.mT + k[..., None, :] * v[..., :, None]  # (..., DHHV, DHQK)
+    return c.mT, (c * q[..., None, :]).sum(-1)
 
 
 def step_(
@@ -50,6 +59,10 @@ def step_(
 ) -> tuple[Tensor]:
     """Do a `step` and write the new state over c, n, m; return h."""
     h, *new = step(q, k, v, igate, fgate, c, n, m, eps=eps)
+    if c.device.type == "mps":
+        c, new[0] = c.mT, new[0].mT  # in the order in which `_update` computes it
+        # The kernel that updates n also stores m: as a reduction's result, after all its threads have read m.
+        new[2] = new[2].expand_as(n).amax(-1, keepdim=True)
     for state, value in zip((c, n, m), new, strict=True):
         state.copy_(value)
     return (h,)
