@@ -37,6 +37,15 @@ SHADERS = {
             threadgroup_barrier(metal::mem_flags::mem_threadgroup);
             out[0] = in[0] + 1.0;
         }""",
+    # The same, stored only after a barrier: every thread has read by then.
+    "in_place_after_barrier": """
+        [[max_total_threads_per_threadgroup(64)]]
+        kernel void run(device float* out, constant float* in, uint i [[thread_position_in_grid]],
+                        uint t [[thread_position_in_threadgroup]]) {
+            float before = in[0];
+            threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+            if (t == 0) out[0] = before + 1.0;
+        }""",
     "out_of_bounds": """
         kernel void run(device float* out, constant float* in, uint i [[thread_position_in_grid]]) {
             out[i] = in[i + 1];
@@ -101,7 +110,7 @@ def shader(name: str) -> dict[str, Any]:
         for order in emulator.ORDERS:
             emulator.set_order(order)
             data, out = torch.arange(64.0).to("mps"), torch.zeros(64).to("mps")
-            target = data if name == "race_in_place" else out
+            target = data if "in_place" in name else out
             with emulator.recording() as log:
                 kernel(target, data, threads=[64], **({"group_size": [64]} if "max_total" in SHADERS[name] else {}))
             report["results"].append(out.tolist())

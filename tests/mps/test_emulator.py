@@ -68,6 +68,12 @@ def test_race_in_place_is_counted_and_one_thread_alone_is_none(reports: Reports)
     assert all(statistics["racing_accesses"] == 0 for statistics in shaders["double"]["statistics"])
 
 
+def test_store_after_a_barrier_is_no_race(reports: Reports) -> None:
+    statistics = reports(BASICS)["shaders"]["in_place_after_barrier"]["statistics"]
+    assert len(statistics) == 3
+    assert all(found["racing_accesses"] == 0 for found in statistics)
+
+
 @pytest.mark.parametrize(("name", "message"), [
     ("out_of_bounds", "index 64 is outside a buffer of 64 elements"),
     ("divergent_barrier", "threadgroup_barrier is not reached by every thread"),

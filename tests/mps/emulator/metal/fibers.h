@@ -71,14 +71,16 @@ inline void fail(const std::string& what) {
   if (error.empty()) error = what;
 }
 
-// In a kernel that writes what it reads under another name: memory that one thread writes and another reads.
+// In a kernel that writes what it reads under another name: memory that one thread writes and another reads. What a
+// threadgroup has read before a barrier, a thread of it may overwrite after; nothing else orders device memory.
 struct Races {
   struct Touched {
-    uint64_t reader = 0, writer = 0;
+    uint64_t reader = 0, writer = 0, group = 0, phase = 0;  // of the readers: their group, and the phase of the last
   };
   bool watching = false;
   uint64_t count = 0;
   uint64_t thread = 0;  // the Metal thread that runs, counted from 1
+  uint64_t group = 0, phase = 0;  // its threadgroup, counted from 1, and how many barriers were passed
   std::unordered_map<const void*, Touched> memory;
 
   void start(bool watch) {
@@ -90,7 +92,12 @@ struct Races {
   void access(const void* address, bool write) {
     Touched& touched = memory[address];
     const uint64_t other = write ? touched.reader : touched.writer;
-    count += other != 0 && other != thread;
+    const bool done_reading = write && touched.group == group && touched.phase < phase;
+    count += other != 0 && other != thread && !done_reading;
+    if (!write) {
+      touched.group = touched.group == 0 || touched.group == group ? group : ~uint64_t{0};
+      touched.phase = phase;
+    }
     uint64_t& mine = write ? touched.writer : touched.reader;
     mine = mine == 0 || mine == thread ? thread : ~uint64_t{0};
   }
@@ -228,11 +235,13 @@ static bool release_barrier(uint count) {
     return false;
   }
   statistics.barriers++;
+  races.phase++;
   for (uint i = 0; i < count; i++) scheduler.fibers[i].status = Status::ready;
   return true;
 }
 
 static void run_group(Body body, void** buffers, uint3 origin, uint3 size, Order order) {
+  races.group++;
   const uint count = size.x * size.y * size.z;
   reserve_stacks(count);
   scheduler.body = body;
