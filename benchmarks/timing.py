@@ -11,18 +11,11 @@ from typing import Any
 
 import torch
 
-from torch_xlstm_ops import devices
+from torch_xlstm_ops.devices import timed
+
+__all__ = ["alternate", "machine", "timed"]
 
 Call = Callable[[], Any]
-
-
-def timed(call: Call, device: torch.device) -> float:
-    """Return the milliseconds that a call takes to its end."""
-    devices.synchronize(device)
-    start = time.perf_counter()
-    call()
-    devices.synchronize(device)
-    return (time.perf_counter() - start) * 1e3
 
 
 def alternate(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, float]:

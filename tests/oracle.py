@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import mlstm
+from torch_xlstm_ops.cli.check import GRADIENT_TOLERANCE as GRADIENT_TOLERANCE
+from torch_xlstm_ops.cli.check import TOLERANCE as TOLERANCE
 from torch_xlstm_ops.shapes import state_dtype
-
-# Relative, in the Euclidean norm. A segment rounds to its dtype half a dozen times on the way to h (k_gated, dC, W, C,
-# q_gated, P, and h itself); in float32 and float64 the exponents' rounding, times their size, comes first.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 class Sizes(NamedTuple):

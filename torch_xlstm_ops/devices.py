@@ -104,6 +104,15 @@ def synchronize(device: torch.device) -> None:
             torch.mps.synchronize()
 
 
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Return the milliseconds that a call takes until `device` has finished it."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
 class Event(Protocol):
     """A mark in a device's work."""
 

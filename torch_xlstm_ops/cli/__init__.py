@@ -1,5 +1,5 @@
-"""`xlstm-ops`: `generate` writes text with an xLSTM and measures it, `run` runs a script on our operators, `info` says
-what this machine can do.
+"""`xlstm-ops`: `generate` writes text with an xLSTM and measures it, `run` runs a script on our operators, `check`
+holds every operator to the recurrence on a device, `info` says what this machine can do.
 
 What cannot be used ends with one line on stderr and exit status 2, before a model is loaded or a file is touched.
 """
@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from torch_xlstm_ops import config, devices
-from torch_xlstm_ops.cli import info, request, run, writing
+from torch_xlstm_ops import config, devices, trace_files
+from torch_xlstm_ops.cli import check, info, request, run, writing
 from torch_xlstm_ops.cli.loading import BadInput, check_extra
 
 
@@ -32,6 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     start = commands.add_parser("run", help="run a Python script with the packages it imports patched",
                                 allow_abbrev=False)
     run.add_flags(start)
+    hold = commands.add_parser("check", help="compare every operator with the recurrence on a device, and time it",
+                               allow_abbrev=False)
+    check.add_flags(hold)
     tell = commands.add_parser("info", help="say what this machine can do", allow_abbrev=False)
     tell.add_argument("--device", metavar="NAME", help="ask the schedules about auto, cpu, cuda or mps (default auto)")
     config.add_flags(tell)
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `xlstm-ops` and return its exit status: 2 for what cannot be used, 130 when interrupted."""
     try:
         parsed = _parser().parse_args(arguments)
-        return {"generate": _generate, "run": run.run, "info": _info}[parsed.command](parsed)
+        return {"generate": _generate, "run": run.run, "check": _check, "info": _info}[parsed.command](parsed)
     except BadInput as error:
         print(f"xlstm-ops: error: {error}", file=sys.stderr)
         return 2
@@ -56,6 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _generate(parsed: argparse.Namespace) -> int:
     check_extra()
     return writing.run(request.read(parsed))
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    with request.bad_input():
+        if parsed.json is not None:
+            trace_files.check_file("--json", parsed.json)
+        device = devices.resolve_device(parsed.device)
+    return check.run(device, parsed.json, parsed.seconds)
 
 
 def _info(parsed: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ def report(device: torch.device) -> str:
         f"schedules on {device.type}": schedule_rows(device),
         "configuration": configuration_rows(),
     }
-    return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in sections.items())
+    return "\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in sections.items())
 
 
 def versions() -> list[tuple[str, ...]]:
@@ -70,6 +70,7 @@ def configuration_rows() -> list[tuple[str, ...]]:
              source.origin) for name, source in config.sources().items()]
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Return rows as text, each column as wide as it needs."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

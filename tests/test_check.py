@@ -1,0 +1,99 @@
+"""`xlstm-ops check`: right operators pass, a wrong one fails, and one that raises does not hide the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops import cli
+from torch_xlstm_ops.cli import check
+
+TOKENS = [case for case in check.CASES if case.name in ("mlstm_step", "slstm_step")]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Check the two steps in float32 only."""
+    monkeypatch.setattr(check, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(check, "CASES", TOKENS)
+    return monkeypatch
+
+
+def checked(path: Path, seconds: float = 600) -> tuple[int, dict[str, Any]]:
+    status = cli.main(["check", "--device", "cpu", "--json", str(path), "--seconds", str(seconds)])
+    return status, json.loads(path.read_text())
+
+
+def test_right_operators_pass(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    status, report = checked(tmp_path / "check.json")
+    assert (status, report["passed"]) == (0, True)
+    assert all(0 < row["error"] <= row["tolerance"] and row["milliseconds"] > 0 for row in report["results"])
+
+
+@pytest.mark.slow  # it compiles everything
+def test_every_operator_is_within_tolerance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(check, "DTYPES", (torch.float32,))
+    status, report = checked(tmp_path / "check.json")
+    assert status == 0, report["results"]
+    assert report["passed"]
+    assert {row["operator"] for row in report["results"]} == {case.name for case in check.CASES}
+    assert all(0 < row["error"] <= row["tolerance"] and row["milliseconds"] > 0 for row in report["results"])
+    assert report["versions"]["torch"] == torch.__version__
+
+
+def test_a_wrong_result_fails(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def wrong(*args: Tensor) -> Sequence[Tensor]:
+        h, *state = TOKENS[0].call(*args)
+        return [h * 1.001, *state]
+
+    quick.setattr(check, "CASES", [TOKENS[0]._replace(call=wrong), TOKENS[1]])
+    status, report = checked(tmp_path / "check.json")
+    assert status == 1
+    assert [row["failure"] for row in report["results"]] == ["out of tolerance", ""]
+
+
+def test_a_result_that_is_no_number_fails(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    quick.setattr(check, "CASES", [TOKENS[1]._replace(call=lambda *args: [t * torch.nan for t in args[3:7]])])
+    status, report = checked(tmp_path / "check.json")
+    assert (status, report["passed"]) == (1, False)
+    assert report["results"][0]["error"] is None
+
+
+def test_an_operator_that_raises_is_recorded_and_the_rest_go_on(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*args: Tensor) -> Sequence[Tensor]:
+        raise RuntimeError("no such kernel")
+
+    quick.setattr(check, "CASES", [TOKENS[0]._replace(call=broken), TOKENS[1]])
+    status, report = checked(tmp_path / "check.json")
+    assert status == 1
+    assert [row["failure"] for row in report["results"]] == ["RuntimeError: no such kernel", ""]
+
+
+def test_what_does_not_fit_into_the_time_is_not_called_passed(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    status, report = checked(tmp_path / "check.json", seconds=0)
+    assert status == 1
+    assert all(row["failure"].startswith("not run") for row in report["results"])
+
+
+def test_the_table_needs_no_rich(quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    quick.setattr(check, "find_spec", lambda name: None)
+    assert cli.main(["check", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["operator", "mlstm_step", "slstm_step"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--device", "gpu"], "device must be one of auto, cpu, cuda, mps, got 'gpu'"),
+    (["--json", "no/such/file.json"], "whose directory is not there"),
+])
+def test_bad_input_ends_with_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", *arguments]) == 2
+    assert message in capsys.readouterr().err
