@@ -17,7 +17,7 @@ from torch import fx
 from torch_xlstm_ops import config, schedules
 
 from . import dynamo_rules
-from .inline import EVERYTHING, STEPS, Maths, operator_of, splice
+from .inline import measures_better, operator_of, splice
 
 INLINE = "inline"
 
@@ -68,13 +68,28 @@ def prepare(module: fx.GraphModule, options: Options) -> list[fx.Node]:
             device = node.args[0].meta["example_value"].device
             schedules.load(config.Schedule(options.settings["schedule"]), device)
     with config.use(**options.settings):
-        return splice(module, _spliced(options.inline))
+        return splice(module, measures_better if options.inline is None else lambda node, name: bool(options.inline))
 
 
-def _spliced(inline: bool | None) -> Mapping[str, Maths]:
-    if inline is None:
-        return STEPS
-    return EVERYTHING if inline else {}
+def hold_states(module: fx.GraphModule) -> None:
+    """Tell CUDA graphs that inputs which the graph writes over stay where they are, as the states of a model do.
+
+    Otherwise a graph that writes over its inputs is not recorded at all. Where one does move, the graph is recorded
+    again: torch compares the addresses at every call.
+    """
+    for node in module.graph.nodes:
+        target = getattr(node.target, "__name__", str(node.target))
+        written = node.args[0] if node.args else None
+        if isinstance(written, fx.Node) and written.op == "placeholder" and _writes(node.op, target):
+            written.meta.setdefault("tensor_dict", {})["_dynamo_static_input_type"] = "unguarded"
+
+
+def _writes(op: str, target: str) -> bool:
+    """Return whether a node writes over its first argument: ``copy_``, ``iadd``, ``copy_.default``, ``mlstm_step_``."""
+    name = target.split(".")[0]
+    if op == "call_method":
+        return name.endswith("_") and not name.endswith("__")
+    return op == "call_function" and (name.endswith("_") or name in ("iadd", "imul", "isub", "itruediv"))
 
 
 def xlstm(
@@ -88,6 +103,8 @@ def xlstm(
     asked = read(options, mode)
     _warn(module)
     prepare(module, asked)
+    if asked.inductor.get("triton.cudagraphs"):
+        hold_states(module)
     return _lower(module, examples, asked)
 
 
