@@ -6,6 +6,7 @@ It stands in for `compiled.get`, so a function that an op starts to compile tomo
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,7 +59,8 @@ class Instrument:
     ) -> RawCallable:
         with self._aside():
             raw = self._original(fn, axes, args, **options)
-        static = {name: value for name, value in options.items() if name != "release_gil"}
+        how = inspect.signature(self._original).parameters  # everything else is for `fn`
+        static = {name: value for name, value in options.items() if name not in how}
         return functools.partial(self._call, fn, axes, static, raw)
 
     def _call(
