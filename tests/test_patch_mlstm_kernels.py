@@ -118,6 +118,14 @@ def test_states_stay_float32_unless_compat() -> None:
         assert [t.dtype for t in run(module, args)[1]] == [t.dtype for t in theirs] == [torch.bfloat16] * 3
 
 
+@pytest.mark.parametrize("S", [1, 16])
+def test_states_take_a_dtype_that_the_config_names(S: int) -> None:
+    module, args = backend(inference_state_dtype="bfloat16"), draw(Sizes(S=S))
+    with patch("mlstm_kernels"):
+        assert {t.dtype for t in run(module, args)[1]} == {torch.bfloat16}
+        assert {t.dtype for t in run(module, args, mode="train")[1]} == {torch.float32}
+
+
 def test_results_alias_no_input() -> None:
     """xlstm_large copies new states over the ones it passed."""
     module, args = backend(), draw(Sizes(S=1))

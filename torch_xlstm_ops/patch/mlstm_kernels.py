@@ -58,20 +58,21 @@ def changes(compat: bool) -> Sequence[Change]:
 def sequence(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
     c_initial: Tensor | None = None, n_initial: Tensor | None = None, m_initial: Tensor | None = None,
-    return_last_states: bool = False, eps: float = 1e-6, schedule: str | None = None, **ignored: Any,
+    return_last_states: bool = False, eps: float = 1e-6, schedule: str | None = None,
+    dtype_state: torch.dtype = torch.float32, **ignored: Any,
 ) -> Any:
     """Run a sequence as a kernel of the registries does; chunk sizes and launch options are ours to choose."""
     h, state = mlstm(q, k, v, i, f, c_initial, n_initial, m_initial, eps=eps, schedule=schedule)
-    return (h, tuple(state)) if return_last_states else h
+    return (h, _narrowed(state, dtype_state)) if return_last_states else h
 
 
 def step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c: Tensor, n: Tensor, m: Tensor, eps: float = 1e-6,
-    **ignored: Any,
+    dtype_state: torch.dtype = torch.float32, **ignored: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Advance by one token, q (B, NH, DHQK), as a step kernel of the registries does."""
     h, state = mlstm(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), i, f, c, n, m, eps=eps)
-    return h.squeeze(2), tuple(state)
+    return h.squeeze(2), _narrowed(state, dtype_state)
 
 
 def _entry(registry: dict[str, Any], kind: str, name: str, kernel: Callable[..., Any]) -> Change:
@@ -105,11 +106,17 @@ def _forward_or(original: Callable[..., Any], custbw: Callable[..., Any] | None)
             return original(self, q, k, v, i, f, c_initial, n_initial, m_initial, return_last_states, mode)
         schedule = SCHEDULES.get(kernel.removeprefix("chunkwise--"))
         h, state = mlstm(q, k, v, i, f, c_initial, n_initial, m_initial, eps=config.eps, schedule=schedule)
-        if custbw is not None and kernel.startswith("chunkwise--native") and q.shape[2] > 1:
-            return (h, tuple(t.to(k.dtype) for t in state)) if both else h
-        return (h, tuple(state)) if both else h
+        rounds = custbw is not None and kernel.startswith("chunkwise--native") and q.shape[2] > 1
+        asked = config.mode if mode is None else mode
+        dtype = k.dtype if rounds else getattr(torch, config.inference_state_dtype) if "inference" in asked else None
+        return (h, _narrowed(state, dtype)) if both else h
 
     return forward
+
+
+def _narrowed(state: Sequence[Tensor], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """Return a state in a narrower dtype where one is asked for by name; float32 asks for nothing."""
+    return tuple(t.to(dtype) if dtype in (torch.bfloat16, torch.float16) else t for t in state)
 
 
 def _without_normaliser(kernel: str) -> bool:
