@@ -17,7 +17,7 @@ from torch import fx
 from torch_xlstm_ops import config, schedules
 
 from . import dynamo_rules
-from .inline import measures_better, operator_of, splice
+from .inline import arguments, measures_better, operator_of, splice
 
 INLINE = "inline"
 
@@ -65,8 +65,8 @@ def prepare(module: fx.GraphModule, options: Options) -> list[fx.Node]:
     """
     for node in module.graph.nodes:
         if operator_of(node) is not None and "schedule" in options.settings:
-            device = node.args[0].meta["example_value"].device
-            schedules.load(config.Schedule(options.settings["schedule"]), device)
+            first = next(iter(arguments(node).values()))
+            schedules.load(config.Schedule(options.settings["schedule"]), first.meta["example_value"].device)
     with config.use(**options.settings):
         return splice(module, measures_better if options.inline is None else lambda node, name: bool(options.inline))
 

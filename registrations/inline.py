@@ -56,8 +56,8 @@ MATHS: dict[str, Maths] = {
     "mlstm_step": mlstm.step, "mlstm_step_": mlstm.step_, "mlstm_chunkwise": _mlstm_chunkwise,
     "slstm_step": _slstm_step,
 }
-# Up to so many bytes of chunk summaries stay in a CPU's cache without the operator's bands; then fusion is worth more
-# (206 ms for what took 262 ms: 2 blocks of width 512, 512 tokens).
+# Up to so many bytes of chunk summaries stay in a CPU's cache without the operator's bands; then fusion is worth more:
+# about a fifth of a model's time (2 blocks of width 512, 512 tokens).
 CACHED_BYTES = 4 << 20
 
 
@@ -72,23 +72,36 @@ def operator_of(node: fx.Node) -> str | None:
     return name if library == "xlstm" else None
 
 
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Return what a call of one of our operators is given, by the schema's names."""
+    schema = getattr(torch.ops.xlstm, str(operator_of(node))).default._schema
+    return {**dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)), **node.kwargs}
+
+
+def example(node: fx.Node, name: str) -> Tensor:
+    """Return the fake tensor that stands for an argument of one of our operators."""
+    tensor: Tensor = arguments(node)[name].meta["example_value"]
+    return tensor
+
+
 def measures_better(node: fx.Node, name: str) -> bool:
     """Return whether a call is faster spliced: any step, and on the CPU a short sequence that nobody differentiates."""
     if name != "mlstm_chunkwise":
         return True
-    values = [a.meta["example_value"] for a in node.args if isinstance(a, fx.Node)]
-    learning = torch.is_grad_enabled() and any(t.requires_grad for t in values)
-    if values[0].device.type != "cpu" or learning or any(map(_symbolic, values)):
+    values = [a.meta["example_value"] for a in arguments(node).values() if isinstance(a, fx.Node)]
+    if values[0].device.type != "cpu" or _learns(values) or any(map(_symbolic, values)):
         return False
-    B, NH, S, DHQK = values[0].shape
-    chunks = -(-S // plan.make(plan.Shape(B * NH, S, DHQK, values[2].shape[-1]), "cpu", config.for_call()).chunk_size)
-    return bool(4 * B * NH * chunks * DHQK * values[2].shape[-1] <= CACHED_BYTES)
+    (B, NH, S, DHQK), DHHV = example(node, "q").shape, example(node, "v").shape[-1]
+    chunks = -(-S // plan.make(plan.Shape(B * NH, S, DHQK, DHHV), "cpu", config.for_call()).chunk_size)
+    return 4 * B * NH * chunks * DHQK * DHHV <= CACHED_BYTES
 
 
 def splice(module: fx.GraphModule, chosen: Callable[[fx.Node, str], bool]) -> list[fx.Node]:
     """Replace the chosen calls of our operators by their mathematics, where we have it; return those that stay calls.
 
-    A call stays where autocast would change its dtypes, and one over a sequence where a size is symbolic.
+    A call stays where autocast would change its dtypes; one over a sequence also where a size is symbolic, and where
+    CUDA's product with a wider result would have to be differentiated; a step in place where autograd records, so that
+    the operator can refuse it.
     """
     stay = []
     for node in list(module.graph.nodes):
@@ -130,7 +143,10 @@ def _trace(node: fx.Node, maths: Maths, values: list[fx.Node]) -> fx.GraphModule
         args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
         return maths(*args, **kwargs)
 
-    if maths is _mlstm_chunkwise and any(_symbolic(t) for t in examples):
+    wider = examples[0].is_cuda and examples[0].dtype in (torch.float16, torch.bfloat16)
+    if maths is _mlstm_chunkwise and (any(map(_symbolic, examples)) or (wider and _learns(examples))):
+        return None
+    if maths is mlstm.step_ and _learns(examples):
         return None
     with examples[0].fake_mode, torch.no_grad():
         body = make_fx(call)(*examples)
@@ -139,6 +155,10 @@ def _trace(node: fx.Node, maths: Maths, values: list[fx.Node]) -> fx.GraphModule
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)
     same = all(a.meta["val"].dtype == b.dtype for a, b in zip(returned, wanted, strict=True))
     return body if same else None
+
+
+def _learns(examples: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in examples)
 
 
 def _symbolic(t: Tensor) -> bool:

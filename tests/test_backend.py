@@ -125,6 +125,23 @@ def test_a_step_in_place_writes_its_states(inlined: bool):
     assert_close([h / 2, *state], wanted, TOLERANCE[torch.float32])
 
 
+def test_a_step_in_place_is_refused_where_autograd_records():
+    args = [t.requires_grad_() for t in step_args()]
+    with pytest.raises(Exception, match="mlstm_step_ writes over its states and has no gradient"):
+        compiled(torch_xlstm_ops.mlstm_step_)(*args)
+
+
+def test_a_call_by_keywords_is_spliced_too():
+    names = ("q", "k", "v", "igate", "fgate", "c", "n", "m")
+
+    def call(*args: Tensor) -> Any:
+        return torch.ops.xlstm.mlstm_chunkwise(**dict(zip(names, args, strict=True)))
+
+    args = draw(Sizes())
+    assert operators(call, args) == []
+    assert_close(compiled(call)(*args), exact(args), TOLERANCE[torch.float32])
+
+
 def test_any_batch_is_served_by_one_spliced_graph():
     fn = torch.compile(step, backend="xlstm", fullgraph=True, dynamic=True)
     for B in (2, 3, 5):

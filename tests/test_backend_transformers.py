@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +23,9 @@ if peer.external_xlstm:
 
 import torch_xlstm_ops  # noqa: E402
 from tests.oracle import GRADIENT_TOLERANCE, assert_close  # noqa: E402
-from tests.test_patch_transformers import build, decode, logits, prefill, prompt  # noqa: E402
+from tests.test_patch_transformers import LAYERS, build, decode, logits, prefill, prompt  # noqa: E402
 from torch_xlstm_ops.patch import patch  # noqa: E402
-from torch_xlstm_ops.registrations import dynamo_rules, inline  # noqa: E402
+from torch_xlstm_ops.registrations import dynamo, dynamo_rules, inline  # noqa: E402
 
 WRAPPER = "transformers.models.xlstm.modeling_xlstm.wrap_chunkwise_arbitrary_sequence_length"
 # Logits are capped at 30, and the model adds its own rounding to the operators'.
@@ -212,7 +213,7 @@ def test_every_rule_for_transformers_is_installed():
 def test_the_explanation_names_functions_operators_breaks_and_the_plan():
     model, ids = build(), prompt(100)
     with torch.no_grad():
-        text = torch_xlstm_ops.explain(model, ids, use_cache=True)
+        text = torch_xlstm_ops.explain(model, ids, use_cache=True, options={"inline": False})
     text = re.sub(r"^torch_xlstm_ops .*: ", "", text)
     text = re.sub(r"at .*:\d+ in", "at FILE:LINE in", text)
     text = re.sub(r"\d+ nodes", "N nodes", text)
@@ -222,7 +223,7 @@ def test_the_explanation_names_functions_operators_breaks_and_the_plan():
 graph 0: N nodes
   2 x {WRAPPER}
     at FILE:LINE in forward
-    -> torch.ops.xlstm.mlstm_chunkwise, a call, first argument (2, 2, 100, 32) float32 on cpu
+    -> torch.ops.xlstm.mlstm_chunkwise, a call, q (2, 2, 100, 32) float32 on cpu
 """
     assert "schedule  inductor" in plan
 
@@ -246,3 +247,70 @@ def test_an_explanation_can_be_had_any_number_of_times():
     model, ids = build(), prompt(1)
     texts = {torch_xlstm_ops.explain(model, ids) for _ in range(12)}
     assert len(texts) == 1
+
+
+# --- CUDA graphs, export ---
+
+
+def test_under_cuda_graphs_the_states_are_known_to_stay_where_they_are():
+    model, ids = build(), prompt(3)
+    cache = prefill(model, ids).cache_params
+    held: list[int] = []
+
+    def look(module: fx.GraphModule, examples: Any) -> Any:
+        dynamo.prepare(module, dynamo.read(None, None))
+        dynamo.hold_states(module)
+        inputs = module.graph.find_nodes(op="placeholder")
+        held.append(sum("_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) for node in inputs))
+        return module
+
+    look.wants_xlstm_rules = True  # type: ignore[attr-defined]
+    decode(torch.compile(model, backend=look, fullgraph=True), ids[:, :1], cache)
+    assert held == [3 * LAYERS + 1]  # and the count of tokens
+    assert dynamo.read(None, "reduce-overhead").inductor["triton.cudagraphs"] is True
+
+
+def test_a_mode_is_inductors_and_decodes_alike():
+    model, ids = build(), prompt(12)
+    cache, twin = prefill(model, ids).cache_params, prefill(model, ids).cache_params
+    fast = torch.compile(model, backend="xlstm", mode="reduce-overhead", fullgraph=True)
+    torch.testing.assert_close(decode(fast, ids, cache), decode(model, ids, twin), rtol=0, atol=1e-4)
+
+
+LOAD = """
+import sys, torch
+if {ours}:
+    import torch_xlstm_ops
+ids, wanted = torch.load({folder!r} + "/wanted.pt")
+run = torch._inductor.aoti_load_package({folder!r} + "/model.pt2")
+torch.testing.assert_close(run(ids), wanted, rtol=0, atol=1e-4)
+"""
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(ids, use_cache=False).logits
+        return logits
+
+
+def test_a_patched_model_is_exported_and_runs_where_our_operators_are_registered(tmp_path: Path):
+    model, ids = build(num_hidden_layers=1), prompt(20)
+    length = torch.export.Dim("S", min=6, max=4096)
+    with patch("transformers"), torch.no_grad():
+        whole = Logits(model).eval()
+        program = torch.export.export(whole, (ids,), dynamic_shapes={"ids": {1: length}})
+        longer = prompt(77)
+        torch.save((longer, whole(longer)), tmp_path / "wanted.pt")
+    assert [n for n in program.graph.nodes if "xlstm.mlstm_chunkwise" in str(n.target)]
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    runs = [
+        subprocess.run([sys.executable, "-c", LOAD.format(ours=ours, folder=str(tmp_path))], capture_output=True,
+                       text=True)
+        for ours in (True, False)
+    ]
+    assert runs[0].returncode == 0, runs[0].stderr
+    assert "Could not find schema for xlstm::mlstm_chunkwise" in runs[1].stderr

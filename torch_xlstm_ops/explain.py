@@ -100,15 +100,18 @@ def _last_frame(trace: str) -> str:
 
 
 def _first_argument(node: fx.Node) -> str:
-    first = node.args[0]
-    assert isinstance(first, fx.Node)
+    from torch_xlstm_ops.registrations import inline
+
+    name, first = next(iter(inline.arguments(node).items()))
     value = first.meta["example_value"]
-    return f"first argument {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device.type}"
+    return f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device.type}"
 
 
 def _plan(node: fx.Node, options: Any) -> str:
     """Return the plan of a chunkwise call; sizes that Dynamo left symbolic stand at the values of this run."""
-    q, v = (node.args[i].meta["example_value"] for i in (0, 2))  # type: ignore[union-attr]
+    from torch_xlstm_ops.registrations import inline
+
+    q, v = inline.example(node, "q"), inline.example(node, "v")
     B, NH, S, DHQK, DHHV = (_size(s) for s in (*q.shape, v.shape[-1]))
     with config.use(**options.settings):
         settings = config.for_call(chunk_size=node.kwargs.get("chunk_size"))  # type: ignore[arg-type]
