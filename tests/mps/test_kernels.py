@@ -150,6 +150,7 @@ def test_segment_is_within_budget(reports: Reports) -> None:
 @pytest.mark.parametrize("wanted", [
     pytest.param(job("threads", name="step", count=3), id="step"),
     pytest.param(job("threads", name="tail", count=2), id="tail", marks=pytest.mark.slow),
+    pytest.param(job("threads", name="queued", count=2), id="queued", marks=pytest.mark.slow),
 ])
 def test_threads_never_submit_at_once(reports: Reports, wanted: Job) -> None:
     report = reports(wanted)
