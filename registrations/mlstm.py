@@ -36,8 +36,14 @@ def _kernels(eps: float, release_gil: bool = False) -> Kernels:
         return _run(fn, release_gil=release_gil, **static)
 
     def with_scores(fn: compiled.PureFunction) -> Run:
-        after_scores = run(fn, eps=eps)
-        return lambda args: after_scores([*args[:5], mlstm.scores(args[0], args[1]), *args[5:]])
+        scored = run(fn, eps=eps)
+        return lambda args: scored([*args[:5], mlstm.scores(args[0], args[1]), *args[5:]])
+
+    after_scores = run(mlstm.answers, eps=eps)
+
+    def answers(args: list[Tensor]) -> Sequence[Tensor]:
+        q, k, igate, fgate, *rest = args
+        return after_scores([q, igate, fgate, mlstm.scores(q, k), *rest])
 
     factors = with_scores(mlstm_gradient.gradient)
 
@@ -48,7 +54,8 @@ def _kernels(eps: float, release_gil: bool = False) -> Kernels:
 
     return Kernels(
         operands=with_scores(mlstm.operands), emit=mlstm.emit, step=_run(mlstm.step, eps=eps), after=run(mlstm.after),
-        backward=backward, summarize=run(mlstm.summarize), absorb=run(mlstm.absorb),
+        backward=backward, summarize=run(mlstm.summarize), answers=answers,
+        absorb=run(mlstm.absorb),
     )
 
 

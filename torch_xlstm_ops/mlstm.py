@@ -108,23 +108,38 @@ def operands(
     c, n, m. The factors already hold 1/denominator, so no pass over h follows. A token with igate -inf and fgate +inf
     changes nothing (padding).
     """
-    wide, scale = state_dtype(q.dtype), q.shape[-1] ** -0.5
-    within = prefixes(fgate.to(wide))
-    igate = igate.to(wide)
+    within, igate = prefixes(fgate.to(state_dtype(q.dtype))), igate.to(state_dtype(q.dtype))
     chunks = summaries(k, v, igate, within)
     across = prefix(within[..., -1])
     c_after, n_after, m_after = absorb(*_fold(across, *chunks), c, n, m)
-    reach = reaches(within[..., -1], across, chunks.M, m)
-    n_before = torch.bmm(reach.W, chunks.dn) + reach.w_state[..., None] * n[:, None]
-    look = looks(igate, within, reach.m_before)
+    P, q_gated, W = _answers(q, igate, within, across, scores, chunks.M, chunks.dn, n, m, eps)
+    return P, q_gated, W, chunks.dC, c_after, n_after, m_after
 
+
+def answers(
+    q: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, M: Tensor, dn: Tensor, n: Tensor, m: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return P, q_gated and W as `operands` does, from chunks already summarised by `summarize`."""
+    wide = state_dtype(q.dtype)
+    within = prefixes(fgate.to(wide))
+    return _answers(q, igate.to(wide), within, prefix(within[..., -1]), scores, M, dn, n, m, eps)
+
+
+def _answers(
+    q: Tensor, igate: Tensor, within: Tensor, across: Tensor, scores: Tensor, M: Tensor, dn: Tensor, n: Tensor,
+    m: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale, product = q.shape[-1] ** -0.5, product_dtype(q.dtype)
+    q_wide = q.to(state_dtype(q.dtype))
+    reach = reaches(within[..., -1], across, M, m)
+    n_before = torch.bmm(reach.W, dn) + reach.w_state[..., None] * n[:, None]
+    look = looks(igate, within, reach.m_before)
     P = scores * scale * torch.exp(look.decay - look.m[..., None])
     w = torch.exp(look.m_inter - look.m) * scale
-    qn = (q.to(wide) * n_before[..., None, :]).sum(-1)
+    qn = (q_wide * n_before[..., None, :]).sum(-1)
     r = 1 / (torch.maximum((P.sum(-1) + w * qn).abs(), floor(look.m)) + eps)
-    P = (P * r[..., None]).to(q.dtype).flatten(0, 1)
-    q_gated = (q.to(wide) * (w * r)[..., None]).to(chunks.dC.dtype).flatten(0, 1)
-    return P, q_gated, reach.with_state().to(chunks.dC.dtype), chunks.dC, c_after, n_after, m_after
+    P, q_gated = P * r[..., None], q_wide * (w * r)[..., None]
+    return P.to(q.dtype).flatten(0, 1), q_gated.to(product).flatten(0, 1), reach.with_state().to(product)
 
 
 def emit(P: Tensor, q_gated: Tensor, W: Tensor, dC: Tensor, c: Tensor, v: Tensor, h: Tensor) -> None:
@@ -157,14 +172,19 @@ def after(
     k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return only the state after a segment."""
-    return absorb(*summarize(k, v, igate, fgate), c, n, m)
+    F_, M, dC, dn, *_ = summarize(k, v, igate, fgate)
+    return absorb(F_, M, dC, dn, c, n, m)
 
 
-def summarize(k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Reduce a segment to its monoid element F (G, 1), M (G, 1), dC (G, DHQK, DHHV), dn (G, DHQK)."""
+def summarize(k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tensor, ...]:
+    """Reduce a segment to its monoid element F (G, 1), M (G, 1), dC (G, DHQK, DHHV), dn (G, DHQK).
+
+    Returns these, and M (G, NC), dC (G, NC, DHQK, DHHV) and dn (G, NC, DHQK) of its chunks, for `answers` and `emit`.
+    """
     wide = state_dtype(k.dtype)
     within = prefixes(fgate.to(wide))
-    return _fold(prefix(within[..., -1]), *summaries(k, v, igate.to(wide), within))
+    chunks = summaries(k, v, igate.to(wide), within)
+    return *_fold(prefix(within[..., -1]), *chunks), *chunks
 
 
 def absorb(
@@ -293,6 +313,7 @@ AXES = {
     step: _STEP,
     step_: _STEP,
     operands: (*STREAMS, "G NC L L", *STATE),
+    answers: ("G NC L DHQK", "G NC L", "G NC L", "G NC L L", "G NC", "G NC DHQK", *STATE[1:]),
     summarize: STREAMS[1:],
     absorb: (*_SUMMARY, *STATE),
     after: (*STREAMS[1:], *STATE),

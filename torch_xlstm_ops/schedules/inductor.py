@@ -13,6 +13,7 @@ from torch_xlstm_ops.schedules.plan import Plan, Segment
 from torch_xlstm_ops.schedules.tasks import Kernels, Rows
 
 OP = "mlstm_chunkwise"
+Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # P q_gated W dC c v, as `mlstm.emit` takes them
 
 
 def forward(
@@ -45,12 +46,20 @@ def run(
     P, q_gated, W, dC, *new = kernels.operands([*streams, *state])
     if h.device.type == "cpu" and not math.isfinite(new[0].sum().item()):
         return step_through(kernels, rows, h, band, segment, state)
+    emit(kernels, rows, h, band, segment, (P, q_gated, W, dC, state[0], v))
+    return new
+
+
+def emit(
+    kernels: Kernels, rows: Rows, h: Tensor, band: slice, segment: Segment, factors: Factors
+) -> None:
+    """Multiply a task's factors, in the order of `mlstm.emit`, into its slice of h."""
+    P, v = factors[0], factors[-1]
     slot = rows.slot(h, band, segment)
     out = v.new_empty(P.shape[0], *v.shape[2:]) if slot is None else slot
-    kernels.emit(P, q_gated, W, dC, state[0], v, out)
+    kernels.emit(*factors, out)
     if slot is None:
         rows.put(h, band, segment, out.view(v.shape))
-    return new
 
 
 def step_through(

@@ -63,29 +63,32 @@ class Steps(NamedTuple):
     emit: Callable[[int, State], State]  # write the segment's h; return the state after it
     summarize: Callable[[int], Summary | None]  # None: not finite, and no summary will do
     absorb: Callable[[Summary, State], State]  # return the state after a segment from its summary
+    answer: Callable[[int, Summary, State], None]  # write the h of a segment that was summarised
 
 
 class Abreast:
     """Several segments at once: summaries run ahead, states are handed on in order, segments emitted as they can.
 
-    Of `width` consecutive segments the last one hands on the state that its own emission found; the others are
-    summarised. Which they are depends on the plan alone, so that a call repeated gives the same bits.
+    Of `width` consecutive segments the last one hands on the state that its own emission finds; the others are
+    summarised first and emitted from their summaries, so that nothing is computed twice. Which they are depends on the
+    plan alone: a call repeated gives the same bits.
     """
 
     def __init__(self, segments: int, width: int, first: State, steps: Steps, last: Callable[[State], None]) -> None:
         self._count, self._width, self._steps, self._last = segments, width, steps, last
-        self._before = {0: first}  # the states before segments, while someone may need them
-        self._after: dict[int, State] = {}  # what emissions found
+        self._before = {0: first}  # the states before segments, until they are emitted
         self._summaries: dict[int, Summary | None] = {}
         self._emitted = 0  # the next to emit
         self._known = 0  # the last with a state before it
-        self._ahead = deque(s for s in range(segments - 1) if self._summarised(s))  # the next to summarise
+        self._handing = False  # whether a task is finding the next state
+        self._ahead = deque(s for s in range(segments) if self._summarised(s))  # the next to summarise
 
     def take(self) -> Task | None:
         """Return an absorption if one is due, else an emission, else a summary not too far ahead."""
-        if self._summaries.get(self._known) is not None:
+        if not self._handing and self._known < self._count and self._summaries.get(self._known) is not None:
+            self._handing = True
             return self._absorb(self._known)
-        if self._emitted <= self._known and self.left():
+        if self.left() and self._emitted <= self._known and self._ready(self._emitted):
             self._emitted += 1
             return self._emit(self._emitted - 1)
         if self._ahead and self._ahead[0] < self._emitted + 2 * self._width:
@@ -93,14 +96,17 @@ class Abreast:
         return None
 
     def left(self) -> bool:
-        """Return whether a segment has not been emitted; summaries and absorptions come before the last emission."""
+        """Return whether a segment has not been emitted; its summary and its state come before."""
         return self._emitted < self._count
 
     def _summarised(self, segment: int) -> bool:
-        return (segment + 1) % self._width != 0
+        return (segment + 1) % self._width != 0 and segment + 1 < self._count
+
+    def _ready(self, segment: int) -> bool:
+        return not self._summarised(segment) or segment in self._summaries
 
     def _absorb(self, segment: int) -> Task:
-        summary, state = self._summaries.pop(segment), self._before[segment]
+        summary, state = self._summaries[segment], self._before[segment]
         assert summary is not None
 
         def run() -> Settle:
@@ -110,40 +116,35 @@ class Abreast:
         return Task(segment, run)
 
     def _emit(self, segment: int) -> Task:
-        state = self._before[segment]
+        summary, state = self._summaries.get(segment), self._before[segment]
 
         def run() -> Settle:
+            if summary is not None:
+                self._steps.answer(segment, summary, state)
+                return lambda: self._drop(segment)
             new = self._steps.emit(segment, state)
             if segment + 1 == self._count:
                 self._last(new)
-            return lambda: self._settle_emission(segment, new)
+            return lambda: self._hand_on_and_drop(segment, new)
 
         return Task(segment, run)
-
-    def _settle_emission(self, segment: int, new: State) -> None:
-        if segment + 1 == self._count:
-            return
-        if not self._summarised(segment) or self._summaries.get(segment, ()) is None:
-            self._hand_on(segment, new)
-        elif self._known <= segment:
-            self._after[segment] = new  # should its summary turn out not to do
 
     def _summarize(self, segment: int) -> Task:
         def run() -> Settle:
             summary = self._steps.summarize(segment)
-            return lambda: self._settle_summary(segment, summary)
+            return lambda: self._summaries.__setitem__(segment, summary)
 
         return Task(segment, run)
 
-    def _settle_summary(self, segment: int, summary: Summary | None) -> None:
-        self._summaries[segment] = summary
-        if summary is None and segment in self._after:
-            self._hand_on(segment, self._after[segment])
-
     def _hand_on(self, segment: int, state: State) -> None:
-        """Make `state` the one before the next segment, and drop what nobody will ask for."""
-        self._known = segment + 1
+        self._known, self._handing = segment + 1, False
         self._before[segment + 1] = state
-        self._after.pop(segment, None)
-        for passed in [s for s in self._before if s < min(self._emitted, self._known)]:
-            del self._before[passed]
+
+    def _hand_on_and_drop(self, segment: int, state: State) -> None:
+        self._hand_on(segment, state)
+        self._drop(segment)
+
+    def _drop(self, segment: int) -> None:
+        """Forget what only a segment's emission needed."""
+        del self._before[segment]
+        self._summaries.pop(segment, None)

@@ -13,7 +13,7 @@ from torch_xlstm_ops.schedules import inductor, pool
 from torch_xlstm_ops.schedules.inductor import OP
 from torch_xlstm_ops.schedules.job import Job
 from torch_xlstm_ops.schedules.lanes import Abreast, Lane, State, Steps, Strict, Summary
-from torch_xlstm_ops.schedules.plan import Plan
+from torch_xlstm_ops.schedules.plan import Plan, Segment
 from torch_xlstm_ops.schedules.tasks import Kernels, Rows
 
 
@@ -52,7 +52,8 @@ def _lane(plan: Plan, kernels: Kernels, rows: Rows, h: Tensor, band: slice, whol
         steps = Steps(
             emit=lambda number, state: inductor.run(kernels, rows, h, band, segments[number], state),
             summarize=lambda number: _finite(kernels.summarize(rows.take_all(band, segments[number])[1:])),
-            absorb=lambda summary, state: list(kernels.absorb([*summary, *state])),
+            absorb=lambda summary, state: list(kernels.absorb([*summary[:4], *state])),
+            answer=lambda number, summary, state: _answer(kernels, rows, h, band, segments[number], summary, state),
         )
         first = [t[band].clone() for t in whole]  # the last state may be written while the first is still read
         return Abreast(len(segments), plan.abreast, first, steps, partial(_write, whole, band))
@@ -64,6 +65,16 @@ def _lane(plan: Plan, kernels: Kernels, rows: Rows, h: Tensor, band: slice, whol
             _write(whole, band, current[0])
 
     return Strict((number, partial(work, number)) for number in range(len(segments)))
+
+
+def _answer(
+    kernels: Kernels, rows: Rows, h: Tensor, band: slice, segment: Segment, summary: Summary, state: State
+) -> None:
+    """Write a summarised segment's h."""
+    q, k, v, igate, fgate = rows.take_all(band, segment)
+    (M, dC, dn), (c, n, m) = summary[4:], state
+    P, q_gated, W = kernels.answers([q, k, igate, fgate, M, dn, n, m])
+    inductor.emit(kernels, rows, h, band, segment, (P, q_gated, W, dC, c, v))
 
 
 def _lane_back(
@@ -80,7 +91,7 @@ def _lane_back(
 
 def _finite(summary: Summary) -> Summary | None:
     """Return a summary unless it holds what is not finite, which a sum over tokens spreads too far (on the CPU)."""
-    _, _, dC, dn = summary
+    _, _, dC, dn, *_ = summary
     return summary if math.isfinite((dC.sum() + dn.sum()).item()) else None
 
 

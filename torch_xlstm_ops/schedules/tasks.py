@@ -28,7 +28,8 @@ class Kernels(NamedTuple):
     step: Run  # q k v igate fgate c n m -> h c n m
     after: Run  # k v igate fgate c n m -> c n m
     backward: Run  # q k v igate fgate c n m dh dc dn dm -> their gradients
-    summarize: Run  # k v igate fgate -> F M dC dn
+    summarize: Run  # k v igate fgate -> F M dC dn, and M dC dn of the chunks
+    answers: Run  # q k igate fgate, M dn of the chunks, n m -> P q_gated W
     absorb: Run  # F M dC dn c n m -> c n m
 
 
