@@ -89,10 +89,13 @@ def measures_better(node: fx.Node, name: str) -> bool:
     if name != "mlstm_chunkwise":
         return True
     values = [a.meta["example_value"] for a in arguments(node).values() if isinstance(a, fx.Node)]
+    settings, asked = config.current(), arguments(node).get("schedule", "auto")
+    if asked != "auto" or settings.schedule is not config.Schedule.AUTO:  # somebody wants the operator's own way
+        return False
     if values[0].device.type != "cpu" or _learns(values) or any(map(_symbolic, values)):
         return False
     (B, NH, S, DHQK), DHHV = example(node, "q").shape, example(node, "v").shape[-1]
-    chunks = -(-S // plan.make(plan.Shape(B * NH, S, DHQK, DHHV), "cpu", config.for_call()).chunk_size)
+    chunks = -(-S // plan.make(plan.Shape(B * NH, S, DHQK, DHHV), "cpu", settings).chunk_size)
     return 4 * B * NH * chunks * DHQK * DHHV <= CACHED_BYTES
 
 

@@ -176,6 +176,7 @@ def test_by_default_steps_are_spliced_and_so_are_short_sequences_that_nobody_dif
     assert operators(step, step_args()) == []
     assert operators(chunkwise, short) == []
     assert operators(chunkwise, long) == ["mlstm_chunkwise"]
+    assert operators(chunkwise, short, schedule="recurrent") == ["mlstm_chunkwise"]
     assert operators(chunkwise, [t.requires_grad_() for t in draw(Sizes())]) == ["mlstm_chunkwise"]
 
 
