@@ -13,6 +13,15 @@ from .schemas import LIBRARY
 DEVICES = ("CPU", "CUDA", "MPS")
 Arguments = Sequence[Any]
 
+# Elements of a state up to which one CPU thread is as fast as many: waking the others takes longer than it saves, and
+# beside other work they come late.
+ONE_THREAD = 1 << 16
+
+
+def step_threads(elements: int) -> int | None:
+    """Return for how many threads to compile the step of a state; None: for all that the caller may use."""
+    return 1 if elements <= ONE_THREAD else None
+
 
 def overload(name: str) -> Any:
     """Return the operator `name`, bound once so that a call skips the look-up."""

@@ -14,7 +14,7 @@ from torch_xlstm_ops.schedules import plan
 from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state, machine
 from torch_xlstm_ops.shapes import check_mlstm_sequence, check_mlstm_step, check_not_negative, check_shape, state_dtype
 
-from .dispatch import autocast, autograd, fake, implement, overload, vmap
+from .dispatch import autocast, autograd, fake, implement, overload, step_threads, vmap
 from .schemas import LIBRARY
 from .seen import Seen
 
@@ -61,16 +61,10 @@ def _kernels(eps: float, release_gil: bool = False) -> Kernels:
 
 # --- step ---
 
-# Elements of a state up to which one CPU thread is as fast as many: waking the others takes longer than it saves, and
-# beside other work they come late.
-ONE_THREAD = 1 << 16
-
-
 def _find_step(args: list[Tensor], fn: compiled.PureFunction, eps: float) -> compiled.RawCallable:
     check_mlstm_step(*args)
     check_not_negative("eps", eps)
-    threads = 1 if args[5].numel() <= ONE_THREAD else None
-    return compiled.get(fn, AXES[fn], args, threads=threads, eps=eps)
+    return compiled.get(fn, AXES[fn], args, threads=step_threads(args[5].numel()), eps=eps)
 
 
 _steps = Seen(_find_step)

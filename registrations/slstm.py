@@ -13,7 +13,7 @@ from torch_xlstm_ops.schedules import slstm as schedule
 from torch_xlstm_ops.shapes import check_not_negative, check_shape, state_dtype
 from torch_xlstm_ops.slstm import Product
 
-from .dispatch import autocast, autograd, fake, implement, overload
+from .dispatch import autocast, autograd, fake, implement, overload, step_threads
 from .schemas import LIBRARY
 from .seen import Seen
 
@@ -58,9 +58,9 @@ def _block_dtype(x: Tensor, product: Product) -> torch.dtype:
 def _kernels(x: Tensor, product: Product, masked: bool, floor: float) -> schedule.Kernels:
     def lookup(fn: compiled.PureFunction, **static: Any) -> schedule.Lookup:
         axes = slstm.axes(fn, product, masked)
-        return lambda args: compiled.get(fn, axes, args, floor=floor, **static)
+        return lambda args: compiled.get(fn, axes, args, threads=threads, floor=floor, **static)
 
-    wide = state_dtype(x.dtype)
+    wide, threads = state_dtype(x.dtype), step_threads(x[:, 0, 0].numel())
     return schedule.Kernels(
         lengths=_HABITS[x.device.type].lengths, block=lookup(slstm.block_, product=product),
         replay=lookup(slstm.replay_), backward=lookup(slstm.block_backward_, product=product),
@@ -131,7 +131,8 @@ def _find_step(args: list[Tensor], floor: float) -> compiled.RawCallable:
     x, r, b, y, c, n, m = args
     _check_step(x, r, b, y, c, n, m, floor)
     axes = slstm.axes(slstm.step, Product.FUSED, False)
-    return compiled.get(slstm.step, axes, args, floor=floor, product=Product.FUSED)
+    threads = step_threads(y.numel())
+    return compiled.get(slstm.step, axes, args, threads=threads, floor=floor, product=Product.FUSED)
 
 
 _steps = Seen(_find_step)
