@@ -24,11 +24,11 @@ def mlstm(
     wide = state_dtype(q.dtype)
     if c is None and n is None and m is None and S != 1:
         return mlstm_chunkwise(q, k, v, igate, fgate, eps=eps, schedule=schedule)
-    learning = torch.is_grad_enabled() and _any_requires_grad(q, k, v, igate, fgate, c, n, m)
+    saved = learning(q, k, v, igate, fgate, c, n, m)
     # Peers overwrite the state they passed as soon as they have the new one, so autograd must not have saved theirs.
-    c = q.new_zeros((B, NH, DHQK, v.shape[-1]), dtype=wide) if c is None else c.to(q.device, wide, copy=learning)
-    n = q.new_zeros((B, NH, DHQK), dtype=wide) if n is None else n.to(q.device, wide, copy=learning)
-    m = q.new_zeros((B, NH, 1), dtype=wide) if m is None else m.to(q.device, wide, copy=learning)
+    c = q.new_zeros((B, NH, DHQK, v.shape[-1]), dtype=wide) if c is None else c.to(q.device, wide, copy=saved)
+    n = q.new_zeros((B, NH, DHQK), dtype=wide) if n is None else n.to(q.device, wide, copy=saved)
+    m = q.new_zeros((B, NH, 1), dtype=wide) if m is None else m.to(q.device, wide, copy=saved)
     if S != 1:
         return mlstm_chunkwise(q, k, v, igate, fgate, c, n, m, eps=eps, schedule=schedule)
     h, state = mlstm_step(q.squeeze(2), k.squeeze(2), v.squeeze(2), igate, fgate, c, n, m, eps=eps)
@@ -45,8 +45,8 @@ def slstm(
     """
     if states is None:
         return slstm_sequence(x, r.to(x.dtype), b, floor=floor)
-    learning = torch.is_grad_enabled() and _any_requires_grad(x, r, b, *states)
-    y, c, n, m = (state.to(x.device, state_dtype(x.dtype), copy=learning) for state in states)
+    saved = learning(x, r, b, *states)
+    y, c, n, m = (state.to(x.device, state_dtype(x.dtype), copy=saved) for state in states)
     return slstm_sequence(x, r.to(x.dtype), b, y, c, n, m, floor=floor)
 
 
@@ -66,5 +66,6 @@ def returns_states(asked: bool | None, mode: str | None, *, mode_default: str, s
     raise ValueError(f"mode must be train, train_with_padding or inference, got {mode!r}")
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+def learning(*tensors: Tensor | None) -> bool:
+    """Say whether autograd records a call with these arguments."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.patch.kernels import mlstm, returns_states
+from torch_xlstm_ops.patch.kernels import learning, mlstm, returns_states
 from torch_xlstm_ops.patch.ledger import Change
 
 BACKEND_PARAMETERS = (
@@ -100,9 +100,10 @@ def _forward_or(original: Callable[..., Any], custbw: Callable[..., Any] | None)
         )
         if q.is_cuda and torch.is_autocast_enabled("cuda"):  # the kernels' own choice, which need not be autocast's
             q, k, v = (t.to(getattr(torch, config.autocast_kernel_dtype)) for t in (q, k, v))
-        if custbw is not None and _without_normaliser(kernel) and torch.is_grad_enabled():
-            if kernel.startswith("chunkwise--triton") and not q.is_cuda:
-                return custbw(q, k, v, i, f, c_initial, n_initial, m_initial, both, config.eps, config.chunk_size)
+        if custbw is not None and _without_normaliser(kernel) and learning(q, k, v, i, f):
+            if "triton" in kernel and not q.is_cuda:
+                chunk = config.chunk_size if q.shape[2] % config.chunk_size == 0 else q.shape[2]  # theirs pads
+                return custbw(q, k, v, i, f, c_initial, n_initial, m_initial, both, config.eps, chunk)
             return original(self, q, k, v, i, f, c_initial, n_initial, m_initial, return_last_states, mode)
         schedule = SCHEDULES.get(kernel.removeprefix("chunkwise--"))
         h, state = mlstm(q, k, v, i, f, c_initial, n_initial, m_initial, eps=config.eps, schedule=schedule)
