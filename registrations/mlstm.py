@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import compiled, config, devices, mlstm, mlstm_gradient, schedules
+from torch_xlstm_ops.packing import Packing
 from torch_xlstm_ops.schedules import plan
 from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state, machine
 from torch_xlstm_ops.shapes import check_mlstm_sequence, check_mlstm_step, check_not_negative, check_shape, state_dtype
@@ -153,9 +154,16 @@ def _route(tensors: Sequence[Tensor | None], chunk_size: int | None, schedule: s
 
 def _chunkwise(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
-    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
+    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None, reset: Tensor | None = None,
     *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
 ) -> _Results:
+    if reset is not None:
+        check_mlstm_sequence(q, k, v, igate, fgate, c, n, m, reset)
+        packing = Packing(reset)
+        h, c_after, n_after, m_after = _chunkwise(
+            *packing.spread(q, k, v, igate, fgate), c, n, m, chunk_size=chunk_size, schedule=schedule, eps=eps
+        )
+        return packing.gather(h), c_after, n_after, m_after
     route = _route((q, k, v, igate, fgate, c, n, m), chunk_size, schedule, eps)
     with devices.submission(q.device):
         state = initial_state(q, v, (c, n, m))
@@ -167,10 +175,10 @@ def _chunkwise(
 
 def _chunkwise_fake(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
-    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
+    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None, reset: Tensor | None = None,
     *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
 ) -> _Results:
-    check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
+    check_mlstm_sequence(q, k, v, igate, fgate, c, n, m, reset)
     config.for_call(schedule=schedule, chunk_size=chunk_size)
     check_not_negative("eps", eps)
     (B, NH, _, DHQK), wide = q.shape, state_dtype(q.dtype)
@@ -183,10 +191,18 @@ def _chunkwise_fake(
 def _chunkwise_backward(
     dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor,
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
-    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
+    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None, reset: Tensor | None = None,
     *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
 ) -> tuple[Tensor, ...]:
     streams = (q, k, v, igate, fgate)
+    if reset is not None:
+        check_mlstm_sequence(*streams, c, n, m, reset)
+        packing = Packing(reset)
+        found = _chunkwise_backward(
+            packing.spread_one(dh), dc, dn, dm, *packing.spread(*streams), c, n, m, chunk_size=chunk_size,
+            schedule=schedule, eps=eps,
+        )
+        return *[packing.gather(g) for g in found[:5]], *found[5:]
     route = _route((*streams, c, n, m, dh, dc, dn, dm), chunk_size, schedule, eps)
     with devices.submission(q.device):
         state, dstate = initial_state(q, v, (c, n, m)), initial_state(q, v, (dc, dn, dm))
@@ -201,10 +217,10 @@ def _chunkwise_backward(
 def _chunkwise_backward_fake(
     dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor,
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
-    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
+    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None, reset: Tensor | None = None,
     *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
 ) -> tuple[Tensor, ...]:
-    check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
+    check_mlstm_sequence(q, k, v, igate, fgate, c, n, m, reset)
     _check_gradients(dh, dc, dn, dm, q, v)
     return tuple(t.new_empty(t.shape) for t in (q, k, v, igate, fgate, dc, dn, dm))
 
@@ -232,7 +248,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
 def _gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     found = overload("mlstm_chunkwise_backward")(*gradients, *saved, **ctx.how)
-    return tuple(g if t is not None else None for g, t in zip(found, saved, strict=True))
+    return *[g if t is not None else None for g, t in zip(found, saved[:8], strict=True)], None
 
 
 def _no_double_backward(*args: Tensor, **how: Any) -> tuple[Tensor, ...]:

@@ -82,10 +82,7 @@ def _check_sequence(
     check_shape("x", x, "B S 4 NH DH", sizes)
     _check_rest(x, r, b, {"y": y, "c": c, "n": n, "m": m}, sizes, floor)
     if reset is not None:
-        check_shape("reset", reset, "B S", sizes)
-        if reset.dtype != torch.bool:
-            raise TypeError(f"reset must be bool, got {str(reset.dtype).removeprefix('torch.')}")
-        shapes.check_device(x=x, reset=reset)
+        shapes.check_reset(reset, sizes, x=x)
 
 
 def _check_step(

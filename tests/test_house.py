@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["shapes", "config", "devices", "trace", "trace_files"],
     ["decay"],
-    ["mlstm", "mlstm_gradient", "slstm"],
+    ["mlstm", "mlstm_gradient", "slstm", "packing"],
     ["compiled"],
     ["schedules"],
     ["registrations"],
@@ -30,6 +30,7 @@ ONLY = {
     "mlstm": {"shapes", "decay"},
     "mlstm_gradient": {"shapes", "decay", "mlstm"},
     "slstm": {"shapes"},
+    "packing": set(),
     "compiled": set(),
     "schedules": {"shapes", "config", "devices", "trace"},
     "functional": {"shapes"},

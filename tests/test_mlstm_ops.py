@@ -75,6 +75,39 @@ def test_schedules_agree():
     assert_close(by_chunks, by_steps, TOLERANCE[torch.float32])
 
 
+def apart(args, reset):
+    """Run the documents of each row one by one, the first from the given state."""
+    rows = []
+    for b, row_reset in enumerate(reset):
+        streams, state, h = [t[b:b + 1] for t in args[:5]], [t[b:b + 1] for t in args[5:]], []
+        cuts = [0, *row_reset.nonzero()[:, 0].tolist(), len(row_reset)]
+        for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+            state = [torch.zeros_like(t) for t in state] if number else state
+            if stop > start:
+                part, *state = exact([*(t[:, :, start:stop] for t in streams), *state])
+                h.append(part)
+        rows.append([torch.cat(h, 2), *state])
+    return [torch.cat(ts) for ts in zip(*rows, strict=True)]
+
+
+@given(S=st.integers(1, 80), seed=st.integers(0, 2**16), rate=st.sampled_from([0.05, 0.5, 1.0]))
+def test_a_reset_starts_afresh(S, seed, rate):
+    args = [t.requires_grad_() for t in draw(Sizes(S=S), torch.float64, seed=seed)]
+    reset = torch.rand(args[0].shape[0], S, generator=torch.Generator().manual_seed(seed)) < rate
+    found, wanted = flat(mlstm_chunkwise(*args, reset=reset, chunk_size=L)), apart(args, reset)
+    assert_close(found, wanted, TOLERANCE[torch.float64])
+    gradients = torch.autograd.grad(weigh(found), args)
+    expected = torch.autograd.grad(weigh(wanted), args, materialize_grads=True)
+    assert_close(gradients, expected, GRADIENT_TOLERANCE[torch.float64])
+
+
+def test_a_mask_without_resets_changes_nothing():
+    args = draw(Sizes(S=40))
+    reset = torch.zeros(args[0].shape[0], 40, dtype=torch.bool)
+    found = flat(mlstm_chunkwise(*args, reset=reset, chunk_size=L))
+    assert all(map(torch.equal, found, flat(mlstm_chunkwise(*args, chunk_size=L))))
+
+
 @pytest.mark.parametrize("layout", ["B S NH D", "every second token", "expanded batch"])
 def test_strides_do_not_matter(layout):
     args = draw(Sizes(S=40))
@@ -249,6 +282,8 @@ def test_opcheck(case):
 def test_opcheck_learning():
     args = tuple(t.requires_grad_() for t in draw(Sizes(S=20)))
     opcheck(ops.mlstm_chunkwise.default, args, {"chunk_size": L})
+    reset = torch.arange(20).expand(args[0].shape[0], 20) % 7 == 3
+    opcheck(ops.mlstm_chunkwise.default, (*args, reset), {"chunk_size": L})
 
 
 @pytest.mark.parametrize("case", ["mlstm_step", "mlstm_chunkwise", "mlstm_chunkwise_backward"])

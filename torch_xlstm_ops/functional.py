@@ -11,7 +11,7 @@ from torch_xlstm_ops.shapes import EPS, MLSTMState, SLSTMState
 def mlstm_chunkwise(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
     c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
-    *, chunk_size: int | None = None, schedule: str | None = None, eps: float = EPS,
+    *, reset: Tensor | None = None, chunk_size: int | None = None, schedule: str | None = None, eps: float = EPS,
 ) -> tuple[Tensor, MLSTMState]:
     """Run an mLSTM over a sequence, by matrix products over chunks and segments; differentiable.
 
@@ -24,6 +24,8 @@ def mlstm_chunkwise(
     igate, fgate: (B, NH, S), pre-activations, of any floating dtype; computed in float32.
     c, n, m: the state before the first token, (B, NH, DHQK, DHHV), (B, NH, DHQK), (B, NH, 1), float32 (float64 for
         float64 inputs); all or none, default zeros.
+    reset: (B, S), bool, true where a row starts afresh at a token, as a packed document does; default nowhere. Copies
+        the streams, with a token more for each reset, and reads their number back from the device.
     chunk_size: tokens a chunk, default chosen by device; changes speed and rounding, never the result.
     schedule: auto, inductor, queued, ray or recurrent; default the configured one.
     eps: added to the denominator, default 1e-6.
@@ -34,7 +36,7 @@ def mlstm_chunkwise(
     Source: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eq. 19 to 27, stabilised as in its appendix.
     """
     h, *state = torch.ops.xlstm.mlstm_chunkwise(
-        q, k, v, igate, fgate, c, n, m,
+        q, k, v, igate, fgate, c, n, m, reset,
         chunk_size=chunk_size, schedule="auto" if schedule is None else str(schedule), eps=eps,
     )
     return h, MLSTMState(*state)

@@ -102,9 +102,17 @@ def check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be at least 0, got {value}")
 
 
+def check_reset(reset: Tensor, sizes: Mapping[str, int], **stream: Tensor) -> None:
+    """Raise ValueError or TypeError unless `reset` is (B, S), bool, on the device of `stream`."""
+    check_shape("reset", reset, "B S", sizes)
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset must be bool, got {_short(reset.dtype)}")
+    check_device(**stream, reset=reset)
+
+
 def check_mlstm_sequence(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
-    c: Tensor | None, n: Tensor | None, m: Tensor | None,
+    c: Tensor | None, n: Tensor | None, m: Tensor | None, reset: Tensor | None = None,
 ) -> None:
     """Check the arguments of a sequence op; see `MLSTMState` for the states' shapes."""
     check_rank("q", q, "B NH S DHQK")
@@ -116,6 +124,8 @@ def check_mlstm_sequence(
     check_shape("igate", igate, "B NH S", sizes)
     check_shape("fgate", fgate, "B NH S", sizes)
     _check_mlstm_rest(q, k, v, igate, fgate, c, n, m, sizes)
+    if reset is not None:
+        check_reset(reset, sizes, q=q)
 
 
 def check_mlstm_step(
