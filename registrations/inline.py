@@ -5,8 +5,9 @@ This happens before autograd sees the graph: training differentiates the spliced
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ Maths = Callable[..., tuple[Tensor, ...]]
 NEG_INF, INF = float("-inf"), float("inf")
 
 
-def _slstm_step(*args: Tensor, floor: float = 0.0) -> tuple[Tensor, ...]:
-    return slstm.step(*args, floor=floor, product=slstm.Product.FUSED)
+def _slstm_step(
+    x: Tensor, r: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor, m: Tensor, *, floor: float = 0.0
+) -> tuple[Tensor, ...]:
+    return slstm.step(x, r, b, y, c, n, m, floor=floor, product=slstm.Product.FUSED)
 
 
 def _mlstm_chunkwise(
@@ -75,7 +78,9 @@ def operator_of(node: fx.Node) -> str | None:
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Return what a call of one of our operators is given, by the schema's names."""
     schema = getattr(torch.ops.xlstm, str(operator_of(node))).default._schema
-    return {**dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)), **node.kwargs}
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    given = dict(zip([argument.name for argument in schema.arguments], node.args, strict=False))
+    return {**given, **{name: value for name, value in defaults.items() if name not in given}, **node.kwargs}
 
 
 def example(node: fx.Node, name: str) -> Tensor:
@@ -118,8 +123,11 @@ def splice(module: fx.GraphModule, chosen: Callable[[fx.Node, str], bool]) -> li
 
 
 def _splice(graph: fx.Graph, node: fx.Node, maths: Maths) -> bool:
-    values = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
-    body = _trace(node, maths, values)
+    given = {name: value for name, value in arguments(node).items() if value is not None}
+    if not given.keys() <= inspect.signature(maths).parameters.keys():  # it asks for more than the spliced form does
+        return False
+    values = [value for value in given.values() if isinstance(value, fx.Node)]
+    body = _trace(node, maths, given, values)
     if body is None:
         return False
     with graph.inserting_before(node):
@@ -135,16 +143,17 @@ def _splice(graph: fx.Graph, node: fx.Node, maths: Maths) -> bool:
     return True
 
 
-def _trace(node: fx.Node, maths: Maths, values: list[fx.Node]) -> fx.GraphModule | None:
+def _trace(
+    node: fx.Node, maths: Maths, given: Mapping[str, Any], values: list[fx.Node]
+) -> fx.GraphModule | None:
     """Return the graph of `maths` for a call's tensors, or None where it would not give what the call gives."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     examples = [value.meta["example_value"] for value in values]
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(values, tensors, strict=True))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
-        return maths(*args, **kwargs)
+        own = dict(zip(values, tensors, strict=True))
+        return maths(**{name: own[value] if isinstance(value, fx.Node) else value for name, value in given.items()})
 
     wider = examples[0].is_cuda and examples[0].dtype in (torch.float16, torch.bfloat16)
     if maths is _mlstm_chunkwise and (any(map(_symbolic, examples)) or (wider and _learns(examples))):
