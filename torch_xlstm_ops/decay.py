@@ -26,8 +26,17 @@ def prefixes(fgate: Tensor) -> Tensor:
 
 
 def prefix(terms: Tensor) -> Tensor:
-    """Return the inclusive prefix sums over the last axis, as a masked reduction that fuses (cumsum does not)."""
+    """Return the inclusive prefix sums over the last axis: on CUDA a scan; elsewhere a masked reduction, which fuses."""
+    if terms.is_cuda:
+        return terms.cumsum(-1)
     return torch.where(causal(terms.shape[-1], terms), terms[..., None, :], 0.0).sum(-1)
+
+
+def suffix(terms: Tensor) -> Tensor:
+    """Return the inclusive sums over the last axis from each element on."""
+    if terms.is_cuda:
+        return terms.flip(-1).cumsum(-1).flip(-1)
+    return torch.where(causal(terms.shape[-1], terms).mT, terms[..., None, :], 0.0).sum(-1)
 
 
 def span(after: Tensor, before: Tensor | None = None) -> Tensor:

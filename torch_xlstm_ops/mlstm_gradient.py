@@ -12,9 +12,10 @@ through eps (and a state reports it): that rest goes to the token where the maxi
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from torch_xlstm_ops.decay import NEG_INF, causal, prefix, prefixes, span
+from torch_xlstm_ops.decay import NEG_INF, prefix, prefixes, span, suffix
 from torch_xlstm_ops.mlstm import (
     FLOOR,
     STATE,
@@ -122,9 +123,8 @@ def gradient(
     over = (chunk[:, None] < chunk) | first  # [j, target]
     under = (chunk < chunk[:, None]) | last  # [j, source]
     over_chunk = torch.where(over[:, :, None] & under[:, None, :], passing[:, None], 0.0).sum((-1, -2))
-    upto = causal(L, igate)  # [u, s]: s <= u
-    dlog_f = torch.where(upto.mT, (E.sum(-1) - E.sum(-2) + e)[..., None, :], 0.0).sum(-1)
-    dlog_f = dlog_f + torch.where(upto & ~upto.mT, alpha[..., None, :], 0.0).sum(-1) + over_chunk[..., None]
+    # What passes over a forget gate: inside the chunk, from before it, to after it, and over all of it.
+    dlog_f = suffix(E.sum(-1) - E.sum(-2) + e) + F.pad(prefix(alpha)[..., :-1], (1, 0)) + over_chunk[..., None]
     dfgate = dlog_f * torch.sigmoid(-fgate)
     P, k_gated = A * r[..., None], gate[..., None] * k_wide
     factors = [t.to(dtype).flatten(0, 1) for t, dtype in

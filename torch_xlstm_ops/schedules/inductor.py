@@ -124,8 +124,11 @@ class BandGradient:
         rows, band, segment = self._rows, self._band, self._rows.segments[number]
         streams, dh = rows.take_all(band, segment), rows.gradient(self._dh, band, segment)
         parts = self._kernels.backward([*streams, *self._before.pop(), dh, *self.dstate])
-        for whole, part in zip(self._gradients, parts[:5], strict=True):
-            rows.put(whole, band, segment, part)
+        for index, (whole, part) in enumerate(zip(self._gradients, parts[:5], strict=True)):
+            if (whole.numel(), whole.dtype) == (part.numel(), part.dtype):  # all rows, all tokens, no padding
+                self._gradients[index] = part
+            else:
+                rows.put(whole, band, segment, part)
         self.dstate = list(parts[5:])
 
 
