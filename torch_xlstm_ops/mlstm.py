@@ -223,10 +223,20 @@ def summaries(k: Tensor, v: Tensor, igate: Tensor, within: Tensor) -> Summaries:
     """Sum up each chunk, all weights relative to the chunk's largest; within: `prefixes` of its tokens."""
     G, NC, _, DHQK = k.shape
     gate, M = input_weights(igate, within)
-    k_gated = k.to(gate.dtype) * gate[..., None]
+    k_gated, dn = _gated(k, gate)
+    dC = torch.bmm(k_gated.flatten(0, 1), v.to(k_gated.dtype).flatten(0, 1))
+    return Summaries(M, dC.view(G, NC, DHQK, v.shape[-1]), dn)
+
+
+def _gated(k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return k times the gate, transposed (G, NC, DHQK, L), in the dtype of products, and its sum over the tokens."""
     product = product_dtype(k.dtype)
-    dC = torch.bmm(k_gated.to(product).flatten(0, 1).transpose(1, 2), v.to(product).flatten(0, 1))
-    return Summaries(M, dC.view(G, NC, DHQK, v.shape[-1]), k_gated.sum(-2))
+    if k.device.type != "mps":
+        k_gated = k.to(gate.dtype) * gate[..., None]
+        return k_gated.to(product).mT, k_gated.sum(-2)
+    # In Metal, Inductor writes k_gated and sums it in one kernel only along the last axis.
+    k_gated = k.to(gate.dtype).mT * gate[..., None, :]
+    return k_gated.to(product), k_gated.sum(-1)
 
 
 def input_weights(igate: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
