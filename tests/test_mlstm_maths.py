@@ -107,7 +107,7 @@ def test_extreme_gates_stay_finite_with_their_gradients():
 def test_monoid_is_associative_and_equals_the_state_of_the_whole(seed, gate):
     sizes = Sizes(1, 2, 24, 4, 3)
     args = chunked(draw(sizes, torch.float64, seed=seed, shift=gate[0], spread=gate[1]), 4)
-    parts = [mlstm.summarize(*[t[:, a:b] for t in args[1:5]]) for a, b in ((0, 1), (1, 4), (4, 6))]
+    parts = [mlstm.summarize(*[t[:, a:b] for t in args[1:5]])[:4] for a, b in ((0, 1), (1, 4), (4, 6))]
     left = mlstm.combine(mlstm.combine(parts[0], parts[1]), parts[2])
     right = mlstm.combine(parts[0], mlstm.combine(parts[1], parts[2]))
     assert_close(left, right, 1e-12)

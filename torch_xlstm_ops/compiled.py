@@ -158,6 +158,7 @@ def _compile_raw(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -178,7 +179,7 @@ def _compile_raw(
     with mode:
         examples = [example(names, t) for names, t in zip(axes, args, strict=True)]
         graph = make_fx(fn, decomposition_table=select_decomp_table(), tracing_mode="real")(*examples)
-    with config.patch(options), tracing(TracingContext(mode)):
+    with config.patch(options), V.set_choices_handler(_choices()), tracing(TracingContext(mode)):
         code = compile_fx_inner(graph, examples, cpp_wrapper="cpp_wrapper" in options)
         call = code.current_callable  # type: ignore[attr-defined]
     conditions = {guard.expr for guard in env.guards}
@@ -190,3 +191,26 @@ def _compile_raw(
         return all(bool(condition.subs(values)) for condition in conditions)
 
     return call, admits
+
+
+PERSISTENT = 256  # elements of a row that a CUDA kernel keeps in registers, tokens of a chunk for one
+
+
+@functools.cache
+def _choices() -> Any:
+    """Return Inductor's heuristics, with one changed: a row of scores is read once.
+
+    Rows that are computed from gates do not look contiguous to it, so it loops over them and reads them again for each
+    of their sums: 0.76 ms in place of 0.51 of a forward pass of 4 (H100, chunks of 256).
+    """
+    from torch._inductor.choices import InductorChoices
+
+    class Choices(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            elements = features.reduction_numel
+            if not cooperative_reduction and getattr(elements, "is_number", False) and elements <= PERSISTENT:
+                return True
+            return bool(InductorChoices.should_use_persistent_reduction(features, cooperative_reduction))
+
+    return Choices()

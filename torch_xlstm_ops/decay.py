@@ -26,7 +26,10 @@ def prefixes(fgate: Tensor) -> Tensor:
 
 
 def prefix(terms: Tensor) -> Tensor:
-    """Return the inclusive prefix sums over the last axis: on CUDA a scan; elsewhere a masked reduction, which fuses."""
+    """Return the inclusive prefix sums over the last axis.
+
+    On CUDA by a scan; elsewhere, where a scan is a call of its own, as a masked reduction, which fuses.
+    """
     if terms.is_cuda:
         return terms.cumsum(-1)
     return torch.where(causal(terms.shape[-1], terms), terms[..., None, :], 0.0).sum(-1)
