@@ -269,18 +269,21 @@ def _write(into: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[()]:
     return ()
 
 
-_WEIGHTS = {Product.MATMUL: "NH K N", Product.FUSED: "4 NH DH DH"}
-_CELLS, _TOKENS, _GATES, _BIAS = "G NH DH", "T G NH DH", "T G 4 NH DH", "4 NH DH"
-_RESET = "T G"
+_CELLS, _TOKENS, _GATES, _BIAS, _RESET = "G NH DH", "T G NH DH", "T G 4 NH DH", "4 NH DH", "T G"
+_WEIGHTS = {  # by what AXES has in their place
+    Product.MATMUL: {"R": "NH K N", "R backward": "NH N K"},
+    Product.FUSED: dict.fromkeys(("R", "R backward"), "4 NH DH DH"),
+}
+# The functions that are compiled, with the axes of their arguments; `axes` fills in those of R and of a mask.
+AXES = {
+    step: ("G 4 NH DH", "R", _BIAS, *[_CELLS] * 4),
+    block_: (_GATES, "R", _BIAS, *[_CELLS] * 4, _TOKENS, *[_CELLS] * 4),
+    replay_: (_GATES, "T G NH 4 DH", _BIAS, *[_CELLS] * 3, *[_TOKENS] * 7),
+    block_backward_: (*[_TOKENS] * 10, "R backward", *[_CELLS] * 7, *[_TOKENS] * 4, *[_CELLS] * 3),
+}
 
 
 def axes(fn: Callable[..., tuple[Tensor, ...]], product: Product, reset: bool) -> tuple[str, ...]:
     """Return the axes of the arguments of a function that is compiled; the batch, G, stays symbolic."""
-    r = _WEIGHTS[product]
-    table = {
-        step: ("G 4 NH DH", r, _BIAS, *[_CELLS] * 4),
-        block_: (_GATES, r, _BIAS, *[_CELLS] * 4, _TOKENS, *[_CELLS] * 4),
-        replay_: (_GATES, "T G NH 4 DH", _BIAS, *[_CELLS] * 3, *[_TOKENS] * 7),
-        block_backward_: (*[_TOKENS] * 10, r, *[_CELLS] * 7, *[_TOKENS] * 4, *[_CELLS] * 3),
-    }
-    return (*table[fn], _RESET) if reset else table[fn]
+    filled = tuple(_WEIGHTS[product].get(names, names) for names in AXES[fn])
+    return (*filled, _RESET) if reset else filled
