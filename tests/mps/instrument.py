@@ -66,7 +66,7 @@ class Instrument:
     def _call(
         self, fn: Callable[..., Any], axes: Sequence[str], static: dict[str, Any], raw: RawCallable, args: list[Tensor]
     ) -> Sequence[Tensor]:
-        sizes = {a: s for names, t in zip(axes, args, strict=True) for a, s in zip(names.split(), t.shape, strict=True)}
+        sizes = _sizes(axes, args)
         call = Call(_name(fn), sizes, emulator.sequence())
         seen = sum((c.function, c.sizes) == (call.function, sizes) for c in self.calls)
         if seen < self.checks:
@@ -87,6 +87,15 @@ class Instrument:
     def is_own(self, sequence: int) -> bool:
         """Whether a submission came from the instrument and not from what it watches."""
         return any(sequence in span for span in self.own)
+
+
+def _sizes(axes: Sequence[str], args: Sequence[Tensor]) -> dict[str, int]:
+    """Return the size of each axis; the first argument that has it decides (a mask reaches one token further)."""
+    sizes: dict[str, int] = {}
+    for names, t in zip(axes, args, strict=True):
+        for axis, size in zip(names.split(), t.shape, strict=True):
+            sizes.setdefault(axis, size)
+    return sizes
 
 
 def _name(fn: Callable[..., Any]) -> str:

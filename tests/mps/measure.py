@@ -28,7 +28,7 @@ def function(name: str) -> dict[str, Any]:
         instrument.install()
         with emulator.recording() as log:
             for gates in cases.GATES if "fgate" in row.names else ("usual",):
-                args = [t.to("mps") for t in cases.arguments(row, cases.DTYPES[dtype], gates, cases.SIZES)]
+                args = [t.to("mps") for t in cases.arguments(row, cases.DTYPES[dtype], gates)]
                 compiled.get(row.fn, row.axes, args, **row.static)(args)
         report[dtype] = [_call(call, log) for call in instrument.calls]
     return report
@@ -66,14 +66,16 @@ def threads(name: str, count: int) -> dict[str, Any]:
     """Run one op from several threads at once, with and without the lock that keeps submissions apart."""
     run = OPERATIONS[name]
     args = [t.to("mps") for t in run.arguments(torch.float32)]
-    expected = run.call(args, [])
+    with config.use(**run.config):
+        expected = run.call(args, [])
     results: list[Any] = []
     barrier = threading.Barrier(count)
 
     def work() -> None:
         barrier.wait()
         for _ in range(3):
-            results.append(run.call(args, []))
+            with config.use(**run.config):  # a thread has a configuration of its own
+                results.append(run.call(args, []))
 
     def overlaps() -> tuple[int, int, int]:
         with emulator.recording(linger_us=LINGER_US) as log:

@@ -104,6 +104,9 @@ TWO_SEGMENTS = {"segment": 128, "heads_per_band": 3}
 OPERATIONS = {
     "step": MLSTM("mlstm_step"),
     "step in place": MLSTM("mlstm_step_"),
+    # One SIMD group, and more keys than a threadgroup has threads: the kernel that stores m over what it read.
+    "step in place, few keys": MLSTM("mlstm_step_", DHQK=32, DHHV=8),
+    "step in place, many keys": MLSTM("mlstm_step_", DHQK=1030, DHHV=8, quick="float32"),
     "one segment": MLSTM("mlstm_chunkwise", 128),
     "tail": MLSTM("mlstm_chunkwise", 150, quick="float16"),
     "one token": MLSTM("mlstm_chunkwise", 1, state=True, quick=""),
