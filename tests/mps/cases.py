@@ -25,6 +25,9 @@ SLSTM_SIZES = {"G": 3, "NH": 2, "DH": 40, "K": 40, "N": 160}
 _LENGTHS = registered._HABITS["mps"].lengths
 STEPS = {slstm.step: 1, slstm.block_: _LENGTHS.block, slstm.replay_: _LENGTHS.replay,
          slstm.block_backward_: _LENGTHS.backward}  # of a call
+VARIANTS = {  # of an sLSTM's loops: how they multiply, and whether rows are reset
+    "": (Product.FUSED, False), " with resets": (Product.FUSED, True), " with products": (Product.MATMUL, True),
+}
 # In the stream's dtype; every other argument is in the states'.
 STREAMS = {"mlstm": ("q", "k", "v", "igate", "fgate", "dh"), "slstm": ("x", "r", "b", "h_before", "h")}
 # What an argument of sLSTM's functions can be: cells that are in use, factors no larger than 1.
@@ -81,10 +84,12 @@ EXPECTED = {
     "mlstm.after": Expected(SEGMENT, {"aten::bmm.out": 1}),
     "slstm.step": Expected(STEP, {}),
     "slstm.block_": Expected(STEP, {}, per_token=True),
+    "slstm.block_ with resets": Expected(STEP, {}, per_token=True),
     "slstm.block_ with products": Expected(STEP, {"aten::bmm.out": 4}, per_token=True),
     "slstm.replay_": Expected(STEP, {}, per_token=True),
-    "slstm.replay_ with products": Expected(STEP, {}, per_token=True),
+    "slstm.replay_ with resets": Expected(STEP, {}, per_token=True),
     "slstm.block_backward_": Expected(STEP, {}, per_token=True),
+    "slstm.block_backward_ with resets": Expected(STEP, {}, per_token=True),
     "slstm.block_backward_ with products": Expected(STEP, {"aten::bmm.out": 1}, per_token=True),
 }
 # What an op may ask of ATen beside what its compiled functions ask: products, fresh states, padding, copies into place.
@@ -94,7 +99,7 @@ OP_ATEN = {
     "mlstm_step_": PLUMBING,
     "mlstm_chunkwise": PLUMBING | {"aten::bmm", "aten::bmm.out", "aten::baddbmm_"},
     "slstm_step": set[str](),
-    "slstm_sequence": PLUMBING,
+    "slstm_sequence": PLUMBING | {"aten::bmm.out"},
     "slstm_sequence_backward": PLUMBING | {
         "aten::bmm", "aten::bmm.out", "aten::cat", "aten::add.Tensor", "aten::mul.Tensor", "aten::sum.dim_IntList",
         "aten::where.self",
@@ -103,6 +108,7 @@ OP_ATEN = {
 # Debts, to be paid: what launches more than its budget, and how much in each dtype.
 OVER_BUDGET = {
     "mlstm.operands": {"float32": 11, "bfloat16": 11, "float16": 12},
+    "slstm.block_backward_ with resets": {"float32": 3, "bfloat16": 2, "float16": 2},
     "slstm.block_backward_ with products": {"float32": 4, "bfloat16": 3, "float16": 3},
 }
 # A bfloat16 segment's kernels and ATen calls: mlstm.operands has one too many, and two copies widen q and k for their
@@ -113,17 +119,17 @@ SEGMENT_OWES = 11, 9
 def functions() -> dict[str, Function]:
     """Return what the ops compile, by ``module.function``: all that the maths lists in its tables AXES.
 
-    An sLSTM's loops come twice: with sums and without a mask, and with products and resets.
+    An sLSTM's loops come as sums, with a mask beside, and as products with a mask.
     """
     found = {f"{_last_name(module)}.{fn.__name__}": _function(fn, axes, "mlstm", SIZES, {})
              for module in (mlstm, mlstm_gradient) for fn, axes in module.AXES.items()}
     for fn in slstm.AXES:
-        for product, reset in ((Product.FUSED, False), (Product.MATMUL, True)):
-            if reset and fn is slstm.step:  # always one kernel, and a token has no mask
+        parameters, sizes = inspect.signature(fn).parameters, {**SLSTM_SIZES, "T": STEPS[fn]}
+        for variant, (product, reset) in VARIANTS.items():
+            if variant and (fn is slstm.step or (product is Product.MATMUL and "product" not in parameters)):
                 continue
             axes = slstm.axes(fn, product, reset)
-            key = f"slstm.{fn.__name__}{' with products' if reset else ''}"
-            found[key] = _function(fn, axes, "slstm", {**SLSTM_SIZES, "T": STEPS[fn]}, {"product": product})
+            found[f"slstm.{fn.__name__}{variant}"] = _function(fn, axes, "slstm", sizes, {"product": product})
     return found
 
 

@@ -139,7 +139,7 @@ def test_op_compiles_only_what_the_table_lists_and_each_is_exact(
         assert call["function"] in cases.EXPECTED
         check_errors(call, dtype)
         check_launches(call["launches"])
-        if call["function"] not in cases.OVER_BUDGET:
+        if not any(name.startswith(call["function"]) for name in cases.OVER_BUDGET):
             assert len(call["launches"]) <= budget(call["function"], call)
 
 
