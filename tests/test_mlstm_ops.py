@@ -211,6 +211,14 @@ def test_gradients_equal_those_of_the_recurrence(dtype):
     assert_close(found, wanted, GRADIENT_TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("shift", [-10.0, -30.0])
+def test_gradients_of_gates_that_are_nearly_closed_are_as_exact(shift):
+    args = [t.requires_grad_() for t in draw(Sizes(S=50), shift=shift)]
+    found = torch.autograd.grad(weigh(flat(mlstm_chunkwise(*args, chunk_size=L))), args)
+    wide = [t.detach().double().requires_grad_() for t in args]
+    assert_close(found, torch.autograd.grad(weigh(exact(wide)), wide), GRADIENT_TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
 def test_gradcheck(state):
     args = [t.requires_grad_() for t in draw(Sizes(B=1, NH=2, S=20), torch.float64, state=state)]

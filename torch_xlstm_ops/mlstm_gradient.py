@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_xlstm_ops.decay import NEG_INF, prefix, prefixes, span, suffix
+from torch_xlstm_ops.decay import NEG_INF, causal, prefix, prefixes, span, suffix
 from torch_xlstm_ops.mlstm import (
     FLOOR,
     STATE,
@@ -123,8 +123,11 @@ def gradient(
     over = (chunk[:, None] < chunk) | first  # [j, target]
     under = (chunk < chunk[:, None]) | last  # [j, source]
     over_chunk = torch.where(over[:, :, None] & under[:, None, :], passing[:, None], 0.0).sum((-1, -2))
-    # What passes over a forget gate: inside the chunk, from before it, to after it, and over all of it.
-    dlog_f = suffix(E.sum(-1) - E.sum(-2) + e) + F.pad(prefix(alpha)[..., :-1], (1, 0)) + over_chunk[..., None]
+    # What passes over a forget gate: inside the chunk, from before it, to after it, and over all of it. A token's own
+    # weight passes over none, and left in it would drown the others where gates are nearly closed.
+    others = torch.where(causal(L, igate).mT, 0.0, E)
+    dlog_f = suffix(others.sum(-1) - others.sum(-2) + e) + F.pad(prefix(alpha)[..., :-1], (1, 0))
+    dlog_f = dlog_f + over_chunk[..., None]
     dfgate = dlog_f * torch.sigmoid(-fgate)
     P, k_gated = A * r[..., None], gate[..., None] * k_wide
     factors = [t.to(dtype).flatten(0, 1) for t, dtype in
