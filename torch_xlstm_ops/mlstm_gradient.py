@@ -11,6 +11,8 @@ through eps (and a state reports it): that rest goes to the token where the maxi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,8 @@ from torch_xlstm_ops.mlstm import (
     FLOOR,
     STATE,
     STREAMS,
+    Look,
+    Reach,
     floor,
     input_weights,
     looks,
@@ -42,97 +46,142 @@ def gradient(
     ddC (G*NC, DHQK, DHHV); digate and dfgate (G, NC, L); and the gradients of c, n, m.
     """
     G, NC, L, DHQK = q.shape
-    wide, product, scale = state_dtype(q.dtype), product_dtype(q.dtype), DHQK**-0.5
-    fgate, igate, q_wide, k_wide = fgate.to(wide), igate.to(wide), q.to(wide), k.to(wide)
+    wide, product = state_dtype(q.dtype), product_dtype(q.dtype)
+    fgate, igate, k_wide, dh_flat = fgate.to(wide), igate.to(wide), k.to(wide), dh.flatten(0, 1)
     within = prefixes(fgate)
-    F_ = within[..., -1]
-    across = prefix(F_)
+    across = prefix(within[..., -1])
     chunks = summaries(k, v, igate, within)
-    reach = reaches(F_, across, chunks.M, m)
+    reach = reaches(within[..., -1], across, chunks.M, m)
     look = looks(igate, within, reach.m_before)
     n_before = torch.bmm(reach.W, chunks.dn) + reach.w_state[..., None] * n[:, None]
     sources = with_state(chunks.dC, c)
     C_before = torch.bmm(reach.with_state().to(product), sources.flatten(2)).view(G * NC, DHQK, -1)
 
-    # The first level: tokens see the tokens of their chunk and the state before it.
-    dh_flat = dh.flatten(0, 1)
-    seen = torch.bmm(dh_flat, v.flatten(0, 1).mT).view(G, NC, L, L).to(wide)  # dh_t . v_s
-    y = torch.bmm(dh_flat.to(product), C_before.mT).view(q.shape).to(wide)  # C_before dh_t
+    seen = torch.bmm(dh_flat, v.flatten(0, 1).mT).view(G, NC, L, L).to(wide)
+    y = torch.bmm(dh_flat.to(product), C_before.mT).view(q.shape).to(wide)
+    tokens = _tokens(q.to(wide), scores, look, n_before, seen, y, eps)
+
+    # What is wanted of the state after the segment takes the place of chunk 0, which sees no other chunk.
+    end = _end(across, chunks.M, m)
+    chunk = torch.arange(NC, device=q.device)
+    first, last = chunk == 0, chunk == NC - 1
+    dC_before = torch.bmm(tokens.q_gated.to(product).flatten(0, 1).mT, dh_flat.to(product)).view(G, NC, DHQK, -1)
+    dc_in = (reach.w_state[..., None, None] * dC_before.to(wide)).sum(1) + end.w_state[..., None] * dc
+    dn_in = (reach.w_state[..., None] * tokens.dn_before).sum(1) + end.w_state * dn
+    targets = dC_before.slice_scatter(dc.to(product)[:, None], 1, 0, 1).flatten(2)
+    n_targets = torch.where(first[:, None], dn[:, None], tokens.dn_before)
+    n_sources = torch.where(last[:, None], n[:, None], chunks.dn)
+    W = torch.where(first[:, None], end.W[:, None], reach.W)  # (G, target, source)
+    ddC = torch.bmm(W.mT.to(product), targets).view(G * NC, DHQK, -1)
+    ddn = torch.bmm(W.mT, n_targets)
+    inner = torch.bmm(targets, sources.flatten(2).mT).to(wide) + torch.bmm(n_targets, n_sources.mT)
+    w_state = torch.where(first, end.w_state, reach.w_state)
+    passing = inner * torch.where(last, w_state[..., None], W)
+
+    gate, _ = input_weights(igate, within)
+    dk = gate[..., None] * (torch.bmm(v.flatten(0, 1).to(product), ddC.mT).view(k.shape).to(wide) + ddn[..., None, :])
+    alpha = (k_wide * dk).sum(-1)  # all that a token gives to after its chunk
+    dm_end = dm[:, 0] - passing[:, 0].sum(-1) - alpha[:, -1].sum(-1)
+    to_chunk, to_state, to_summary = _maxima(dm_end, tokens.rho.sum(-1), chunks.M, reach, end)
+    passing = passing + torch.where(last, to_state[..., None], to_chunk)
+    alpha = alpha + _shared(to_summary, span(within[..., -1:], within) + igate, chunks.M)
+    dm_in = (dc_in * c).sum((1, 2)) + (dn_in * n).sum(-1) + to_state.sum(-1) + tokens.rho[:, 0].sum(-1)
+
+    digate = tokens.E.sum(-2) + alpha
+    dfgate = _over_gates(tokens.E, tokens.e, alpha, passing) * torch.sigmoid(-fgate)
+    factors = [t.to(dtype).flatten(0, 1) for t, dtype in (
+        (tokens.P, q.dtype), (tokens.dS, q.dtype), (tokens.dq, q.dtype), (dk, k.dtype),
+        (gate[..., None] * k_wide, product),
+    )]
+    return *factors, ddC, digate, dfgate, dc_in, dn_in, dm_in[:, None]
+
+
+class _Tokens(NamedTuple):
+    """The gradient of the first level, where tokens see the tokens of their chunk and the state before it."""
+
+    P: Tensor  # (G, NC, L, L), the weights of v in h
+    dS: Tensor  # (G, NC, L, L), the scores' gradient
+    dq: Tensor  # (G, NC, L, DHQK), but for what the scores give
+    q_gated: Tensor  # (G, NC, L, DHQK), the weights of the state in h
+    dn_before: Tensor  # (G, NC, DHQK)
+    E: Tensor  # (G, NC, L, L), of the weights' logarithms
+    e: Tensor  # (G, NC, L), of those of the state before the chunk, rho among it
+    rho: Tensor  # (G, NC, L), what of a token's maximum was found there
+
+
+def _tokens(q: Tensor, scores: Tensor, look: Look, n_before: Tensor, seen: Tensor, y: Tensor, eps: float) -> _Tokens:
+    """Differentiate the first level; seen: dh_t . v_s (G, NC, L, L); y: C_before dh_t (G, NC, L, DHQK)."""
+    scale = q.shape[-1] ** -0.5
     weight = torch.exp(look.decay - look.m[..., None]) * scale
     w = torch.exp(look.m_inter - look.m) * scale
-    qn, qy = (q_wide * n_before[..., None, :]).sum(-1), (q_wide * y).sum(-1)
+    qn, qy = (q * n_before[..., None, :]).sum(-1), (q * y).sum(-1)
     A = scores * weight
     den, low = A.sum(-1) + w * qn, floor(look.m)
     r = 1 / (torch.maximum(den.abs(), low) + eps)
     g = r * ((A * seen).sum(-1) + w * qy)
     dden = torch.where(den.abs() > low, -g * r * den.sign(), 0.0)
-    dm_look = torch.where(look.m < -FLOOR[wide], -g, -eps * g * r)
-    share = dm_look / ((look.decay == look.m[..., None]).to(wide).sum(-1) + (look.m_inter == look.m).to(wide))
+    dm = torch.where(look.m < -FLOOR[q.dtype], -g, -eps * g * r)
+    at_token, at_state = look.decay == look.m[..., None], look.m_inter == look.m
+    share = dm / (at_token.to(q.dtype).sum(-1) + at_state.to(q.dtype))
     dS = weight * (r[..., None] * seen + dden[..., None])
-    E = dS * scores + torch.where(look.decay == look.m[..., None], share[..., None], 0.0)
-    rho = torch.where(look.m_inter == look.m, share, 0.0)
-    e = w * (r * qy + dden * qn) + rho  # all that a token has from before its chunk
+    E = dS * scores + torch.where(at_token, share[..., None], 0.0)
+    rho = torch.where(at_state, share, 0.0)
+    e = w * (r * qy + dden * qn) + rho
     dq = w[..., None] * (r[..., None] * y + dden[..., None] * n_before[..., None, :])
-    q_gated = (w * r)[..., None] * q_wide
+    dn_before = ((w * dden)[..., None] * q).sum(-2)
+    return _Tokens(A * r[..., None], dS, dq, (w * r)[..., None] * q, dn_before, E, e, rho)
 
-    # The second level: chunks see the chunks before them and the incoming state. What is wanted of the state after the
-    # segment takes the place of chunk 0, which sees no other chunk.
-    dC_before = torch.bmm(q_gated.to(product).flatten(0, 1).mT, dh_flat.to(product)).view(G, NC, DHQK, -1)
-    dn_before = ((w * dden)[..., None] * q_wide).sum(-2)
-    chunk = torch.arange(NC, device=q.device)
-    first, last = chunk == 0, chunk == NC - 1
-    to_end, through = span(across[..., -1:], across) + chunks.M, span(across[..., -1:]) + m
-    m_after = torch.maximum(to_end.amax(-1, keepdim=True), through)
-    w_end, w_through = torch.exp(to_end - m_after), torch.exp(through - m_after)
-    dc_in = (reach.w_state[..., None, None] * dC_before.to(wide)).sum(1) + w_through[..., None] * dc
-    dn_in = (reach.w_state[..., None] * dn_before).sum(1) + w_through * dn
-    targets = dC_before.slice_scatter(dc.to(product)[:, None], 1, 0, 1).flatten(2)
-    n_targets = torch.where(first[:, None], dn[:, None], dn_before)
-    n_sources = torch.where(last[:, None], n[:, None], chunks.dn)
-    V = torch.where(first[:, None], w_end[:, None], reach.W)
-    ddC = torch.bmm(V.mT.to(product), targets).view(G * NC, DHQK, -1)
-    ddn = torch.bmm(V.mT, n_targets)
 
-    # What passes from a chunk, or the incoming state (last column), to a later one, or the state after (first row).
-    inner = torch.bmm(targets, sources.flatten(2).mT).to(wide) + torch.bmm(n_targets, n_sources.mT)
-    passing = torch.where(last, reach.w_state[..., None], reach.W)
-    passing = inner * torch.where(first[:, None], torch.where(last, w_through, w_end)[:, None], passing)
+class _End(NamedTuple):
+    """How the state after the segment sees its chunks and the incoming state; names as in `mlstm.Reach`."""
 
-    gate, _ = input_weights(igate, within)
-    dk = gate[..., None] * (torch.bmm(v.flatten(0, 1).to(product), ddC.mT).view(k.shape).to(wide) + ddn[..., None, :])
-    alpha = (k_wide * dk).sum(-1)  # all that a token gives to after its chunk
+    W: Tensor  # (G, NC)
+    w_state: Tensor  # (G, 1)
+    m: Tensor  # (G, 1)
+    from_chunk: Tensor  # (G, NC)
+    from_state: Tensor  # (G, 1)
 
-    # Where the maxima were found.
-    rho = rho.sum(-1)  # (G, NC)
-    end = dm[:, 0] - passing[:, 0].sum(-1) - alpha[:, -1].sum(-1)
-    from_chunk = torch.where(first[:, None], torch.where(last, NEG_INF, to_end)[:, None], reach.from_chunk)
-    found = torch.where(first, m_after, reach.m_before)
-    at_state = torch.where(first, through, reach.from_state) == found
-    at_chunk = from_chunk == found[..., None]
-    at_last = chunks.M[:, -1:] == m_after
-    count = at_chunk.to(wide).sum(-1) + at_state.to(wide) + torch.where(first, at_last.to(wide), 0.0)
-    share = torch.where(first, end[:, None], rho) / count
+
+def _end(across: Tensor, M: Tensor, m: Tensor) -> _End:
+    from_chunk, from_state = span(across[..., -1:], across) + M, span(across[..., -1:]) + m
+    m_after = torch.maximum(from_chunk.amax(-1, keepdim=True), from_state)
+    return _End(torch.exp(from_chunk - m_after), torch.exp(from_state - m_after), m_after, from_chunk, from_state)
+
+
+def _maxima(dm_end: Tensor, dm_before: Tensor, M: Tensor, reach: Reach, end: _End) -> tuple[Tensor, Tensor, Tensor]:
+    """Share the gradients of the second level's maxima among where they were found, the end in the place of chunk 0.
+
+    Returns what goes to other chunks' M (G, NC, NC), to the incoming m (G, NC), and what each M gets in all (G, NC).
+    """
+    chunk = torch.arange(M.shape[-1], device=M.device)
+    first, last = chunk == 0, chunk == M.shape[-1] - 1
+    found = torch.where(first, end.m, reach.m_before)
+    from_chunk = torch.where(last, NEG_INF, end.from_chunk)  # the last chunk's is counted apart: no slot is left for it
+    at_chunk = torch.where(first[:, None], from_chunk[:, None], reach.from_chunk) == found[..., None]
+    at_state = torch.where(first, end.from_state, reach.from_state) == found
+    at_last = M[:, -1:] == end.m
+    count = at_chunk.to(M.dtype).sum(-1) + at_state.to(M.dtype) + torch.where(first, at_last.to(M.dtype), 0.0)
+    share = torch.where(first, dm_end[:, None], dm_before) / count
     to_chunk, to_state = torch.where(at_chunk, share[..., None], 0.0), torch.where(at_state, share, 0.0)
-    passing = passing + torch.where(last, to_state[..., None], to_chunk)
-    rho_chunk = to_chunk.sum(-2) + torch.where(last & at_last, share[:, :1], 0.0)
-    log_input = span(within[..., -1:], within) + igate
-    at_token = log_input == chunks.M[..., None]
-    alpha = alpha + torch.where(at_token, (rho_chunk / at_token.to(wide).sum(-1))[..., None], 0.0)
-    dm_in = (dc_in * c).sum((1, 2)) + (dn_in * n).sum(-1) + to_state.sum(-1) + rho[:, 0]
+    return to_chunk, to_state, to_chunk.sum(-2) + torch.where(last & at_last, share[:, :1], 0.0)
 
-    over = (chunk[:, None] < chunk) | first  # [j, target]
-    under = (chunk < chunk[:, None]) | last  # [j, source]
-    over_chunk = torch.where(over[:, :, None] & under[:, None, :], passing[:, None], 0.0).sum((-1, -2))
-    # What passes over a forget gate: inside the chunk, from before it, to after it, and over all of it. A token's own
-    # weight passes over none, and left in it would drown the others where gates are nearly closed.
-    others = torch.where(causal(L, igate).mT, 0.0, E)
-    dlog_f = suffix(others.sum(-1) - others.sum(-2) + e) + F.pad(prefix(alpha)[..., :-1], (1, 0))
-    dlog_f = dlog_f + over_chunk[..., None]
-    dfgate = dlog_f * torch.sigmoid(-fgate)
-    P, k_gated = A * r[..., None], gate[..., None] * k_wide
-    factors = [t.to(dtype).flatten(0, 1) for t, dtype in
-               ((P, q.dtype), (dS, q.dtype), (dq, q.dtype), (dk, q.dtype), (k_gated, product))]
-    return *factors, ddC, E.sum(-2) + alpha, dfgate, dc_in, dn_in, dm_in[:, None]
+
+def _shared(gradient: Tensor, candidates: Tensor, maximum: Tensor) -> Tensor:
+    """Share the gradient (...) of a maximum over the last axis evenly among where it was found (..., L)."""
+    found = candidates == maximum[..., None]
+    return torch.where(found, (gradient / found.to(maximum.dtype).sum(-1))[..., None], 0.0)
+
+
+def _over_gates(E: Tensor, e: Tensor, alpha: Tensor, passing: Tensor) -> Tensor:
+    """Sum what passes over each forget gate: within its chunk, from before it, to after it, and over all of it."""
+    L, NC = E.shape[-1], passing.shape[-1]
+    chunk = torch.arange(NC, device=E.device)
+    later, earlier = (chunk[:, None] < chunk) | (chunk == 0), (chunk < chunk[:, None]) | (chunk == NC - 1)
+    over_chunk = torch.where(later[:, :, None] & earlier[:, None, :], passing[:, None], 0.0).sum((-1, -2))
+    # A token's own weight passes over no gate, and left in it would drown the others where gates are nearly closed.
+    others = torch.where(causal(L, E).mT, 0.0, E)
+    inside = suffix(others.sum(-1) - others.sum(-2) + e)
+    return inside + F.pad(prefix(alpha)[..., :-1], (1, 0)) + over_chunk[..., None]
 
 
 def finish(
