@@ -211,6 +211,14 @@ def test_gradients_equal_those_of_the_recurrence(dtype):
     assert_close(found, wanted, GRADIENT_TOLERANCE[dtype])
 
 
+def test_gradients_of_a_band_whose_padding_makes_it_as_large_as_the_whole():
+    args = [t.requires_grad_() for t in draw(Sizes(B=2, NH=4, S=L // 2))]
+    with config.use(heads_per_band=4):
+        found = torch.autograd.grad(weigh(flat(mlstm_chunkwise(*args, chunk_size=L))), args)
+    wide = [t.detach().double().requires_grad_() for t in args]
+    assert_close(found, torch.autograd.grad(weigh(exact(wide)), wide), GRADIENT_TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("shift", [-10.0, -30.0])
 def test_gradients_of_gates_that_are_nearly_closed_are_as_exact(shift):
     args = [t.requires_grad_() for t in draw(Sizes(S=50), shift=shift)]

@@ -125,7 +125,8 @@ class BandGradient:
         streams, dh = rows.take_all(band, segment), rows.gradient(self._dh, band, segment)
         parts = self._kernels.backward([*streams, *self._before.pop(), dh, *self.dstate])
         for index, (whole, part) in enumerate(zip(self._gradients, parts[:5], strict=True)):
-            if (whole.numel(), whole.dtype) == (part.numel(), part.dtype):  # all rows, all tokens, no padding
+            all_of_it = part.shape[0] == whole.shape[0] and part.shape[1] * part.shape[2] == whole.shape[1]
+            if all_of_it and part.dtype == whole.dtype:
                 self._gradients[index] = part
             else:
                 rows.put(whole, band, segment, part)
