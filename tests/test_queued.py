@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,12 +40,15 @@ def queued(args: Sequence[Tensor]) -> list[Tensor]:
     return [h, *state]
 
 
+# More threads than cores make each example slow.
+FEWER = settings(max_examples=max(20, settings().max_examples // 4))
 drawn_plans = st.fixed_dictionaries({
     "segment": st.integers(1, 100), "heads_per_band": st.integers(1, 7), "workers": st.integers(1, 4),
     "window": st.none() | st.integers(1, 5),
 })
 
 
+@FEWER
 @given(S=st.integers(1, 130), seed=st.integers(0, 2**16), plan=drawn_plans)
 def test_no_plan_changes_the_result(S, seed, plan):
     args = draw(Sizes(S=S), seed=seed)
@@ -55,6 +58,7 @@ def test_no_plan_changes_the_result(S, seed, plan):
     assert_close(found, wanted, float32_tolerance(args, wanted[0]))
 
 
+@FEWER
 @given(S=st.integers(1, 80), seed=st.integers(0, 2**16), plan=drawn_plans)
 def test_no_plan_changes_the_gradients(S, seed, plan):
     args = [t.requires_grad_() for t in draw(Sizes(S=S), seed=seed)]
