@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import alternate, machine, timed
+from benchmarks.timing import alternate, machine, save, timed
 from torch_xlstm_ops.patch import patch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of logits that are capped at 30
@@ -229,8 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             setattr(args, name, value)
     result = measure(args)
     print(json.dumps(result, indent=1))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.json)
 
 
 if __name__ == "__main__":

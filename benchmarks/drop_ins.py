@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.timing import machine, timed
+from benchmarks.timing import machine, save, timed
 
 Call = Callable[[], Tensor]
 CPU = torch.device("cpu")
@@ -268,8 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "parity".startswith(args.name) and importlib.util.find_spec("xlstm") is not None:
         result["parity"] = train()
     print(json.dumps(result, indent=1))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.json)
     return None
 
 

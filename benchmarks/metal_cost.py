@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.metal_counter import CHIPS, Chip, Submission, count, predicted
+from benchmarks.timing import save
 from tests.mps import emulator
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -233,10 +233,9 @@ def main() -> None:
     print(verdict(rows))
     for name, chip in CHIPS.items():
         print(f"{name}: {chip.bandwidth / 1e9:.0f} GB/s, {chip.flops / 1e12:.1f} TFLOP/s; {chip.source}")
-    if given.json:
-        result = {"prediction": True, "shape": shape._asdict(), "dtype": given.dtype, "torch": torch.__version__,
-                  "chips": {name: chip._asdict() for name, chip in CHIPS.items()}, "rows": rows}
-        given.json.write_text(json.dumps(result, indent=1))
+    chips = {name: chip._asdict() for name, chip in CHIPS.items()}
+    save({"prediction": True, "shape": shape._asdict(), "dtype": given.dtype, "torch": torch.__version__,
+          "chips": chips, "rows": rows}, given.json)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.timing import alternate, machine
+from benchmarks.timing import alternate, machine, save
 from torch_xlstm_ops import devices, mlstm, mlstm_chunkwise, mlstm_step
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, in the Euclidean norm
@@ -188,9 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 cases.append(measure(kind, shape, dtype, device, given.seconds))
             print(json.dumps(cases[-1], indent=1), flush=True)
-    if given.json:
-        result = {"machine": machine(device), "cases": cases}
-        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save({"machine": machine(device), "cases": cases}, given.json)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.timing import machine, timed
+from benchmarks.timing import machine, save, timed
 from torch_xlstm_ops import config, devices
 from torch_xlstm_ops.functional import mlstm_chunkwise
 from torch_xlstm_ops.schedules import plan, tasks
@@ -125,9 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case = measure(Case.parse(text), dtype, device, given.rounds, given.backward)
         print(json.dumps(case, indent=1), flush=True)
         cases.append(case)
-    if given.json:
-        result = {"machine": machine(device), "cases": cases}
-        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save({"machine": machine(device), "cases": cases}, given.json)
 
 
 if __name__ == "__main__":

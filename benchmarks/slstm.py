@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.timing import alternate, machine, timed
+from benchmarks.timing import alternate, machine, save, timed
 from torch_xlstm_ops import devices, slstm
 from torch_xlstm_ops.functional import slstm_sequence, slstm_step
 from torch_xlstm_ops.schedules.slstm import Graphs
@@ -249,9 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case = measure(Shape(*map(int, text.split(","))), dtype, device, given.seconds)
         print(json.dumps(case, indent=1), flush=True)
         cases.append(case)
-    if given.json:
-        result = {"machine": machine(device), "cases": cases}
-        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save({"machine": machine(device), "cases": cases}, given.json)
 
 
 if __name__ == "__main__":

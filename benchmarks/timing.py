@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,3 +38,9 @@ def machine(device: torch.device, *packages: str) -> dict[str, Any]:
         "device": device.type, "name": name, "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, **versions,
     }
+
+
+def save(result: Mapping[str, Any], path: Path | None) -> None:
+    """Write a result as JSON where one was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

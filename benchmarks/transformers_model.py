@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import machine, timed
+from benchmarks.timing import machine, save, timed
 from torch_xlstm_ops.patch import patch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of logits that are capped at 30
@@ -100,8 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     result = measure(args)
     print(json.dumps(result, indent=1))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.json)
 
 
 if __name__ == "__main__":
