@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -19,6 +20,17 @@ hypothesis.settings.load_profile(os.environ.get("XLSTM_TEST_PROFILE", "ci" if os
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Start and end without compiled frames, and count from zero."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
 
 
 def _choose_branch() -> None:

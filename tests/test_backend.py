@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,13 +19,7 @@ from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, dra
 from torch_xlstm_ops import config
 from torch_xlstm_ops.registrations import dynamo, inline
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:

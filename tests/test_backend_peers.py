@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 import torch_xlstm_ops
 from tests.oracle import TOLERANCE, Sizes, assert_close, draw, exact
@@ -18,12 +17,7 @@ from tests.oracle import TOLERANCE, Sizes, assert_close, draw, exact
 PEER_TOLERANCE = 10 * TOLERANCE[torch.float32]
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def function(module: str, name: str) -> Callable[..., Any]:
