@@ -120,36 +120,31 @@ def _step_refuses(*args: Tensor, eps: float = 1e-6) -> Tensor:
 class _Route(NamedTuple):
     """How a checked call is carried out."""
 
-    config: config.Config  # that it was planned under
     plan: plan.Plan
     schedule: ModuleType
     kernels: Kernels
 
 
-def _find_route(tensors: Sequence[Tensor | None], chunk_size: int | None, schedule: str, eps: float) -> _Route:
+def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float) -> _Route:
     (q, k, v, igate, fgate), (c, n, m) = cast("list[Tensor]", tensors[:5]), tensors[5:8]
     check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
     check_not_negative("eps", eps)
     if len(tensors) > 8:
         dh, dc, dn, dm = cast("list[Tensor]", tensors[8:])
         _check_gradients(dh, dc, dn, dm, q, v)
-    cfg = config.for_call(schedule=None if schedule == "auto" else schedule, chunk_size=chunk_size)
     B, NH, S, DHQK = q.shape
     planned = plan.make(plan.Shape(B * NH, S, DHQK, v.shape[-1]), q.device.type, cfg, machine(q.device))
     kernels = _kernels(eps, release_gil=q.device.type == "cpu" and planned.workers > 1)
-    return _Route(config.current(), planned, schedules.load(planned.schedule, q.device), kernels)
+    return _Route(planned, schedules.load(planned.schedule, q.device), kernels)
 
 
 _routes = Seen(_find_route)
 
 
 def _route(tensors: Sequence[Tensor | None], chunk_size: int | None, schedule: str, eps: float) -> _Route:
-    found = _routes(tensors, chunk_size, schedule, eps)
-    now = config.current()
-    if found.config is now and now.mem_fraction is None:  # free memory is never the same twice
-        return found
-    _routes.clear()
-    return _routes(tensors, chunk_size, schedule, eps)
+    cfg = config.for_call(schedule=None if schedule == "auto" else schedule, chunk_size=chunk_size)
+    find = _routes if cfg.mem_fraction is None else _find_route  # free memory is never the same twice
+    return find(tensors, cfg, eps)
 
 
 def _chunkwise(

@@ -35,7 +35,3 @@ class Seen(Generic[_Found]):
                 self._found.clear()
             self._found[key] = found
         return found
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._found.clear()
