@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+from tests import branches
 
 hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
@@ -33,20 +33,4 @@ def fresh_dynamo() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def _choose_branch() -> None:
-    """Have transformers build its xLSTM on its own classes, unless told to build it on the package xlstm.
-
-    It looks for that package once in a process; `test_patch_branches` runs the other branch in a process of its own.
-    """
-    if os.environ.get("XLSTM_TEST_BRANCH") == "xlstm" or importlib.util.find_spec("xlstm") is None:
-        return
-    from transformers.utils import import_utils
-
-    sys.modules["xlstm"] = None  # type: ignore[assignment]  # which hides it
-    assert not import_utils.is_xlstm_available()
-    del sys.modules["xlstm"]
-    assert not import_utils.is_xlstm_available(), "transformers no longer remembers what it found"
-
-
-if importlib.util.find_spec("transformers") is not None:
-    _choose_branch()
+branches.choose()

@@ -26,6 +26,7 @@ from tests.test_patch_transformers import LAYERS, build, decode, logits, prefill
 from torch_xlstm_ops.patch import patch  # noqa: E402
 from torch_xlstm_ops.registrations import dynamo, dynamo_rules, inline  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 WRAPPER = "transformers.models.xlstm.modeling_xlstm.wrap_chunkwise_arbitrary_sequence_length"
 # Logits are capped at 30, and the model adds its own rounding to the operators'.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25}
@@ -142,6 +143,12 @@ def test_states_come_back_in_the_dtype_that_was_asked_for():
 
 # --- other backends ---
 
+def child(code: str) -> str:
+    """Run code in a process of its own, on the branch that this one is on, and return what it prints."""
+    command = [sys.executable, "-c", "from tests import branches; branches.choose()\n" + code]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+
+
 TARGETS = """
 import sys, torch
 import transformers.models.xlstm.modeling_xlstm as peer
@@ -160,11 +167,7 @@ torch.compile(peer.xLSTMBackend(config), backend=record, fullgraph=True)(*args)
 
 
 def test_other_backends_see_the_graph_they_always_saw():
-    graphs = [
-        subprocess.run([sys.executable, "-c", TARGETS.format(loaded=loaded)], check=True,
-                       capture_output=True, text=True).stdout
-        for loaded in (False, True)
-    ]
+    graphs = [child(TARGETS.format(loaded=loaded)) for loaded in (False, True)]
     assert graphs[0] == graphs[1] != ""
 
 
@@ -192,7 +195,7 @@ import transformers.models.xlstm.modeling_xlstm
 from torch_xlstm_ops.registrations import dynamo_rules
 assert "{WRAPPER}" in dynamo_rules._installed
 """
-    subprocess.run([sys.executable, "-c", check], check=True)
+    child(check)
 
 
 def test_every_rule_for_transformers_is_installed():
