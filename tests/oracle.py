@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import mlstm
-from torch_xlstm_ops.cli.check import GRADIENT_TOLERANCE as GRADIENT_TOLERANCE
-from torch_xlstm_ops.cli.check import TOLERANCE as TOLERANCE
 from torch_xlstm_ops.shapes import state_dtype
+from torch_xlstm_ops.tolerance import GRADIENT_TOLERANCE as GRADIENT_TOLERANCE
+from torch_xlstm_ops.tolerance import TOLERANCE as TOLERANCE
 
 
 class Sizes(NamedTuple):

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each floor may import from itself and from those before it.
 FLOORS = [
-    ["shapes", "config", "devices", "trace", "trace_files"],
+    ["shapes", "tolerance", "config", "devices", "trace", "trace_files"],
     ["decay"],
     ["mlstm", "mlstm_gradient", "slstm", "packing"],
     ["compiled"],

@@ -17,15 +17,11 @@ from torch import Tensor
 from torch_xlstm_ops import devices, mlstm, slstm, trace_files
 from torch_xlstm_ops.cli import info
 from torch_xlstm_ops.shapes import EPS
+from torch_xlstm_ops.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error
 
-# Relative, in the Euclidean norm. A segment rounds to its dtype half a dozen times on the way to h (k_gated, dC, W, C,
-# q_gated, P, and h itself); in float32 and float64 the exponents' rounding, times their size, comes first.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SECONDS = 600.0  # nothing is started after so many; two busy CPU cores took 308
 TIMING_S, TIMING_CALLS = 0.3, 20
-NEGLIGIBLE = 1e-3  # a result is judged relative to at least this part of the largest
 
 MLSTM = {"B": 1, "NH": 4, "S": 300, "DHQK": 64, "DHHV": 128}  # whole chunks and a tail
 SLSTM = {"B": 2, "NH": 4, "S": 40, "DH": 64}  # blocks and a tail
@@ -168,13 +164,6 @@ def check(case: Case, dtype: torch.dtype, device: torch.device, end: float) -> R
         return failed._replace(failure=f"{type(problem).__name__}: {problem}")
     failure = "" if worst <= tolerance else "out of tolerance"
     return failed._replace(error=worst, milliseconds=milliseconds, failure=failure)
-
-
-def error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Return the largest relative error of the results; one that is not a number counts as infinite."""
-    least = NEGLIGIBLE * max(float(t.norm()) for t in wanted)
-    errors = [float((f.double() - w).norm()) / max(float(w.norm()), least) for f, w in zip(found, wanted, strict=True)]
-    return max(e if e == e else float("inf") for e in errors)
 
 
 def median_ms(call: Callable[[], object], device: torch.device) -> float:
