@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import threading
 import time
@@ -115,6 +116,20 @@ def test_workers_leave_the_number_of_threads_alone():
     thread.start()
     thread.join()
     assert (torch.get_num_threads(), elsewhere) == (3, [3])
+
+
+def test_workers_keep_to_their_number_of_threads():
+    queued(draw(Sizes(S=100)))
+    found: queue.SimpleQueue[int] = queue.SimpleQueue()
+    workers = pool.get(1)
+    together = threading.Barrier(3)  # no thread serves two
+
+    def count() -> None:
+        together.wait(30)
+        found.put(torch.get_num_threads())
+
+    workers.give(count, 3)
+    assert [found.get(timeout=30) for _ in range(3)] == [1, 1, 1]
 
 
 def test_a_trace_names_each_task_and_how_many_were_in_flight():

@@ -56,6 +56,7 @@ class Pool:
         self._workers += new
 
     def _serve(self, ready: threading.Semaphore) -> None:
+        torch.get_num_threads()  # a thread's first use of this sets it to the process's number, once
         torch.set_num_threads(self.threads)
         _here.worker = True
         ready.release()
