@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_xlstm_ops import compiled, config, devices, mlstm, mlstm_gradient, schedules
 from torch_xlstm_ops.packing import Packing
-from torch_xlstm_ops.schedules import plan
+from torch_xlstm_ops.schedules import plan, tuned
 from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state, machine
 from torch_xlstm_ops.shapes import check_mlstm_sequence, check_mlstm_step, check_not_negative, check_shape, state_dtype
 
@@ -125,7 +125,7 @@ class _Route(NamedTuple):
     kernels: Kernels
 
 
-def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float) -> _Route:
+def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float, training: bool) -> _Route:
     (q, k, v, igate, fgate), (c, n, m) = cast("list[Tensor]", tensors[:5]), tensors[5:8]
     check_mlstm_sequence(q, k, v, igate, fgate, c, n, m)
     check_not_negative("eps", eps)
@@ -133,7 +133,9 @@ def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float
         dh, dc, dn, dm = cast("list[Tensor]", tensors[8:])
         _check_gradients(dh, dc, dn, dm, q, v)
     B, NH, S, DHQK = q.shape
-    planned = plan.make(plan.Shape(B * NH, S, DHQK, v.shape[-1]), q.device.type, cfg, machine(q.device))
+    shape = plan.Shape(B * NH, S, DHQK, v.shape[-1])
+    cfg = tuned.settle(cfg, shape, q.device, q.dtype, training=training)
+    planned = plan.make(shape, q.device.type, cfg, machine(q.device))
     kernels = _kernels(eps, release_gil=q.device.type == "cpu" and planned.workers > 1)
     return _Route(planned, schedules.load(planned.schedule, q.device), kernels)
 
@@ -141,10 +143,17 @@ def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float
 _routes = Seen(_find_route)
 
 
+def forget_routes() -> None:
+    """Plan calls anew: the tuner has found something."""
+    _routes.clear()
+
+
 def _route(tensors: Sequence[Tensor | None], chunk_size: int | None, schedule: str, eps: float) -> _Route:
     cfg = config.for_call(schedule=None if schedule == "auto" else schedule, chunk_size=chunk_size)
     find = _routes if cfg.mem_fraction is None else _find_route  # free memory is never the same twice
-    return find(tensors, cfg, eps)
+    q, k, v = tensors[:3]
+    training = len(tensors) > 8 or q.requires_grad or k.requires_grad or v.requires_grad  # type: ignore[union-attr]
+    return find(tensors, cfg, eps, training)
 
 
 def _chunkwise(

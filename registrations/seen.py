@@ -24,6 +24,10 @@ class Seen(Generic[_Found]):
         self._find = find
         self._found: dict[Hashable, _Found] = {}
 
+    def clear(self) -> None:
+        """Forget everything that was found."""
+        self._found.clear()
+
     def __call__(self, tensors: _Arguments, *how: Hashable) -> _Found:
         """Return what was found for a call like this one, finding it if there was none."""
         # Threads count because a CPU kernel is compiled for so many.

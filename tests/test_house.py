@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each floor may import from itself and from those before it.
 FLOORS = [
-    ["shapes", "tolerance", "config", "devices", "trace", "trace_files"],
+    ["shapes", "tolerance", "config", "devices", "trace", "trace_files", "winners"],
     ["decay"],
     ["mlstm", "mlstm_gradient", "slstm", "packing"],
     ["compiled"],
@@ -22,6 +22,8 @@ FLOORS = [
     ["patch"],
     ["backend"],
     ["explain"],
+    ["context"],
+    ["tune"],
     ["cli"],
 ]
 # Floors that see less than what lies below them.
@@ -32,9 +34,10 @@ ONLY = {
     "slstm": {"shapes"},
     "packing": set(),
     "compiled": set(),
-    "schedules": {"shapes", "config", "devices", "trace"},
+    "schedules": {"shapes", "config", "devices", "trace", "winners"},
     "functional": {"shapes"},
     "patch": {"shapes", "functional"},
+    "context": {"shapes", "config", "devices"},
     "explain": {"config", "schedules", "registrations"},
 }
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -58,6 +58,7 @@ class Config:
     window: int | None = None
     trace: str | None = None
     mem_fraction: float | None = None
+    tuned: str = "on"
 
 
 class Kind(NamedTuple):
@@ -122,6 +123,8 @@ TRACE_FILE = Kind(
     lambda v: isinstance(v, str) and os.path.splitext(v)[1] in TRACE_SUFFIXES,
     textual=True,
 )
+TUNED = Kind("on, off, or a file name ending in .json", str,
+             lambda v: isinstance(v, str) and (v in ("on", "off") or v.endswith(".json")), textual=True)
 
 SETTINGS: Mapping[str, Setting] = {
     row.field: row
@@ -138,6 +141,7 @@ SETTINGS: Mapping[str, Setting] = {
         Setting("trace", TRACE_FILE, "FILE", "record timings (.json opens in Perfetto)"),
         Setting("mem_fraction", FRACTION, "FRACTION", "most of the device's memory that a plan may use",
                 ("XLSTM_MEM_SOFT_PCT", "XLSTM_MEM_HARD_PCT")),
+        Setting("tuned", TUNED, "FILE", "whether auto uses what `xlstm-ops tune` found, and where that is kept"),
     )
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from torch_xlstm_ops import config
-from torch_xlstm_ops.schedules import plan
+from torch_xlstm_ops.schedules import plan, tuned
 from torch_xlstm_ops.schedules.tasks import machine
 
 
@@ -115,7 +115,9 @@ def _plan(node: fx.Node, options: Any) -> str:
     B, NH, S, DHQK, DHHV = (_size(s) for s in (*q.shape, v.shape[-1]))
     with config.use(**options.settings):
         settings = config.for_call(chunk_size=node.kwargs.get("chunk_size"))  # type: ignore[arg-type]
-    return str(plan.make(plan.Shape(B * NH, S, DHQK, DHHV), q.device.type, settings, machine(q.device)))
+    shape = plan.Shape(B * NH, S, DHQK, DHHV)
+    settings = tuned.settle(settings, shape, q.device, q.dtype, training=q.requires_grad)
+    return str(plan.make(shape, q.device.type, settings, machine(q.device)))
 
 
 def _size(size: Any) -> int:

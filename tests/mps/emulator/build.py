@@ -38,7 +38,7 @@ def cache_folder() -> Path:
     key = hashlib.sha256(f"{compiler}{torch.__version__}{EXTENSION_FLAGS}{KERNEL_FLAGS}".encode())
     for path in (*NATIVE, *METAL):
         key.update(path.name.encode() + path.read_bytes())
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    base = Path(os.environ.get("XLSTM_TEST_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "torch_xlstm_ops" / "mps_emulator" / key.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder

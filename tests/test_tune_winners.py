@@ -1,0 +1,149 @@
+"""What the tuner found is what `auto` runs, and what makes no sense is left out with a warning."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.oracle import Sizes, draw
+from torch_xlstm_ops import config, trace, winners
+from torch_xlstm_ops.functional import mlstm_chunkwise
+from torch_xlstm_ops.registrations import mlstm as registration
+
+SIZES = Sizes(S=40)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Keep winners in a file of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config.reload(flags={})
+    winners.forget()
+    registration.forget_routes()
+    yield tmp_path / "torch_xlstm_ops" / "tuned.json"
+    winners.forget()
+    registration.forget_routes()
+
+
+def key(*, training: bool = False, **changed: Any) -> str:
+    B, NH, S, DHQK, DHHV = SIZES
+    kind = winners.kind(CPU, torch.float32, B * NH, S, DHQK, DHHV, training=training)
+    return str(kind._replace(**changed))
+
+
+def entry(**settings: object) -> dict[str, object]:
+    return {"settings": {"schedule": "queued", "chunk_size": 16, "segment": 16, "workers": 1, **settings}}
+
+
+def ran(*, training: bool = False, **how: Any) -> list[tuple[str, str | None, int | None]]:
+    """Return phase, schedule and segment of the tasks of a call."""
+    args = draw(SIZES, state=False)
+    with trace.record() as recording:
+        h, _ = mlstm_chunkwise(*[t.requires_grad_(training) for t in args], **how)
+        if training:
+            h.sum().backward()
+    return [(e.phase, e.schedule, e.segment) for e in recording.entries()]
+
+
+def test_auto_runs_the_winner_and_only_auto(file: Path) -> None:
+    assert {schedule for _, schedule, _ in ran()} == {"inductor"}
+    winners.store(file, {key(): entry()})
+    registration.forget_routes()
+    assert {(schedule, number) for _, schedule, number in ran()} == {("queued", 0), ("queued", 1), ("queued", 2)}
+    assert {schedule for _, schedule, _ in ran(schedule="inductor")} == {"inductor"}
+    with config.use(tuned="off"):
+        assert {schedule for _, schedule, _ in ran()} == {"inductor"}
+
+
+def test_what_the_user_set_stands(file: Path) -> None:
+    winners.store(file, {key(): entry()})
+    with config.use(segment=32):
+        assert {number for _, _, number in ran()} == {0, 1}
+
+
+def test_training_and_prefill_have_winners_of_their_own(file: Path) -> None:
+    winners.store(file, {key(training=True): entry(schedule="inductor")})
+    assert {number for _, _, number in ran()} == {0}
+    found = ran(training=True)
+    assert {(phase, number) for phase, _, number in found if phase == "forward"} == {("forward", n) for n in range(3)}
+    assert {number for phase, _, number in found if phase == "backward"} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("changed", [
+    {"device": "another"}, {"torch": "2.0"}, {"tokens": 128}, {"DHHV": 32}, {"dtype": "bfloat16"},
+])
+def test_a_winner_of_another_kind_is_not_used(file: Path, changed: dict[str, Any]) -> None:
+    winners.store(file, {key(**changed): entry()})
+    assert {schedule for _, schedule, _ in ran()} == {"inductor"}
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", "[]", '{"version": 99, "winners": {}}', '{"version": 1}'])
+def test_a_corrupt_file_is_not_used_and_a_warning_says_so(file: Path, text: str) -> None:
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.warns(RuntimeWarning, match="tuned plans are not used"):
+        assert {schedule for _, schedule, _ in ran()} == {"inductor"}
+
+
+@pytest.mark.parametrize("broken", [
+    None, {}, {"settings": {}}, {"settings": {"schedule": "fast"}}, {"settings": {"schedule": "auto"}},
+    entry(workers=0), entry(speed=1),
+])
+def test_a_corrupt_entry_is_left_out_with_a_warning_and_the_others_stay(file: Path, broken: Any) -> None:
+    file.parent.mkdir()
+    file.write_text(json.dumps({"version": 1, "winners": {"broken": broken, key(): entry()}}))
+    with pytest.warns(RuntimeWarning, match="a tuned plan is not used: .*broken"):
+        assert {schedule for _, schedule, _ in ran()} == {"queued"}
+
+
+def test_a_winner_whose_schedule_is_not_there_is_not_used(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_xlstm_ops import schedules
+
+    winners.store(file, {key(): entry()})
+    real = schedules.unavailable
+    monkeypatch.setattr(schedules, "unavailable",
+                        lambda s, device: "gone" if s is config.Schedule.QUEUED else real(s, device))
+    with pytest.warns(RuntimeWarning, match=r"queued cannot run here \(gone\)"):
+        assert {schedule for _, schedule, _ in ran()} == {"inductor"}
+
+
+def test_storing_keeps_other_entries_replaces_a_broken_file_and_takes_entries_out(file: Path) -> None:
+    winners.store(file, {"a": entry(), "b": entry()})
+    winners.store(file, {"b": None, "c": entry()})
+    assert list(winners.read(file)) == ["a", "c"]
+    file.write_text("broken")
+    winners.store(file, {"d": entry()})
+    assert list(winners.read(file)) == ["d"]
+    assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
+
+
+def test_the_setting_names_another_file_or_none(tmp_path: Path, file: Path) -> None:
+    assert winners.place("on") == file
+    assert winners.place("off") is None
+    assert winners.place("there.json") == Path("there.json")
+
+
+def test_importing_reads_no_file_and_a_call_reads_it_once(file: Path) -> None:
+    winners.store(file, {key(): entry()})
+    check = """
+import builtins, pathlib, sys
+read = []
+real = pathlib.Path.read_text
+pathlib.Path.read_text = lambda self, *a, **k: (read.append(self.name), real(self, *a, **k))[1]
+import torch
+from torch_xlstm_ops import mlstm_chunkwise
+assert "tuned.json" not in read
+q = torch.randn(2, 3, 40, 8)
+for _ in range(3):
+    mlstm_chunkwise(q, q, torch.randn(2, 3, 40, 16), q[..., 0], q[..., 0])
+assert read.count("tuned.json") == 1, read
+"""
+    subprocess.run([sys.executable, "-c", check], check=True)
