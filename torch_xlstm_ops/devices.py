@@ -204,6 +204,17 @@ def memory(device: torch.device) -> Memory:
     return Memory(_resident(), _resident_peak(), _physical())
 
 
+def available(device: torch.device) -> int | None:
+    """Return the bytes that this process could still take of a device now; None where the machine does not tell."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        found = memory(device)
+        return None if found.budget is None or found.used is None else max(0, found.budget - found.used)
+    return _host_available()
+
+
 def reset_peak(device: torch.device) -> None:
     """Forget the peak so far where the device allows it: CUDA only."""
     if device.type == "cuda":
@@ -233,6 +244,19 @@ def _physical() -> int | None:
     except (AttributeError, OSError, ValueError):  # Windows, or a name this system lacks
         return None
     return min([installed, *_cgroup_limits()])
+
+
+def _host_available() -> int | None:
+    free = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
+    except OSError:  # not Linux
+        installed, used = _physical(), _resident()
+        free += [installed - used] if installed is not None and used is not None else []
+    used = _resident()
+    free += [limit - used for limit in _cgroup_limits() if used is not None]
+    return max(0, min(free)) if free else None
 
 
 def _cgroup_limits() -> list[int]:

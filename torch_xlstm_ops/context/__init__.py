@@ -1,0 +1,11 @@
+"""Extended context: prompts of any length, and a model's past kept, found again and branched.
+
+An xLSTM's past is a few megabytes whatever its length: `prefill` reads it in constant memory, and a `Snapshot` is all
+of it.
+"""
+
+from torch_xlstm_ops.context.prefill import Progress, StreamError, prefill
+from torch_xlstm_ops.context.states import Snapshot, identity, restore
+from torch_xlstm_ops.context.tokens import text_tokens
+
+__all__ = ["Progress", "Snapshot", "StreamError", "identity", "prefill", "restore", "text_tokens"]
