@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 import warnings
@@ -13,22 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from torch_xlstm_ops import config, devices  # noqa: E402
-from torch_xlstm_ops.context import StreamError, allocation, prefill, restore, states, storage, text_tokens  # noqa: E402
-
-SEGMENT = 32
-
-
-def build(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a tiny model with random weights; unpatched, so that nothing is compiled."""
-    torch.manual_seed(seed)
-    settings = transformers.xLSTMConfig(
-        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_heads=2, qk_dim_factor=1.0, chunk_size=16,
-        pad_token_id=0, bos_token_id=0, eos_token_id=None, mode="inference", return_last_states=True,
-    )
-    return transformers.xLSTMForCausalLM(settings).to(dtype).eval()
+from tests.context_models import SEGMENT, Interrupting, build, equal, some_tokens
+from torch_xlstm_ops import config, devices
+from torch_xlstm_ops.context import StreamError, allocation, prefill, restore, states, storage, text_tokens
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +30,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return torch.randint(64, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def equal(a: states.Snapshot, b: states.Snapshot) -> bool:
-    """Say whether two snapshots hold the same bits."""
-    pairs = zip((a.logits, *itertools.chain(*a.layers)), (b.logits, *itertools.chain(*b.layers)), strict=True)
-    return a.position == b.position and all(torch.equal(x, y) for x, y in pairs)
 
 
 # Pieces
@@ -106,7 +84,7 @@ def test_progress_counts_to_the_end_and_knows_the_total_of_what_has_a_length(mod
 
 CHILD = """
 import sys, torch
-from tests.test_context import build
+from tests.context_models import build
 from torch_xlstm_ops.context import prefill
 torch.set_num_threads(1)
 
@@ -132,17 +110,6 @@ def test_memory_does_not_grow_with_the_stream() -> None:
 
 
 # Interrupted
-
-
-class Interrupting:
-    """Tokens in the middle of which something is raised, once."""
-
-    def __init__(self, tokens: list[int], at: int, error: BaseException) -> None:
-        self._tokens, self._at, self._error = tokens, at, error
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self._tokens[: self._at]
-        raise self._error
 
 
 def test_an_interrupted_reading_goes_on_from_its_file_bit_for_bit(model: Any, tmp_path: Path) -> None:

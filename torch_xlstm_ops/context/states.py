@@ -63,12 +63,11 @@ def empty_cache(model: Any, rows: int = 1, device: torch.device | str | None = N
     return xLSTMCache(model.config, rows, dtype=weight.dtype, device=weight.device if device is None else device)
 
 
-def state_bytes(model: Any) -> int:
-    """Return the bytes of one snapshot of a model at full precision."""
-    layers = empty_cache(model, device="meta").rnn_state.values()
-    states: int = sum(tensor.nbytes for layer in layers for tensor in layer)
-    logits: int = model.get_output_embeddings().out_features * 4
-    return states + logits
+def outline(model: Any) -> Snapshot:
+    """Return a snapshot of the shapes and dtypes that a model's have, on the meta device, where nothing is stored."""
+    layers = tuple(MLSTMState(*layer) for layer in empty_cache(model, device="meta").rnn_state.values())
+    logits = torch.empty(model.get_output_embeddings().out_features, device="meta")
+    return Snapshot("", 0, "", None, layers, logits)
 
 
 @torch.no_grad()
@@ -108,7 +107,7 @@ def check_fits(model: Any, snapshot: Snapshot) -> None:
     own = identity(model)
     if snapshot.identity != own:
         raise ValueError(f"snapshot must be of the model with identity {own}, got one of {snapshot.identity}")
-    wanted = empty_cache(model, device="meta").rnn_state[0][0].dtype
+    wanted = outline(model).layers[0].c.dtype
     for layer in snapshot.layers:
         for tensor in layer:
             if tensor.dtype != wanted:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import struct
-import uuid
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -71,6 +70,13 @@ def pack(snapshot: Snapshot, storage: Storage = Storage.FULL) -> Packed:
              "digest": snapshot.digest, "segment": str(snapshot.segment or 0), "storage": str(storage),
              "dtype": str(snapshot.layers[0].c.dtype).removeprefix("torch."), "error": repr(error)}
     return Packed(about, tensors)
+
+
+def packed_bytes(snapshot: Snapshot, kept_in: Storage) -> int:
+    """Return the bytes that a snapshot will take, also of one on the meta device."""
+    coded = [tensor for layer in snapshot.layers for state in (layer.c, layer.n)
+             for tensor in _CODECS[kept_in].encode(state).values()]
+    return sum(tensor.nbytes for tensor in (*coded, *(layer.m for layer in snapshot.layers), snapshot.logits))
 
 
 def unpack(packed: Packed, device: torch.device | str = "cpu") -> Snapshot:
@@ -155,9 +161,9 @@ def _checksum(packed: Packed) -> str:
 def write_whole(path: Path, content: bytes) -> None:
     """Put a file in place at once: whoever looks finds what was there before or all of this, also after a crash.
 
-    Raises OSError; then nothing is left of it.
+    Raises OSError; then nothing is left of it. What a crash leaves, a hidden `.partial`, the next writer takes over.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(content)

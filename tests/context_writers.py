@@ -1,0 +1,133 @@
+"""Processes that write into one folder of states at once, and die at it; run as a script by test_context_disk.
+
+    python -m tests.context_writers kill FOLDER COUNT SEED
+    python -m tests.context_writers hammer FOLDER COUNT SEED
+
+One process imports torch and forks the others, which costs a millisecond each.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from torch_xlstm_ops.context import storage
+from torch_xlstm_ops.context.disk import Disk
+from torch_xlstm_ops.context.states import Snapshot
+from torch_xlstm_ops.context.tokens import as_array, digest
+from torch_xlstm_ops.shapes import MLSTMState
+
+IDENTITY = "f" * 32
+KEYS = 16
+SIDE = 256  # of c: a file of 1 MB, which takes long enough to be killed in the middle of
+FITTING = 8  # states in the budget
+
+
+def tokens_of(key: int) -> list[int]:
+    return [key] * (key + 1)
+
+
+@functools.cache
+def packed(key: int) -> storage.Packed:
+    """Return a state that can be told from every other key's."""
+    layers = tuple(
+        MLSTMState(torch.full((1, 2, SIDE, SIDE), key + 0.5), torch.full((1, 2, SIDE), float(key)), torch.ones(1, 2, 1))
+        for _ in range(2)
+    )
+    tokens = as_array(tokens_of(key))
+    return storage.pack(Snapshot(IDENTITY, len(tokens), digest(tokens), None, layers, torch.full((8,), float(key))))
+
+
+@functools.cache
+def disk(folder: Path) -> Disk:
+    return Disk(folder, FITTING * (len(storage.to_file(packed(0))) + 64))
+
+
+def write(folder: Path, seed: int, until: float | None = None) -> None:
+    """Put and get until the time is up, or for ever; exits with an assertion where a state is wrong."""
+    draw, pool = random.Random(seed), disk(folder)
+    while until is None or time.monotonic() < until:
+        key = draw.randrange(KEYS)
+        if draw.random() < 0.8:
+            assert pool.put(packed(key))
+        for name in pool.matching(IDENTITY, as_array(tokens_of(key))):
+            found = pool.get(name)
+            assert found is None or found.tensors["0.c"].unique().tolist() == [key + 0.5]
+
+
+def check(folder: Path) -> int:
+    """Return the number of states, all of them whole and together within the budget."""
+    pool = disk(folder)
+    with pool._lock():  # between two puts
+        entries = pool.entries()
+        assert sum(entry.size for entry in entries) <= pool.budget
+    assert all(wrong is None for _, wrong in pool.verify())
+    return len(entries)
+
+
+def fork(folder: Path, seed: int, until: float | None = None) -> int:
+    """Return a process that has begun to write."""
+    begun, beginning = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(beginning, b"!")
+        try:
+            write(folder, seed, until)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    os.close(beginning)
+    os.read(begun, 1)
+    os.close(begun)
+    return child
+
+
+def kill(folder: Path, count: int, draw: random.Random) -> None:
+    left = 0
+    for key in range(KEYS):
+        packed(key)  # made before the forks, which are to spend their time on writing
+    for number in range(count):
+        child = fork(folder, number)
+        time.sleep(draw.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the writer ended before"
+        left += len(list(folder.glob("*/.*.partial")))
+        check(folder)
+        assert disk(folder).put(packed(number % KEYS))
+        assert disk(folder).prune(disk(folder).budget or 0) == []
+        assert not list(folder.glob("*/.*.partial"))
+        assert check(folder) > 0
+    print(f"{count} killed, {left} of them in the middle of a file")
+
+
+def hammer(folder: Path, count: int, draw: random.Random) -> None:
+    until = time.monotonic() + 2
+    children = [fork(folder, draw.randrange(1 << 30), until) for _ in range(count)]
+    most = 0
+    while time.monotonic() < until:
+        most = max(most, check_size(folder))
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+    assert check(folder) == most == FITTING
+    print(f"{count} at once")
+
+
+def check_size(folder: Path) -> int:
+    pool = disk(folder)
+    with pool._lock():
+        files = list(folder.glob("*/*")) + list(folder.glob("*/.*"))
+        assert sum(file.stat().st_size for file in files) <= pool.budget
+        return len(pool.entries())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _, what, where, number, seed = sys.argv
+    {"kill": kill, "hammer": hammer}[what](Path(where), int(number), random.Random(int(seed)))
