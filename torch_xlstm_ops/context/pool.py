@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ import torch
 
 from torch_xlstm_ops import devices
 from torch_xlstm_ops.context import states, storage
+from torch_xlstm_ops.context.batch import Batch
 from torch_xlstm_ops.context.disk import Disk, Name
+from torch_xlstm_ops.context.prefill import prefill
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.storage import Storage, packed_bytes
 from torch_xlstm_ops.context.tiers import Memory, Usage
@@ -120,6 +123,28 @@ class StatePool:
             self._memory.put(tokens, snapshot, packed, pin=pin)
         if self._disk is not None:
             self._disk.put(packed, pin=pin)
+
+    def read(self, tokens: Iterable[int]) -> Snapshot:
+        """Return the state after `tokens`, read on from the longest beginning that is kept, and keep it.
+
+        Unlike `prefill` with a pool it goes on anywhere, also after tokens that were written one by one: the result is
+        that of any other reading up to rounding.
+        """
+        tokens = as_array(tokens)
+        start = self.find(tokens)
+        if start is None:
+            return prefill(self.model, tokens, pool=self)
+        if start.position == len(tokens):
+            return start
+        found = prefill(self.model, tokens[start.position :], start=start)
+        found = dataclasses.replace(found, segment=None, digest=digest(tokens))
+        self.put(tokens, found)
+        return found
+
+    def batch(self, prompts: Sequence[Iterable[int]]) -> Batch:
+        """Return prompts of any lengths as rows to read on side by side, each `read` from where it is known."""
+        rows = [as_array(prompt) for prompt in prompts]
+        return Batch(self.model, [self.read(row) for row in rows], rows)
 
     def pin(self, tokens: Iterable[int], *, pinned: bool = True) -> None:
         """Keep the state after exactly these tokens whatever room is needed, or, with False, no longer.
