@@ -1,0 +1,130 @@
+"""What a plan is worth: its workloads under it, taking turns with the best plan so far."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops import config, devices, trace
+from torch_xlstm_ops.tune import measure
+from torch_xlstm_ops.tune.measure import Interval
+from torch_xlstm_ops.tune.records import Timing
+from torch_xlstm_ops.tune.space import Candidate, Space
+from torch_xlstm_ops.tune.workloads import Workload, check
+
+
+class Measured(NamedTuple):
+    """One plan beside another."""
+
+    times_as_fast: Interval  # as the other; 1 where there is none
+    timings: tuple[Timing, ...]
+    warm_up_s: float
+    peak_bytes: int | None
+
+
+class Bench(Protocol):
+    """What measures plans; whatever it raises makes the trial a failed one."""
+
+    def measure(self, challenger: Candidate, best: Candidate | None, seconds: float) -> Measured:
+        """Return how a plan does beside the best so far, within a budget for the timing."""
+
+    def trace(self, candidate: Candidate, path: Path) -> None:
+        """Write what runs under a plan to a file."""
+
+
+class Timed:
+    """Measures on this machine.
+
+    workloads: what to time; with several, the result is the weighted mean of how many times as fast each is.
+    precision: half the width of the confidence interval, relative, at which measuring ends.
+    """
+
+    def __init__(self, space: Space, workloads: Sequence[Workload], precision: float = 0.02) -> None:
+        self._space, self._workloads, self._precision = space, workloads, precision
+        self._wanted: list[Sequence[Tensor]] | None = None
+
+    def measure(self, challenger: Candidate, best: Candidate | None, seconds: float) -> Measured:
+        """Check a plan's results, then time it; raises WrongResult, and what the plan itself raises."""
+        devices.reset_peak(self._space.device)
+        began = time.perf_counter()
+        errors = self._check(challenger)
+        for candidate in (challenger, best):
+            for workload in self._workloads if candidate is not None else ():
+                self._clock(candidate, workload)()  # type: ignore[arg-type]
+        warm_up = time.perf_counter() - began
+        share = seconds / len(self._workloads)
+        found = [self._compare(w, challenger, best, share, e) for w, e in zip(self._workloads, errors, strict=True)]
+        weights = [workload.weight for workload in self._workloads]
+        speed = measure.product([(interval, weight) for (interval, _), weight in zip(found, weights, strict=True)])
+        peak = devices.memory(self._space.device).peak
+        return Measured(speed, tuple(timing for _, timing in found), warm_up, peak)
+
+    def trace(self, candidate: Candidate, path: Path) -> None:
+        """Write what one call of each workload runs."""
+        with self._under(candidate), trace.record(str(path)):
+            for workload in self._workloads:
+                workload.call()
+                devices.synchronize(self._space.device)
+
+    def _compare(
+        self, workload: Workload, challenger: Candidate, best: Candidate | None, seconds: float, error: float
+    ) -> tuple[Interval, Timing]:
+        clocks = [self._clock(candidate, workload) for candidate in (challenger, best) if candidate is not None]
+
+        def precise(taken: list[list[float]]) -> bool:
+            found = measure.median(taken[0]) if best is None else measure.ratios(taken)
+            return found.relative < self._precision
+
+        taken = measure.turns(clocks, measure.until(seconds, precise))
+        own = measure.median(taken[0])
+        ratio = Interval(1.0, 1.0, 1.0) if best is None else measure.ratios(taken)
+        timing = Timing(
+            workload=workload.name, phase=workload.phase, weight=workload.weight, tokens=workload.tokens,
+            rounds=len(taken[0]), median_ms=own.value, low_ms=_finite(own.low), high_ms=_finite(own.high),
+            best_so_far_ms=None if best is None else measure.median(taken[1]).value,
+            times_as_fast=None if best is None else ratio.value,
+            tokens_per_second=workload.tokens / own.value * 1e3, error=error,
+        )
+        return ratio, timing
+
+    def _check(self, candidate: Candidate) -> list[float]:
+        """Return each workload's relative error to the default plan."""
+        if self._wanted is None:
+            with self._under(self._space.default):
+                self._wanted = [[t.clone() for t in workload.results()] for workload in self._workloads]
+        with self._under(candidate):
+            return [check(workload.results(), wanted, workload.tolerance)
+                    for workload, wanted in zip(self._workloads, self._wanted, strict=True)]
+
+    def _clock(self, candidate: Candidate, workload: Workload) -> Callable[[], float]:
+        def clock() -> float:
+            with self._under(candidate):
+                return devices.timed(workload.call, self._space.device)
+
+        return clock
+
+    def _under(self, candidate: Candidate) -> AbstractContextManager[object]:
+        return config.use(**self._space.settings(candidate.params), tuned="off")
+
+
+def load_average() -> float | None:
+    """Return how many processes wanted a core in the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def held_bytes(device: torch.device) -> int | None:
+    """Return the most bytes that plans may need: nine tenths of what this process may use."""
+    budget = devices.memory(device).budget
+    return None if budget is None else budget * 9 // 10
+
+
+def _finite(value: float) -> float | None:
+    return value if value and math.isfinite(value) else None

@@ -1,0 +1,184 @@
+"""What there is to try: the plans that settings lead to for one call on one device, each once."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from torch_xlstm_ops import schedules, winners
+from torch_xlstm_ops.config import Config, Schedule
+from torch_xlstm_ops.schedules import plan
+from torch_xlstm_ops.schedules.plan import Machine, Plan, Shape
+
+Value = str | int
+Params = Mapping[str, Value]  # a value for every field of `Space.choices`
+Key = tuple[Value, ...]  # of what is executed: two plans with one key are one
+
+CHUNK_SIZES = (16, 32, 64, 128, 256)
+LEAST_SEGMENT = 128
+DEVICE_WORKERS = (1, 2, 4)
+STREAMS = (1, 2, 4)
+WINDOWS = (1, 2, 4, 8)
+SEARCHED = (Schedule.INDUCTOR, Schedule.QUEUED)  # of one process; `recurrent` is the reference
+
+
+class EmptySpace(ValueError):
+    """No setting changes what runs."""
+
+
+class Candidate(NamedTuple):
+    """A plan, and settings that lead to it."""
+
+    key: Key
+    params: Params
+    plan: Plan
+
+
+class Limits(NamedTuple):
+    """What the memory model holds a plan to."""
+
+    most_bytes: int | None  # None: the machine does not tell
+    held_bytes: int  # by the call whatever its plan
+
+
+class Space:
+    """The settings to choose from, and the distinct plans that they lead to.
+
+    shape: what the plan depends on. device: where it runs. machine: what it may count on.
+    limits: plans that need more memory are `refused`. searched: which schedules, those that can run here.
+
+    Raises EmptySpace if there are fewer than two plans.
+    """
+
+    def __init__(
+        self, shape: Shape, device: torch.device, machine: Machine, limits: Limits,
+        searched: Sequence[Schedule] = SEARCHED,
+    ) -> None:
+        self.shape, self.device, self.machine, self.limits = shape, device, machine, limits
+        habits = [self._plan(Config(schedule=schedule)) for schedule in searched
+                  if schedules.unavailable(schedule, device) is None]
+        self._fixed: dict[str, Value] = {}
+        self.choices = self._every_choice(habits)
+        self._look()
+        self._find(self._plan(Config()))
+        used = {f: tuple(v for v in values if any(c.params[f] == v for c in self.plans.values()))
+                for f, values in self.choices.items()}
+        self._fixed = {f: values[0] for f, values in used.items() if len(values) == 1}
+        self.choices = {f: values for f, values in used.items() if len(values) > 1}
+        self._look()
+        self.default = self._find(self._plan(Config()))
+        if len(self.plans) < 2:
+            raise EmptySpace(f"the space must hold at least two plans, got {len(self.plans)}: no setting changes what "
+                             f"runs for {shape.rows} rows of {shape.tokens} tokens on {device.type}")
+
+    def candidate(self, params: Params) -> Candidate:
+        """Return the plan that settings lead to."""
+        made = self._plan(self.config(params))
+        return Candidate(executed(made, self.device), dict(params), made)
+
+    def config(self, params: Params) -> Config:
+        """Return settings as a configuration."""
+        return Config(**self.settings(params), tuned="off")  # type: ignore[arg-type]
+
+    def settings(self, params: Params) -> dict[str, object]:
+        """Return settings as the fields of a configuration, those without a choice included."""
+        values: dict[str, object] = {**self._fixed, **params}
+        values["schedule"] = Schedule(str(values["schedule"]))
+        return values
+
+    def signature(self) -> str:
+        """Return what tells this space from another one."""
+        told = (self.shape, self.device.type, self.machine._replace(memory=None), self.choices)
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    def needed_bytes(self, made: Plan) -> int:
+        """Return the memory model's estimate for a call under a plan."""
+        return self.limits.held_bytes + made.window * made.task_bytes
+
+    def _look(self) -> None:
+        """Find the plans that the choices lead to."""
+        self.plans: dict[Key, Candidate] = {}
+        self.refused: dict[Key, str] = {}
+        for params in self._grid():
+            candidate = self.candidate(params)
+            reason = self._refusal(candidate.plan)
+            if reason is None:
+                self.plans.setdefault(candidate.key, candidate)
+            else:
+                self.refused.setdefault(candidate.key, reason)
+
+    def _refusal(self, made: Plan) -> str | None:
+        chunks = -(-made.segment // made.chunk_size)
+        if chunks > plan.MAX_CHUNKS:
+            return f"{chunks} chunks a segment, more than {plan.MAX_CHUNKS}"
+        needed, most = self.needed_bytes(made), self.limits.most_bytes
+        if most is not None and needed > most:
+            return f"{needed >> 20} MB needed, {most >> 20} MB there"
+        return None
+
+    def _plan(self, config: Config) -> Plan:
+        return plan.make(self.shape, self.device.type, config, self.machine)
+
+    def _every_choice(self, habits: list[Plan]) -> dict[str, tuple[Value, ...]]:
+        """Return the values of each field, those of the plans without settings among them."""
+        tokens, rows, kind = max(self.shape.tokens, 1), max(self.shape.rows, 1), self.device.type
+        longest = winners.bucket(tokens)
+        chunks = {L for L in CHUNK_SIZES if longest >= L} | {p.chunk_size for p in habits}
+        most = min(longest, plan.MAX_CHUNKS * max(chunks))
+        segments = set(_powers(min(LEAST_SEGMENT, most), most)) | {min(p.segment, longest) for p in habits}
+        bands = {*_powers(1, rows), rows, *(p.band for p in habits)}
+        choices: dict[str, tuple[Value, ...]] = {
+            "schedule": tuple(str(p.schedule) for p in habits), "chunk_size": tuple(sorted(chunks)),
+            "segment": tuple(sorted(segments)), "heads_per_band": tuple(sorted(bands)),
+        }
+        threads = self.machine.threads
+        workers = {*_powers(1, threads), threads} if kind == "cpu" else {w for w in DEVICE_WORKERS if w <= threads}
+        choices["workers"] = (1,) if kind == "mps" else tuple(sorted(workers))
+        if self.machine.streams:
+            choices["streams"] = STREAMS
+        if kind != "cpu":  # there a window beyond the workers changes nothing, and a smaller one is fewer workers
+            choices["window"] = WINDOWS
+        return choices
+
+    def _grid(self) -> Iterator[Params]:
+        for values in itertools.product(*self.choices.values()):
+            yield dict(zip(self.choices, values, strict=True))
+
+    def _find(self, made: Plan) -> Candidate:
+        """Return the candidate of the plan without settings; it is in the space, or the space holds nothing."""
+        key = executed(made, self.device)
+        if key not in self.plans:
+            raise EmptySpace(f"the space must hold the default plan, got none that runs like it: "
+                             f"{self.refused.get(key, str(made.schedule) + ' for ' + str(made.tokens) + ' tokens')}")
+        return self.plans[key]
+
+
+def executed(made: Plan, device: torch.device) -> Key:
+    """Return what of a plan changes the work that is done."""
+    whole = -(-max(made.tokens, 1) // made.chunk_size) * made.chunk_size
+    key: Key = (str(made.schedule), made.chunk_size, min(made.segment, whole), made.band)
+    if made.schedule is Schedule.INDUCTOR:
+        return key
+    window = 0 if device.type == "cpu" else made.window
+    return *key, made.workers, made.threads, made.streams, window
+
+
+def call_bytes(shape: Shape, itemsize: int, *, training: bool) -> int:
+    """Return what a call holds whatever its plan: streams, gates, h and states, and in training their gradients."""
+    streams = shape.rows * shape.tokens * (2 * shape.DHQK + 2 * shape.DHHV + 2) * itemsize
+    states = 3 * shape.rows * shape.DHQK * (shape.DHHV + 1) * 4
+    return (streams + states) * (3 if training else 1)
+
+
+def _powers(first: int, last: int) -> list[int]:
+    """Return the powers of two from `first`, itself one, to `last`."""
+    found = []
+    while first <= last:
+        found.append(first)
+        first *= 2
+    return found
