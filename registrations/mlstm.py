@@ -135,8 +135,8 @@ def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float
     B, NH, S, DHQK = q.shape
     shape = plan.Shape(B * NH, S, DHQK, v.shape[-1])
     cfg = tuned.settle(cfg, shape, q.device, q.dtype, training=training)
-    planned = plan.make(shape, q.device.type, cfg, machine(q.device))
-    kernels = _kernels(eps, release_gil=q.device.type == "cpu" and planned.workers > 1)
+    planned = plan.make(shape, q.device.type, cfg, machine(q.device, cfg.schedule))
+    kernels = _kernels(eps, release_gil=q.device.type == "cpu" and planned.threaded)
     return _Route(planned, schedules.load(planned.schedule, q.device), kernels)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests import branches
+from tests.ray_cluster import ray_cluster as ray_cluster
 
 hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)

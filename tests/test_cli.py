@@ -535,6 +535,7 @@ configuration
   window          the plan chooses  default
   trace           off               default
   mem_fraction    the plan chooses  default
+  ray_address     none              default
   tuned           on                default
 """)
 

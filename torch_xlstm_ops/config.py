@@ -58,6 +58,7 @@ class Config:
     window: int | None = None
     trace: str | None = None
     mem_fraction: float | None = None
+    ray_address: str | None = None
     tuned: str = "on"
 
 
@@ -110,6 +111,11 @@ def _read_schedule(text: str) -> Schedule:
     return Schedule(_ANCESTOR_SCHEDULES.get(name, name))
 
 
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isdecimal()
+
+
 TRACE_SUFFIXES = (".csv", ".jsonl", ".json")
 
 WHOLE = Kind("a whole number of at least 1", int, lambda v: type(v) is int and v >= 1)
@@ -125,6 +131,7 @@ TRACE_FILE = Kind(
 )
 TUNED = Kind("on, off, or a file name ending in .json", str,
              lambda v: isinstance(v, str) and (v in ("on", "off") or v.endswith(".json")), textual=True)
+ADDRESS = Kind("auto or HOST:PORT", str, lambda v: isinstance(v, str) and (v == "auto" or _is_address(v)), textual=True)
 
 SETTINGS: Mapping[str, Setting] = {
     row.field: row
@@ -141,6 +148,7 @@ SETTINGS: Mapping[str, Setting] = {
         Setting("trace", TRACE_FILE, "FILE", "record timings (.json opens in Perfetto)"),
         Setting("mem_fraction", FRACTION, "FRACTION", "most of the device's memory that a plan may use",
                 ("XLSTM_MEM_SOFT_PCT", "XLSTM_MEM_HARD_PCT")),
+        Setting("ray_address", ADDRESS, "ADDRESS", "the Ray cluster to attach to, instead of starting Ray here"),
         Setting("tuned", TUNED, "FILE", "whether auto uses what `xlstm-ops tune` found, and where that is kept"),
     )
 }

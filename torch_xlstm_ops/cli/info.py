@@ -12,6 +12,7 @@ from torch_xlstm_ops import config, devices, schedules
 
 PACKAGES = ("torch_xlstm_ops", "torch", "triton", "transformers", "safetensors", "rich", "xlstm", "mlstm_kernels",
             "flashrnn", "tirex-ts", "ray")
+_UNSET = {"trace": "off", "ray_address": "none"}
 
 
 def report(device: torch.device) -> str:
@@ -66,8 +67,8 @@ def schedule_rows(device: torch.device) -> list[tuple[str, ...]]:
 
 def configuration_rows() -> list[tuple[str, ...]]:
     """Return a line for each setting: its value and where that came from."""
-    return [(name, "the plan chooses" if source.value is None and name != "trace" else str(source.value or "off"),
-             source.origin) for name, source in config.sources().items()]
+    return [(name, str(source.value or _UNSET.get(name, "the plan chooses")), source.origin)
+            for name, source in config.sources().items()]
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> str:

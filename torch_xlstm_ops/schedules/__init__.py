@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
 
 from torch_xlstm_ops.config import Schedule
 
-_MODULES = {Schedule.INDUCTOR: "inductor", Schedule.QUEUED: "queued", Schedule.RECURRENT: "recurrent"}
+_MODULES = {
+    Schedule.INDUCTOR: "inductor", Schedule.QUEUED: "queued", Schedule.RAY: "ray", Schedule.RECURRENT: "recurrent",
+}
+RAY_MISSING = "ray is not installed: pip install torch_xlstm_ops[ray]"
 
 
 def unavailable(schedule: Schedule, device: torch.device) -> str | None:
     """Return why `schedule` cannot run on `device`, or None if it can."""
-    if schedule is Schedule.AUTO or schedule in _MODULES:
-        return None
-    return "not built yet"
+    if schedule is Schedule.RAY and importlib.util.find_spec("ray") is None:
+        return RAY_MISSING
+    return None
 
 
 def load(schedule: Schedule, device: torch.device) -> ModuleType:

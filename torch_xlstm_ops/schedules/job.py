@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,30 @@ from torch_xlstm_ops.schedules.lanes import Lane, Settle, Task
 from torch_xlstm_ops.schedules.plan import Plan
 
 
+class Where(NamedTuple):
+    """A task's place in the plan."""
+
+    band: int
+    segment: int
+
+    def __str__(self) -> str:
+        return f"band {self.band}, segment {self.segment}"
+
+
+_where: ContextVar[Where] = ContextVar("xlstm_ops_task")
+
+
+def where() -> Where:
+    """Return which task this thread runs."""
+    return _where.get()
+
+
 class TaskError(RuntimeError):
     """A task failed; `__cause__` says why."""
 
-    def __init__(self, band: int, segment: int, cause: BaseException) -> None:
-        super().__init__(f"task (band {band}, segment {segment}) of the queued schedule must run, got "
-                         f"{type(cause).__name__}: {cause}")
-        self.band, self.segment = band, segment
+    def __init__(self, where: Where, schedule: str, cause: BaseException) -> None:
+        super().__init__(f"task ({where}) of the {schedule} schedule must run, got {type(cause).__name__}: {cause}")
+        self.band, self.segment = where
 
 
 class _Place(NamedTuple):
@@ -38,8 +56,12 @@ class Job:
     stream and the caller's continues after them, so the caller's tensors need no `record_stream` either.
     """
 
-    def __init__(self, plan: Plan, lanes: Sequence[Lane], device: torch.device, op: str, phase: str) -> None:
-        self._plan, self._device, self._op, self._phase = plan, device, op, phase
+    def __init__(
+        self, plan: Plan, lanes: Sequence[Lane], device: torch.device, op: str, phase: str,
+        abandon: Callable[[], None] = lambda: None,
+    ) -> None:
+        """abandon: makes tasks that run elsewhere end, after an interrupt."""
+        self._plan, self._device, self._op, self._phase, self._abandon = plan, device, op, phase, abandon
         self._ready = deque(_Place(index, lane) for index, lane in enumerate(lanes))
         self._idle: dict[int, _Place] = {}  # lanes that wait for a task of their own
         self._running = 0
@@ -57,10 +79,10 @@ class Job:
         for stream in self._streams:
             stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            if self._plan.workers == 1:
+            if self._plan.submitters == 1:
                 self._work()
             else:
-                pool.get(self._plan.threads).give(self._help, self._plan.workers)
+                pool.get(self._plan.threads).give(self._help, self._plan.submitters)
                 self._wait()
         finally:
             for stream in self._streams:
@@ -78,6 +100,7 @@ class Job:
                 self._changed.wait_for(lambda: self._running == 0 and self._done())
             except BaseException as error:  # KeyboardInterrupt
                 self._stop(error)
+                self._abandon()
                 raise
             finally:
                 self._changed.wait_for(lambda: self._running == 0)
@@ -91,6 +114,7 @@ class Job:
         while (started := self._start()) is not None:
             place, task, depth = started
             try:
+                _where.set(Where(place.band, task.segment))
                 with self._on_stream(place), self._span(place, task, depth):
                     settle = task.run()
                     event = self._mark()
@@ -159,7 +183,9 @@ class Job:
             self._changed.notify_all()
 
     def _fail(self, place: _Place, task: Task, cause: BaseException) -> None:
-        error = TaskError(place.band, task.segment, cause) if isinstance(cause, Exception) else cause
+        error: BaseException = cause
+        if isinstance(cause, Exception):
+            error = TaskError(Where(place.band, task.segment), str(self._plan.schedule), cause)
         if error is not cause:
             error.__cause__ = cause
         with self._changed:

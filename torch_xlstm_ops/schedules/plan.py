@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch_xlstm_ops.config import Config, Schedule
@@ -34,7 +35,7 @@ class Plan:
     segment: int
     band: int
     chunk_counts: tuple[int, ...] = ()  # what a tail's chunks are rounded up to; empty: any number
-    workers: int = 1  # threads that submit tasks
+    workers: int = 1  # threads that do tasks, or actors
     threads: int = 1  # intra-op threads of each worker
     streams: int = 0  # device streams of our own
     window: int = 1  # most tasks in flight
@@ -55,6 +56,16 @@ class Plan:
     def abreast(self) -> int:
         """Return how many segments of one band run at once: 1, or more where there are fewer bands than workers."""
         return _ceil(self.workers, max(1, _ceil(self.rows, self.band)))
+
+    @property
+    def threaded(self) -> bool:
+        """Return whether threads of ours do tasks at once."""
+        return self.workers > 1 and self.schedule is not Schedule.RAY
+
+    @property
+    def submitters(self) -> int:
+        """Return how many threads of ours submit tasks: the workers, or one for each task that an actor may hold."""
+        return self.window if self.schedule is Schedule.RAY else self.workers
 
     def _segment(self, start: int) -> Segment:
         stop = min(start + self.segment, self.tokens)
@@ -104,6 +115,7 @@ class Machine(NamedTuple):
     threads: int = 1  # of the host, for all workers together
     streams: bool = False  # whether the device takes streams of our own
     memory: int | None = None  # bytes that the process may use on the device; None where it is not known
+    actors: int = 0  # that Ray has room for
 
 
 class _Habit(NamedTuple):
@@ -124,6 +136,7 @@ _HABITS = {
     "mps": _Habit(64, state_bytes=512 << 20, task_tokens=1 << 16, chunk_counts=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32)),
 }
 MAX_CHUNKS = 64  # the product over chunks is quadratic in their number
+_ANY = 1 << 62
 CUDA_WORKERS = 2  # one fills the gaps that the other's small kernels leave
 
 
@@ -132,6 +145,8 @@ def make(shape: Shape, device: str, config: Config, machine: Machine = Machine()
     """Return the plan for a call on a device of type `device`; sizes in `config` come before the habitual ones."""
     habit = _HABITS.get(device, _HABITS["cpu"])
     schedule = config.schedule
+    if schedule is Schedule.RAY:  # an actor cuts its task up again
+        habit = habit._replace(state_bytes=_ANY, task_tokens=_ANY)
     if schedule is Schedule.AUTO:
         schedule = Schedule.RECURRENT if shape.tokens <= STEP_TOKENS else Schedule.INDUCTOR
     L = config.chunk_size or (shape.DHQK >= 256 and habit.wide_chunk_size) or habit.chunk_size
@@ -141,33 +156,34 @@ def make(shape: Shape, device: str, config: Config, machine: Machine = Machine()
     segment = _ceil(segment, L) * L
     NC = _ceil(min(segment, max(shape.tokens, 1)), L)
     fitting = max(1, min(habit.state_bytes // (summary * NC), habit.task_tokens // (NC * L)))
-    if schedule is Schedule.QUEUED:  # a band for each worker comes before full bands
-        fitting = min(fitting, _ceil(shape.rows, _wanted_workers(device, config, machine)))
+    at_once = schedule in (Schedule.QUEUED, Schedule.RAY)
+    if at_once:  # a band for each worker comes before full bands
+        fitting = min(fitting, _ceil(shape.rows, _wanted_workers(schedule, device, config, machine)))
     band = min(config.heads_per_band or max(1, fitting), max(shape.rows, 1))
     # The summaries, the states before each chunk, and their source; gates and scores; what is read and written.
     task_bytes = 4 * band * NC * (3 * shape.DHQK * shape.DHHV + L * (3 * L + 3 * shape.DHQK + 3 * shape.DHHV))
+    if schedule is Schedule.RAY:  # what travels
+        task_bytes = 4 * band * NC * L * 2 * (shape.DHQK + shape.DHHV)
     plan = Plan(schedule, shape.rows, shape.tokens, L, segment, band, habit.chunk_counts, threads=machine.threads,
                 task_bytes=task_bytes)
-    return _at_once(plan, device, config, machine) if schedule is Schedule.QUEUED else plan
+    if not at_once:
+        return plan
+    return (_on_actors if schedule is Schedule.RAY else _at_once)(plan, device, config, machine)
 
 
-def _wanted_workers(device: str, config: Config, machine: Machine) -> int:
+def _wanted_workers(schedule: Schedule, device: str, config: Config, machine: Machine) -> int:
     if device == "mps":
         return 1
+    if schedule is Schedule.RAY:
+        return config.workers or max(1, machine.actors)
     return config.workers or (machine.threads if device == "cpu" else CUDA_WORKERS)
 
 
 def _at_once(plan: Plan, device: str, config: Config, machine: Machine) -> Plan:
     """Settle workers, streams and window: never more than there is, and a note for whatever is cut down."""
-    notes: list[str] = []
+    notes, cut = _cuts()
     bands, segments = len(plan.bands), len(plan.segments)
-
-    def cut(value: int, limit: int, why: str, what: str) -> int:
-        if value > limit:
-            notes.append(f"{why}: {limit} of {_count(value, what)} used")
-        return max(1, min(value, limit))
-
-    workers = _wanted_workers(device, config, machine)
+    workers = _wanted_workers(plan.schedule, device, config, machine)
     if device == "mps":
         cut(config.workers or 1, 1, "MPS takes one submitting thread", "worker")
     workers = cut(workers, max(machine.threads, 1), _count(machine.threads, "thread"), "worker")
@@ -189,6 +205,35 @@ def _at_once(plan: Plan, device: str, config: Config, machine: Machine) -> Plan:
     return dataclasses.replace(
         plan, workers=workers, threads=threads, streams=streams, window=window, notes=tuple(notes)
     )
+
+
+def _on_actors(plan: Plan, device: str, config: Config, machine: Machine) -> Plan:
+    """Settle actors of one thread each, and the window: two tasks an actor, so that one is on its way."""
+    notes, cut = _cuts()
+    bands, segments = len(plan.bands), len(plan.segments)
+    workers = _wanted_workers(plan.schedule, device, config, machine)
+    if device == "mps":
+        cut(config.workers or 1, 1, "MPS has one GPU, which one actor owns", "worker")
+    workers = cut(workers, max(machine.actors, 1), f"the cluster has room for {machine.actors}", "worker")
+    workers = cut(workers, max(bands * segments, 1), f"{_count(bands, 'band')} of {_count(segments, 'segment')}",
+                  "worker")
+    window = config.window or 2 * workers
+    workers = cut(workers, window, f"a window of {window}", "worker")
+    if config.streams:
+        notes.append(f"actors have no streams of ours: 0 of {_count(config.streams, 'stream')} used")
+    return dataclasses.replace(plan, workers=workers, threads=1, window=window, notes=tuple(notes))
+
+
+def _cuts() -> tuple[list[str], Callable[[int, int, str, str], int]]:
+    """Return a list of notes, and a function that cuts a value to a limit and notes why."""
+    notes: list[str] = []
+
+    def cut(value: int, limit: int, why: str, what: str) -> int:
+        if value > limit:
+            notes.append(f"{why}: {limit} of {_count(value, what)} used")
+        return max(1, min(value, limit))
+
+    return notes, cut
 
 
 def _ceil(a: int, b: int) -> int:

@@ -19,52 +19,61 @@ from torch_xlstm_ops.schedules.tasks import Kernels, Rows
 
 def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
     """Return h (R, S, DHHV) and the last state; arguments as of `inductor.forward`."""
-    if _in_line(streams[0].device):
+    if in_line(streams[0].device):
         return inductor.forward(plan, kernels, streams, state)
     rows = Rows(plan, streams)
     h = streams[2].new_empty(plan.rows, plan.tokens, streams[2].shape[-1])
-    lanes = [_lane(plan, kernels, rows, h, band, state) for band in plan.bands]
+    lanes = [lane(plan, _steps(plan, kernels, rows, h, band), band, state) for band in plan.bands]
     Job(plan, lanes, h.device, OP, "forward").run()
     return h, state
 
 
 def backward(
-    plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State, dh: Tensor, dstate: State
+    plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State, dh: Tensor, dstate: State,
+    abandon: Callable[[], None] = lambda: None,
 ) -> tuple[list[Tensor], State]:
-    """Return the gradients of the streams (R, S, ...) and of the initial state; arguments as of `inductor.backward`."""
-    if _in_line(streams[0].device):
+    """Return the gradients of the streams (R, S, ...) and of the initial state; arguments as of `inductor.backward`.
+
+    abandon: as of `Job`.
+    """
+    if in_line(streams[0].device):
         return inductor.backward(plan, kernels, streams, state, dh, dstate)
     rows = Rows(plan, streams)
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in rows.streams]
     lanes = [_lane_back(plan, kernels, rows, gradients, dh, band, state, dstate) for band in plan.bands]
-    Job(plan, lanes, dh.device, OP, "backward").run()
+    Job(plan, lanes, dh.device, OP, "backward", abandon).run()
     return gradients, dstate
 
 
-def _in_line(device: torch.device) -> bool:
+def in_line(device: torch.device) -> bool:
     """Return whether no queue can be had here: on a worker, and while a CUDA graph is recorded."""
     return pool.inside() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def _lane(plan: Plan, kernels: Kernels, rows: Rows, h: Tensor, band: slice, whole: State) -> Lane:
+def _steps(plan: Plan, kernels: Kernels, rows: Rows, h: Tensor, band: slice) -> Steps:
     segments = plan.segments
-    if plan.abreast > 1 and len(segments) > 1:
-        steps = Steps(
-            emit=lambda number, state: inductor.run(kernels, rows, h, band, segments[number], state),
-            summarize=lambda number: _finite(kernels.summarize(rows.take_all(band, segments[number])[1:])),
-            absorb=lambda summary, state: list(kernels.absorb([*summary[:4], *state])),
-            answer=lambda number, summary, state: _answer(kernels, rows, h, band, segments[number], summary, state),
-        )
+    return Steps(
+        emit=lambda number, state: inductor.run(kernels, rows, h, band, segments[number], state),
+        summarize=lambda number: finite(kernels.summarize(rows.take_all(band, segments[number])[1:])),
+        absorb=lambda summary, state: list(kernels.absorb([*summary[:4], *state])),
+        answer=lambda number, summary, state: _answer(kernels, rows, h, band, segments[number], summary, state),
+    )
+
+
+def lane(plan: Plan, steps: Steps, band: slice, whole: State) -> Lane:
+    """Return the tasks of a band, which end by writing its last state into that of all rows."""
+    count = len(plan.segments)
+    if plan.abreast > 1 and count > 1:
         first = [t[band].clone() for t in whole]  # the last state may be written while the first is still read
-        return Abreast(len(segments), plan.abreast, first, steps, partial(_write, whole, band))
+        return Abreast(count, plan.abreast, first, steps, partial(_write, whole, band))
     current = [[t[band] for t in whole]]
 
     def work(number: int) -> None:
-        current[0] = inductor.run(kernels, rows, h, band, segments[number], current[0])
-        if number == len(segments) - 1:
+        current[0] = steps.emit(number, current[0])
+        if number == count - 1:
             _write(whole, band, current[0])
 
-    return Strict((number, partial(work, number)) for number in range(len(segments)))
+    return Strict((number, partial(work, number)) for number in range(count))
 
 
 def _answer(
@@ -89,7 +98,7 @@ def _lane_back(
     return Strict([*forth, *back, (0, lambda: _write(whole, band, found.dstate))])
 
 
-def _finite(summary: Summary) -> Summary | None:
+def finite(summary: Summary) -> Summary | None:
     """Return a summary unless it holds what is not finite, which a sum over tokens spreads too far (on the CPU)."""
     _, _, dC, dn, *_ = summary
     return summary if math.isfinite((dC.sum() + dn.sum()).item()) else None

@@ -1,0 +1,29 @@
+"""Ray on one machine as if on several: one cluster for all tests of a session, which they leave as they found it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+NODE = {"num_cpus": 3, "object_store_memory": 100 << 20}  # more CPUs than there are: actors mostly wait
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """Yield a `Cluster` of two nodes that the process is connected to."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    from torch_xlstm_ops.schedules.ray import actors
+
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    cluster.add_node(**NODE)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    actors.close()
+    ray.shutdown()
+    cluster.shutdown()

@@ -1,0 +1,295 @@
+"""Laws of the ray schedule: the results of every other, from other processes, whatever becomes of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+from tests.oracle import TOLERANCE, Sizes, assert_close, draw, exact, weigh
+from torch_xlstm_ops import config, mlstm_chunkwise, schedules, trace
+from torch_xlstm_ops.config import Config, Schedule
+from torch_xlstm_ops.schedules.job import TaskError
+from torch_xlstm_ops.schedules.plan import Machine, Shape, make
+
+pytest.importorskip("ray", reason="ray is not installed")
+from torch_xlstm_ops.schedules import ray as schedule
+from torch_xlstm_ops.schedules.ray import actors, cluster
+
+pytestmark = pytest.mark.ray
+L = 16  # as in test_mlstm_ops: each new size is a compile
+BANDS = {"segment": 2 * L, "heads_per_band": 2, "workers": 2}
+ABREAST = {"segment": 2 * L, "heads_per_band": 6, "workers": 2}  # one band, which actors share by summaries
+PLANS = pytest.mark.parametrize("plan", [BANDS, ABREAST, {"workers": 2}], ids=["bands", "abreast", "default"])
+
+
+def call(args: Sequence[Tensor], name: str = "ray") -> list[Tensor]:
+    h, state = mlstm_chunkwise(*args, chunk_size=L, schedule=name)
+    return [h, *state]
+
+
+@PLANS
+def test_results_and_gradients_equal_inductors(ray_cluster, plan):
+    args, found, gradients = [t.requires_grad_() for t in draw(Sizes(S=100))], {}, {}
+    with config.use(**plan):
+        for name in ("ray", "inductor"):
+            found[name] = call(args, name)
+            gradients[name] = torch.autograd.grad(weigh(found[name]), args)
+    assert_close(found["ray"], found["inductor"], 1e-6)
+    assert_close(gradients["ray"], gradients["inductor"], 1e-6)
+    assert all(t.is_leaf or t.grad_fn is not None for t in found["ray"])
+    for t in gradients["ray"]:
+        t.add_(1)  # nothing that the object store holds
+
+
+def test_streams_of_two_bytes_travel_as_they_are(ray_cluster):
+    args = draw(Sizes(S=100), torch.bfloat16)
+    with config.use(**BANDS), torch.inference_mode():
+        found = call(args)
+    assert found[0].dtype == torch.bfloat16
+    assert_close(found, exact(args), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("plan", [BANDS, ABREAST], ids=["bands", "abreast"])
+def test_what_is_not_finite_spreads_as_in_the_recurrence(ray_cluster, plan):
+    args = draw(Sizes(S=70))
+    args[2][0, 1, 22] = float("nan")
+    with config.use(**plan):
+        found = call(args)
+    for a, b in zip(found, exact(args), strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+
+
+def test_a_call_repeated_gives_the_same_bits_from_the_same_actors(ray_cluster):
+    args = draw(Sizes(S=100))
+    with config.use(**ABREAST):
+        first = call(args)
+        pids = actors.get("cpu", 2).pids()
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(call(args), first, strict=True))
+    assert actors.get("cpu", 2).pids() == pids
+    assert os.getpid() not in pids
+
+
+def test_a_trace_names_each_task_the_actor_that_did_it_and_what_else_that_had_to_do(ray_cluster):
+    with config.use(**BANDS, window=4), trace.record() as recording:
+        call(draw(Sizes(S=100)))
+    tasks = {(b, s) for b in range(3) for s in range(4)}
+    for schedule_s, op in ((True, "mlstm_chunkwise"), (False, "actor")):
+        entries = [e for e in recording.entries() if e.op.startswith(op)]
+        assert {(e.band, e.segment) for e in entries} == tasks, schedule_s
+        assert {e.schedule for e in entries} == {"ray"}
+    assert {e.queue_depth for e in entries} <= {1, 2, 3, 4}
+    assert all(e.bytes and e.bytes > 0 for e in entries)
+
+
+def test_text_of_a_plan():
+    settings = Config(schedule=Schedule.RAY, workers=6, streams=1)
+    plan = make(Shape(8, 8192, 256, 512), "cpu", settings, Machine(2, actors=4))
+    assert_expected_inline(str(plan), """\
+schedule  ray
+rows      8 in 4 bands of 2
+tokens    8192 in 2 segments of 4096 by 64
+workers   4, 1 thread each
+window    8 tasks in flight, about 384.0 MB
+note      the cluster has room for 4: 4 of 6 workers used
+note      actors have no streams of ours: 0 of 1 stream used
+
+band 0    0 -> 1
+band 1    0 -> 1
+band 2    0 -> 1
+band 3    0 -> 1""")
+    plan = make(Shape(8, 8192, 256, 512), "mps", settings, Machine(2, actors=1))
+    assert plan.workers == 1
+    assert plan.notes[0] == "MPS has one GPU, which one actor owns: 1 of 6 workers used"
+
+
+# Accidents
+
+
+def test_an_error_names_its_task_and_the_next_call_works(ray_cluster, monkeypatch):
+    real = schedule._run
+
+    def failing(chunk_size: int, kernels: Any, args: list[Tensor]) -> list[Tensor]:
+        if bool((args[0] == 7).any()):
+            raise ArithmeticError("a cosmic ray")
+        return real(chunk_size, kernels, args)
+
+    args = draw(Sizes(S=100))
+    args[0][0, 2, 40] = 7  # in band 1, segment 1
+    with config.use(**BANDS):
+        monkeypatch.setattr(schedule, "_run", failing)
+        with pytest.raises(TaskError, match=r"band 1, segment 1\) of the ray schedule .*ArithmeticError: a cosmic ray"):
+            call(args)
+        monkeypatch.undo()
+        assert_close(call(args), exact(args), TOLERANCE[torch.float32])
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, sign: Path, deaths: int) -> None:
+    """Have the actor that does the task with a 7 in it die, so many times."""
+    real = schedule._run
+
+    def run(chunk_size: int, kernels: Any, args: list[Tensor]) -> list[Tensor]:
+        count = len(sign.read_text()) if sign.exists() else 0
+        if count < deaths and bool((args[0] == 7).any()):
+            sign.write_text("x" * (count + 1))
+            os._exit(1)
+        return real(chunk_size, kernels, args)
+
+    monkeypatch.setattr(schedule, "_run", run)
+
+
+def test_an_actors_death_costs_its_tasks_alone(ray_cluster, monkeypatch, tmp_path, caplog):
+    dying(monkeypatch, tmp_path / "sign", deaths=1)
+    args = draw(Sizes(S=100))
+    args[0][0, 2, 40] = 7
+    with config.use(**BANDS, window=2), caplog.at_level(logging.WARNING, "torch_xlstm_ops.ray"):
+        found = call(args)
+    assert_close(found, exact(args), TOLERANCE[torch.float32])
+    assert any(line.startswith("band 1, segment 1: actor") for line in caplog.messages)
+    assert 1 <= len(caplog.messages) <= 2  # the task, and perhaps the one behind it
+
+
+@pytest.mark.slow
+def test_work_that_kills_every_actor_is_given_up(ray_cluster, monkeypatch, tmp_path):
+    dying(monkeypatch, tmp_path / "sign", deaths=100)
+    monkeypatch.setattr(actors, "REPLAYS", 1)
+    args = draw(Sizes(S=40))
+    args[0][0, 0, 0] = 7
+    with config.use(**BANDS), pytest.raises(TaskError, match=r"must live through its work, got 2 that did not"):
+        call(args)
+
+
+def test_only_our_actors_are_ended(ray_cluster):
+    import ray
+
+    class Theirs:
+        def answer(self) -> int:
+            return 42
+
+    theirs = ray.remote(Theirs).options(num_cpus=0).remote()
+    with config.use(**BANDS):
+        call(draw(Sizes(S=40)))
+    pids = actors.get("cpu", 2).pids()
+    actors.close()
+    assert ray.get(theirs.answer.remote()) == 42
+    assert ray.is_initialized()
+    until = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_takes_nothing_with_it(ray_cluster, monkeypatch):
+    from tests.ray_cluster import NODE
+
+    real = schedule._run
+
+    def slow(chunk_size: int, kernels: Any, args: list[Tensor]) -> list[Tensor]:
+        time.sleep(1)
+        return real(chunk_size, kernels, args)
+
+    monkeypatch.setattr(schedule, "_run", slow)
+    node = ray_cluster.add_node(**NODE)
+    args = draw(Sizes(S=200))
+    killer = threading.Timer(8, lambda: ray_cluster.remove_node(node, allow_graceful=False))
+    killer.start()
+    with config.use(segment=L, heads_per_band=2, workers=9):
+        found = call(args)
+    killer.join()
+    assert_close(found, exact(args), TOLERANCE[torch.float32])
+
+
+@pytest.mark.slow
+def test_more_than_the_object_store_holds_goes_through_it(ray_cluster):
+    args = draw(Sizes(B=1, NH=4, S=65_536, DHQK=64, DHHV=64), state=False)
+    with config.use(segment=65_536, heads_per_band=1, workers=2), torch.inference_mode():
+        h, _ = mlstm_chunkwise(*args, chunk_size=64, schedule="ray")
+        wanted, _ = mlstm_chunkwise(*args, chunk_size=64, schedule="inductor")
+    assert_close([h], [wanted], TOLERANCE[torch.float32])
+
+
+def test_without_ray_the_reason_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert schedules.unavailable(Schedule.RAY, torch.device("cpu")) == (
+        "ray is not installed: pip install torch_xlstm_ops[ray]"
+    )
+    with pytest.raises(NotImplementedError, match=r"got ray .ray is not installed"):
+        call(draw(Sizes()))
+
+
+def test_a_cluster_that_is_not_there_is_an_error_in_time(monkeypatch):
+    began = time.monotonic()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        with pytest.raises(RuntimeError, match=r"ray_address must be .* got 127.0.0.1:\d+: .*refused"):
+            cluster.check_reachable(f"127.0.0.1:{free.getsockname()[1]}")
+        free.listen()  # and never answers
+        monkeypatch.setattr(cluster, "SECONDS", 3.0)
+        with pytest.raises(RuntimeError, match="did not answer in 3 s"):
+            cluster.check_reachable(f"127.0.0.1:{free.getsockname()[1]}")
+    assert time.monotonic() - began < 15
+
+
+INTERRUPTED = """
+import sys, time, torch
+from tests.oracle import Sizes, draw
+from torch_xlstm_ops import config, mlstm_chunkwise
+from torch_xlstm_ops.schedules import ray as schedule
+
+busy = sys.argv[1]
+
+def endless(chunk_size, kernels, args):
+    open(busy, "w").close()
+    time.sleep(3600)
+
+schedule._run = endless
+with config.use(workers=1):
+    mlstm_chunkwise(*draw(Sizes()), schedule="ray")
+"""
+
+
+def test_an_interrupt_leaves_no_process(tmp_path):
+    mark = f"XLSTM_TEST_MARK={os.getpid()}-{time.time_ns()}"
+    environment = {**os.environ, **dict([mark.split("=")]), "RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    script = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path / "busy")], env=environment,
+                              cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (tmp_path / "busy").exists():
+        assert script.poll() is None, script.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    script.send_signal(signal.SIGINT)
+    _, err = script.communicate(timeout=60)
+    assert "KeyboardInterrupt" in err
+    until = time.monotonic() + 30
+    while (left := processes(mark)) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not left
+
+
+def processes(mark: str) -> list[int]:
+    """Return the processes whose environment holds a mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # gone, or not ours
+            continue
+    return found

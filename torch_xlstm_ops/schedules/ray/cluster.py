@@ -1,0 +1,74 @@
+"""The process's connection to Ray: made if nobody has made one, and then ours to close."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+from torch_xlstm_ops import config
+
+SECONDS = 12.0  # that a cluster has to answer: `ray.init` itself waits for minutes
+_PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+
+_lock = threading.Lock()
+_ours = False
+
+
+def connect() -> None:
+    """Attach to the cluster that `ray_address` names, else start Ray here; nothing where the process has it already.
+
+    Raises RuntimeError for a cluster that does not answer within 15 seconds.
+    """
+    global _ours
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read where Ray starts; it reports to its makers otherwise
+    import ray
+
+    with _lock:
+        if ray.is_initialized():
+            return
+        address = config.current().ray_address
+        if address is None:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", address="local")
+        else:
+            check_reachable(address)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        _ours = True
+
+
+def close() -> None:
+    """Leave the cluster, and end it if it was started here; nothing where somebody else made the connection."""
+    global _ours
+    with _lock:
+        if _ours:
+            import ray
+
+            ray.shutdown()
+        _ours = False
+
+
+def room(resource: str) -> int:
+    """Return how many units of a resource, CPU or GPU, are free in the cluster."""
+    import ray
+
+    return int(ray.available_resources().get(resource, 0))
+
+
+def check_reachable(address: str) -> None:
+    """Raise RuntimeError unless the cluster answers, which a process asks that can be ended."""
+    wanted = f"ray_address must be that of a running Ray cluster, got {address}"
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=SECONDS / 2).close()
+        subprocess.run([sys.executable, "-c", _PROBE, address], check=True, capture_output=True, text=True,
+                       timeout=SECONDS)
+    except OSError as error:
+        raise RuntimeError(f"{wanted}: {error}") from None
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{wanted}, which did not answer in {SECONDS:g} s") from None
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise RuntimeError(f"{wanted}: {last}") from None
