@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from torch_xlstm_ops import config, devices, schedules, trace_files
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput
 from torch_xlstm_ops.config import FRACTION, WHOLE, Kind
+from torch_xlstm_ops.context.tokens import BLOCK
 
 DEFAULT_PROMPT = "import os\nimport sys\n\n\n"
 
@@ -32,11 +35,11 @@ class Option(NamedTuple):
         return "--" + self.name.replace("_", "-")
 
 
-def _one_of(*names: str) -> Kind:
+def one_of(*names: str) -> Kind:
     return Kind("one of " + ", ".join(names), str, lambda value: value in names)
 
 
-_COUNT = Kind("a whole number of at least 0", int, lambda v: type(v) is int and v >= 0)
+COUNT = Kind("a whole number of at least 0", int, lambda v: type(v) is int and v >= 0)
 _TEMPERATURE = Kind("a number of at least 0", float, lambda v: isinstance(v, float) and 0 <= v < float("inf"))
 _STATS_FILE = Kind("a file name ending in .csv or .json", str, lambda v: str(v).endswith((".csv", ".json")))
 
@@ -45,9 +48,9 @@ OPTIONS = (
     Option("temperature", _TEMPERATURE, "T", 0.0, "0 always takes the most likely token"),
     Option("top_k", WHOLE, "COUNT", None, "sample among this many of the likeliest tokens"),
     Option("top_p", FRACTION, "P", None, "sample among the likeliest tokens that reach this probability"),
-    Option("seed", _COUNT, "SEED", 0, "of the sampling"),
-    Option("device", _one_of("auto", *devices.KINDS), "NAME", "auto", "auto, cpu, cuda or mps"),
-    Option("dtype", _one_of("auto", *DTYPES), "NAME", "auto", "auto is the checkpoint's, and float32 on the CPU"),
+    Option("seed", COUNT, "SEED", 0, "of the sampling"),
+    Option("device", one_of("auto", *devices.KINDS), "NAME", "auto", "auto, cpu, cuda or mps"),
+    Option("dtype", one_of("auto", *DTYPES), "NAME", "auto", "auto is the checkpoint's, and float32 on the CPU"),
     Option("stats_log", _STATS_FILE, "FILE", None, "write timings of prefill and decode: .csv or .json"),
     Option("stats_every", WHOLE, "TOKENS", None, "tokens between two lines of the log (default 16)"),
 )
@@ -58,6 +61,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory of an xLSTM (default: the embedded one)")
     parser.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: two lines of Python)")
     parser.add_argument("--prompt-file", metavar="FILE", help="file with the text to go on from")
+    parser.add_argument("--pool", metavar="DIR", help="keep the prompt's states here, and go on from those that fit")
+    parser.add_argument("--resume", metavar="FILE", help="save a long prompt's state here now and then, and go on from "
+                        "what is there")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
     parser.add_argument("--no-patch", action="store_true", help="run transformers' own code instead of ours")
     for option in OPTIONS:
@@ -79,7 +85,9 @@ class Request(NamedTuple):
     """What `generate` was asked, checked."""
 
     model: Path
-    prompt: str
+    prompt: str | Path  # a path is that of a text longer than `tokens.BLOCK`
+    pool: str | None
+    resume: str | None
     stops: tuple[str, ...]
     patched: bool
     device: torch.device
@@ -103,30 +111,33 @@ def read(parsed: argparse.Namespace) -> Request:
     with bad_input():
         if values["stats_log"] is not None:
             trace_files.check_file("--stats-log", values["stats_log"])
+        if parsed.resume is not None:
+            trace_files.check_file("--resume", parsed.resume)
         device = devices.resolve_device(values["device"])
         schedule = config.reload(flags=flags).schedule
         reason = None if parsed.no_patch else schedules.unavailable(schedule, device)
     if reason is not None:
         raise BadInput(f"schedule must be one that can run on {device.type}, got {schedule}: {reason}")
     model = Path(parsed.model) if parsed.model is not None else DEMO_MODEL
-    return Request(model, prompt, tuple(parsed.stop), not parsed.no_patch, device, values)
+    return Request(model, prompt, parsed.pool, parsed.resume, tuple(parsed.stop), not parsed.no_patch, device, values)
 
 
-def _value(option: Option, text: str | None) -> object:
+def value(option: Option, text: str | None) -> object:
+    """Return what a flag says, or its default."""
     if text is None:
         return option.default
     with bad_input():
         return config.check(option.kind, text, option.flag, text=True)
 
 
-def _prompt(parsed: argparse.Namespace) -> str:
+def _prompt(parsed: argparse.Namespace) -> str | Path:
     if parsed.prompt is not None and parsed.prompt_file is not None:
         raise BadInput("--prompt must come without --prompt-file, got both")
     name, text = "--prompt", parsed.prompt
     if parsed.prompt_file is not None:
         name = "--prompt-file"
         try:
-            text = Path(parsed.prompt_file).read_text(encoding="utf-8")
+            text = _read(Path(parsed.prompt_file))
         except OSError as error:
             raise BadInput(f"{name} must be a file that can be read, got {parsed.prompt_file}: {error.strerror}"
                            ) from None
@@ -135,4 +146,26 @@ def _prompt(parsed: argparse.Namespace) -> str:
                            ) from None
     if text == "":
         raise BadInput(f"{name} must not be empty, got {'an empty file' if parsed.prompt_file else repr(text)}")
-    return DEFAULT_PROMPT if text is None else str(text)
+    return DEFAULT_PROMPT if text is None else text
+
+
+def _read(path: Path) -> str | Path:
+    """Return a file's text, or its path if it is long: then it is only checked. Raises UnicodeDecodeError."""
+    with open(path, "rb") as file:
+        content = file.read(BLOCK)
+        if len(content) < BLOCK:
+            return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
+        decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
+        while content:
+            waiting = len(decoder.getstate()[0])
+            try:
+                decoder.decode(content)
+            except UnicodeDecodeError as error:
+                error.start += done - waiting
+                raise
+            done += len(content)
+            content = file.read(BLOCK)
+        waiting = len(decoder.getstate()[0])
+        if waiting:
+            raise UnicodeDecodeError("utf-8", b"", done - waiting, done, "unexpected end of data")
+    return path
