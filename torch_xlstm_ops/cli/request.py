@@ -96,7 +96,7 @@ class Request(NamedTuple):
 
 def read(parsed: argparse.Namespace) -> Request:
     """Check everything that can be checked before a model is loaded."""
-    values: dict[str, Any] = {option.name: _value(option, getattr(parsed, option.name)) for option in OPTIONS}
+    values: dict[str, Any] = {option.name: value(option, getattr(parsed, option.name)) for option in OPTIONS}
     for name in ("top_k", "top_p"):
         if values[name] is not None and values["temperature"] == 0:
             raise BadInput(f"--temperature must be above 0 with --{name.replace('_', '-')}, got 0")
