@@ -1,0 +1,65 @@
+"""Run parts of the quality benchmark, keep each part's result, and write the report of all that is kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality import coherence, mqar, perplexity, report, throughput
+from benchmarks.timing import machine, save
+from torch_xlstm_ops import devices
+
+PARTS: dict[str, Callable[[torch.device, bool, Callable[[str], None]], dict[str, Any]]] = {
+    "mqar": mqar.run, "perplexity": perplexity.run, "coherence": coherence.run, "throughput": throughput.run,
+}
+ROOT = Path(__file__).resolve().parents[2]
+FULL, QUICK = ROOT / "benchmarks", ROOT / "build" / "quality"
+
+
+def measure(part: str, device: torch.device, quick: bool) -> dict[str, Any]:
+    """Run one part; return its result with what it depends on."""
+    started = time.perf_counter()
+    result = PARTS[part](device, quick, lambda line: print(line, flush=True))
+    load = os.getloadavg() if hasattr(os, "getloadavg") else None
+    return {
+        "part": part, "quick": quick, "seconds": round(time.perf_counter() - started, 1),
+        "machine": machine(device, "transformers"), "load_average": load, "result": result,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", default=["all"], help=f"{', '.join(PARTS)}, all, or report (default all)")
+    add("--quick", action="store_true", help="small sizes, in minutes")
+    add("--device", default="cpu", help="cpu, cuda or mps (default %(default)s)")
+    add("--out", type=Path, help="where QUALITY.md goes (default: benchmarks, with --quick build/quality)")
+    add("--no-plots", action="store_true", help="leave the plots out, and do without matplotlib")
+    args = parser.parse_args(arguments)
+    unknown = set(args.parts) - {*PARTS, "all", "report"}
+    if unknown:
+        parser.error(f"a part must be one of {', '.join(PARTS)}, all or report, got {', '.join(sorted(unknown))}")
+    if not args.no_plots:
+        report.check_plots()
+    out = args.out or (QUICK if args.quick else FULL)
+    results = out / "quality" / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    device = devices.resolve_device(args.device)
+    for part in PARTS:
+        if part in args.parts or "all" in args.parts:
+            save(measure(part, device, args.quick), results / f"{part}_{device.type}.json")
+    kept = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
+    if not kept:
+        raise SystemExit(f"{results} must hold a part's result, got nothing")
+    print(report.write(kept, out, plots=not args.no_plots))
+
+
+if __name__ == "__main__":
+    main()

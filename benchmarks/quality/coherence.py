@@ -1,0 +1,218 @@
+"""Coherence: what the embedded model writes, whether every way to run it writes the same, and how good it is."""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality.contenders import THEIRS, Contender, cut, read, usable
+from benchmarks.quality.prompts import PROMPTS
+from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, encode, load
+from torch_xlstm_ops.cli.sampling import chooser
+
+UNEVEN = (63, 1, 200)  # cuts of a prompt that meet no chunk's edge
+TEMPERATURE, TOP_P = 0.7, 0.95
+
+
+class Written(NamedTuple):
+    """What followed a prompt."""
+
+    tokens: list[int]
+    logits: Tensor  # (tokens, V) float32 on the CPU, from which each token was chosen
+
+
+def write(
+    loaded: Loaded, prompt: Sequence[int], limit: int, pieces: Sequence[int], choose: Callable[[Tensor], int]
+) -> Written:
+    """Read a prompt in pieces and write `limit` tokens."""
+    ids = torch.tensor([prompt], device=loaded.device)
+    *_, (_, logits, state) = read(loaded.model, ids, pieces)
+    tokens: list[int] = []
+    rows = [logits[0, -1].cpu()]
+    while True:
+        tokens.append(choose(rows[-1]))
+        if len(tokens) == limit:
+            return Written(tokens, torch.stack(rows))
+        (_, logits, state), = read(loaded.model, torch.tensor([tokens[-1:]], device=loaded.device), [1], state)
+        rows.append(logits[0, -1].cpu())
+
+
+def reread(loaded: Loaded, prompt: Sequence[int], tokens: Sequence[int]) -> Written:
+    """Return what the model would have chosen at each of `tokens`, read together with the prompt as one prefill."""
+    ids = torch.tensor([[*prompt, *tokens[:-1]]], device=loaded.device)
+    (_, logits, _), = read(loaded.model, ids, [ids.shape[1]])
+    rows = logits[0, len(prompt) - 1 :].cpu()
+    return Written(rows.argmax(-1).tolist(), rows)
+
+
+def divergence(found: Sequence[Written], reference: Sequence[Written]) -> dict[str, Any]:
+    """Return how many texts are the reference's, and for those that are not where they part and by what margin.
+
+    The margin is the reference's: the logit of its token less that of the token that was found there.
+    """
+    parted = []
+    for index, (mine, wanted) in enumerate(zip(found, reference, strict=True)):
+        at = next((i for i, (a, b) in enumerate(zip(mine.tokens, wanted.tokens, strict=True)) if a != b), None)
+        if at is not None:
+            margin = wanted.logits[at, wanted.tokens[at]] - wanted.logits[at, mine.tokens[at]]
+            parted.append({"prompt": index, "token": at, "margin": margin.item()})
+    return {"identical": len(found) - len(parted), "texts": len(found), "parted": parted}
+
+
+def smallest_margin(reference: Sequence[Written]) -> float:
+    """Return the least lead of a chosen token over the next one, in logits: what rounding would have to overcome."""
+    best = torch.cat([written.logits for written in reference]).topk(2).values
+    return float((best[:, 0] - best[:, 1]).min())
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def distinct(text: str, n: int) -> float:
+    """Return the share of different ones among a text's n-grams of words and signs."""
+    grams = list(zip(*(words(text)[i:] for i in range(n)), strict=False))
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def repeated_lines(text: str) -> float:
+    """Return the share of a text's lines, blank ones aside, that stood in it before."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return 1 - len(set(lines)) / len(lines) if lines else 0.0
+
+
+def function(text: str) -> tuple[str, bool]:
+    """Return the function that a text begins with, and whether it ended: a line stands at the margin after it.
+
+    The rest of a function that did not end is cut after its last whole line.
+    """
+    lines = text.splitlines(keepends=True)
+    first = next(i for i, line in enumerate(lines) if line.startswith(("def ", "class ", "async def ")))
+    for index in range(first + 1, len(lines)):
+        line = lines[index]
+        if line.strip() and not line[0].isspace() and line.endswith("\n"):
+            return "".join(lines[first:index]), True
+    return "".join(line for line in lines[first:] if line.endswith("\n")), False
+
+
+def parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def judge(prompts: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
+    """Return how varied texts are, and which share of the functions that the prompts began parse."""
+    functions = [function(prompt + text) for prompt, text in zip(prompts, texts, strict=True)]
+    ended = [parses(source) for source, whole in functions if whole]
+    return {
+        "distinct_2": statistics.mean(distinct(text, 2) for text in texts),
+        "distinct_3": statistics.mean(distinct(text, 3) for text in texts),
+        "repeated_lines": statistics.mean(repeated_lines(text) for text in texts),
+        "parse": statistics.mean(parses(source) for source, _ in functions),
+        "ended": len(ended), "ended_and_parse": sum(ended),
+    }
+
+
+def write_all(
+    loaded: Loaded, prompts: Sequence[str], limit: int, pieces: Callable[[int], Sequence[int]], drawn: bool = False
+) -> list[Written]:
+    """Write after every prompt: the likeliest tokens, or ones drawn from a seed of the prompt's own.
+
+    pieces: from the length of a prompt to the pieces in which it is read.
+    """
+    texts = []
+    for seed, prompt in enumerate(prompts):
+        tokens = encode(loaded, prompt)
+        choose = chooser(temperature=TEMPERATURE if drawn else 0.0, top_p=TOP_P, seed=seed)
+        texts.append(write(loaded, tokens, limit, pieces(len(tokens)), choose))
+    return texts
+
+
+def reread_all(loaded: Loaded, prompts: Sequence[str], written: Sequence[Written]) -> list[Written]:
+    """Reread every text with its prompt."""
+    return [
+        reread(loaded, encode(loaded, prompt), text.tokens) for prompt, text in zip(prompts, written, strict=True)
+    ]
+
+
+class _Bench(NamedTuple):
+    """What one run of this part shares: models by dtype, prompts, and who hears of progress."""
+
+    models: dict[str, Loaded]
+    prompts: Sequence[str]
+    limit: int
+    say: Callable[[str], None]
+
+    def compare(
+        self, name: str, contender: Contender, reference: Sequence[Written] | None,
+        produce: Callable[[Loaded], list[Written]],
+    ) -> tuple[dict[str, Any], list[Written]]:
+        """Return how far the texts of a contender are from the reference's, and the texts."""
+        with torch.inference_mode(), contender.active():
+            texts = produce(self.models[contender.dtype])
+        found = divergence(texts, texts if reference is None else reference)
+        self.say(f"coherence: {name}: {found['identical']} of {found['texts']} identical")
+        return {"schedule": contender.schedule, "dtype": contender.dtype, **found}, texts
+
+    def greedy(self, device: torch.device) -> tuple[dict[str, Any], list[Written]]:
+        """Write the likeliest tokens in every way; return what is found, and the texts of the reference."""
+        schedules = [Contender(name, name) for name in usable(device)]
+        ours, whole = schedules[0], lambda length: [length]
+        ways: list[tuple[str, Contender, Callable[[int], Sequence[int]]]] = [
+            *((one.name, one, whole) for one in schedules),
+            ("prompt by steps", ours, lambda length: [1] * length),
+            ("prompt in uneven pieces", ours, lambda length: cut(length, UNEVEN)),
+            ("bfloat16", Contender("bfloat16", dtype="bfloat16"), whole),
+            *([(THEIRS, Contender(THEIRS, None), whole)] if device.type == "cpu" else []),
+        ]
+        results: dict[str, Any] = {}
+        reference: list[Written] | None = None
+        produce: Callable[[Loaded], list[Written]]
+        for name, contender, pieces in ways:
+            produce = partial(write_all, prompts=self.prompts, limit=self.limit, pieces=pieces)
+            results[name], texts = self.compare(name, contender, reference, produce)
+            reference = reference or texts
+        assert reference is not None
+        for one in schedules:
+            name = f"{one.name}, all read at once"
+            produce = partial(reread_all, prompts=self.prompts, written=reference)
+            results[name], _ = self.compare(name, one, reference, produce)
+        return results, reference
+
+    def sampled(self, device: torch.device) -> tuple[dict[str, Any], list[Written]]:
+        """Draw tokens from fixed seeds under every schedule; return what is found, and the first one's texts."""
+        results: dict[str, Any] = {}
+        reference: list[Written] | None = None
+        produce = partial(write_all, prompts=self.prompts, limit=self.limit, pieces=lambda length: [length], drawn=True)
+        for name in usable(device):
+            results[name], texts = self.compare(f"drawn, {name}", Contender(name, name), reference, produce)
+            reference = reference or texts
+        assert reference is not None
+        return results, reference
+
+
+def run(device: torch.device, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return what was written, how it differs between ways to run the model, and how it is judged."""
+    prompts, limit = (PROMPTS[:4], 32) if quick else (PROMPTS, 256)
+    models = {dtype: load(DEMO_MODEL, device, dtype) for dtype in ("float32", "bfloat16")}
+    bench = _Bench(models, prompts, limit, say)
+    greedy, reference = bench.greedy(device)
+    sampled, drawn = bench.sampled(device)
+    decode = models["float32"].tokenizer.decode
+    texts = {kind: [decode(written.tokens) for written in of] for kind, of in
+             (("greedy", reference), ("sampled", drawn))}
+    return {
+        "tokens": limit, "temperature": TEMPERATURE, "top_p": TOP_P, "greedy": greedy, "sampled": sampled,
+        "smallest_margin": smallest_margin(reference),
+        "judged": {kind: judge(prompts, of) for kind, of in texts.items()}, "prompts": list(prompts), "texts": texts,
+    }

@@ -1,0 +1,59 @@
+"""The ways to run the same weights that every part compares: a schedule, a dtype, patched or the package's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops import config, schedules
+from torch_xlstm_ops.config import Schedule
+from torch_xlstm_ops.patch import patch
+
+THEIRS = "transformers"  # the contender that is not patched
+
+
+class Contender(NamedTuple):
+    """One way to run a model; no schedule means the package's own code."""
+
+    name: str
+    schedule: str | None = "inductor"
+    dtype: str = "float32"
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Run the models of transformers in this way."""
+        if self.schedule is None:
+            yield
+            return
+        with patch("transformers"), config.use(schedule=self.schedule):
+            yield
+
+
+def usable(device: torch.device) -> list[str]:
+    """Return the schedules that can run here, but `auto`, which is a choice of one of them; the reference is first."""
+    names = [str(s) for s in Schedule if s is not Schedule.AUTO and schedules.unavailable(s, device) is None]
+    return sorted(names, key=lambda name: name != "inductor")
+
+
+def cut(length: int, sizes: Sequence[int]) -> list[int]:
+    """Return pieces of the given sizes, over and over, that make up `length`."""
+    pieces: list[int] = []
+    while length > 0:
+        pieces.append(min(length, sizes[len(pieces) % len(sizes)]))
+        length -= pieces[-1]
+    return pieces
+
+
+def read(model: Any, ids: Tensor, pieces: Sequence[int], state: Any = None) -> Iterator[tuple[slice, Tensor, Any]]:
+    """Yield each piece of ids (B, S) with its logits (B, piece, V) in float32 and the state after it."""
+    start = 0
+    for size in pieces:
+        where = slice(start, start + size)
+        out = model(input_ids=ids[:, where], cache_params=state, use_cache=True)
+        state = out.cache_params
+        yield where, out.logits.float(), state
+        start += size

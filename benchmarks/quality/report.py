@@ -1,0 +1,219 @@
+"""The report: one Markdown file of every part's kept result, with the plots beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import plots as drawing
+
+Result = Mapping[str, Any]
+INTRODUCTION = """\
+# Quality
+
+Speed counts only if the model is the same: what models on these operators can recall, what a byte of unseen text costs
+them at any length, and what they write, through every schedule, the step path, every dtype, and the package's own code.
+`python -m benchmarks.quality` writes this file, its plots, and the JSON in `quality/results/`; one PART, or `--quick`,
+does less. Nothing here is typed by hand."""
+
+
+def check_plots() -> None:
+    """Raise SystemExit where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise SystemExit("plots need matplotlib: pip install torch_xlstm_ops[plot], or --no-plots")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "\\n") for cell in line) + " |"
+            for line in lines]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+def mqar(result: Result) -> list[str]:
+    """Return the section on recall."""
+    lines = [
+        "Multi-query associative recall: P pairs of a key and a value, then every key once more in any order, each to "
+        "be answered by its value. The models were trained on at most 256 pairs (`python -m benchmarks.train_mqar`: "
+        "one CPU core, a fixed seed, our own backward); chance is 1 in 256.",
+    ]
+    for model, found in result["models"].items():
+        size = found["size"]
+        heads = size["slstm_heads"]
+        before = f"an sLSTM of {heads} heads" if heads else f"convolutions of {size['conv']} tokens"
+        lines += [
+            "", f"**{model}**: an mLSTM block with {before} before q and k; {found['parameters']:,} parameters, a "
+            f"state of {size['NH']} x {size['DHQK']} x {size['DHHV']}. Right answers, by pairs in a row:", "",
+            *table(["way", *found["answers"]], (
+                [way, *map(percent, accuracy.values())] for way, accuracy in found["accuracy"].items())),
+            "", "Answers that are not the first way's, right or wrong:", "",
+            *table(["way", *(f"{P}, of {count:,}" for P, count in found["answers"].items())], (
+                [way, *counts.values()] for way, counts in list(found["differing"].items())[1:])),
+            "", "Right answers by distance, in tokens from the pair to its query:", "",
+            *_distances(found["by_distance"]),
+        ]
+    return lines
+
+
+def _distances(by_distance: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    buckets = dict.fromkeys(bucket for of in by_distance.values() for bucket in of)
+    ordered = sorted(buckets, key=lambda name: int(name.split()[0]))
+    return table(["distance", *(f"{P} pairs" for P in by_distance)], (
+        [bucket, *(percent(of[bucket]["accuracy"]) if bucket in of else "" for of in by_distance.values())]
+        for bucket in ordered))
+
+
+def perplexity(result: Result) -> list[str]:
+    """Return the section on perplexity against length."""
+    runs, ends = result["runs"], result["edges"]
+    starts = [0, *ends[:-1]]
+    return [
+        f"The embedded model reads {result['rows']} rows of {result['length']:,} bytes of standard-library files that "
+        "it never saw, whole files one after another. Nats a byte, by position:", "",
+        *table(["run", *(f"{start:,} to {end:,}" for start, end in zip(starts, ends, strict=True))], (
+            [name, *(f"{nats:.4f}" for nats in run["nats"])] for name, run in runs.items())),
+        "", "Distance from the first run, in nats a byte: the largest of any bucket's mean, of the whole mean, and of "
+        "any one byte:", "",
+        *table(["run", "mean", "bucket", "whole", "one byte"], (
+            [name, f"{run['mean']:.6f}", *(f"{run[key]:.1e}" for key in (
+                "bucket_difference", "mean_difference", "token_difference"))] for name, run in runs.items())),
+    ]
+
+
+def coherence(result: Result) -> list[str]:
+    """Return the section on what is written."""
+    def row(name: str, found: Result) -> list[object]:
+        first = min(found["parted"], key=lambda one: one["token"], default=None)
+        widest = max(found["parted"], key=lambda one: one["margin"], default=None)
+        return [name, f"{found['identical']} of {found['texts']}",
+                "" if first is None else f"{first['token']} (prompt {first['prompt']})",
+                "" if widest is None else f"{widest['margin']:.2g}"]
+
+    judged = result["judged"]
+    examples = [0, 11, 16] if len(result["prompts"]) > 16 else [0]
+    lines = [
+        f"The embedded model continues {len(result['prompts'])} fixed beginnings of functions by {result['tokens']} "
+        "bytes, greedily. Texts that are the first way's, byte for byte; for others, the byte at which the first one "
+        "parts, and the widest lead in logits that a parting overcame. *All read at once*: prompt and text are read "
+        "as one prefill, which must put the same byte first at every place.", "",
+        *table(["way", "identical", "first parting", "widest lead"], (
+            row(name, found) for name, found in result["greedy"].items())),
+        "", f"The least lead of a chosen byte over the next, in the first way's texts, is "
+        f"{result['smallest_margin']:.2g} logits. Drawn with fixed seeds (temperature {result['temperature']}, "
+        f"top-p {result['top_p']}), identical: " + ", ".join(
+            f"{name} {found['identical']} of {found['texts']}" for name, found in result["sampled"].items()) + ".", "",
+        "How good the texts are, of a model of 3.9 M parameters that knows bytes: different ones among n-grams of "
+        "words and signs, lines that repeat an earlier line of their text, and functions that `ast.parse` takes. A "
+        "function ends where a line stands at the margin; one that has not ended is cut after its last whole line.", "",
+        *table(["", "distinct-2", "distinct-3", "repeated lines", "parse", "ended", "ended and parse"], (
+            [kind, *(percent(of[key]) for key in ("distinct_2", "distinct_3", "repeated_lines", "parse")),
+             of["ended"], of["ended_and_parse"]] for kind, of in judged.items())),
+    ]
+    for index in examples:
+        beginning = result["prompts"][index][result["prompts"][index].rindex("\n\n\n") + 3 :]
+        lines += ["", f"Prompt {index}, greedy:", "", "```python", beginning + result["texts"]["greedy"][index], "```"]
+    return lines
+
+
+def throughput(result: Result) -> list[str]:
+    """Return the section on speed."""
+    lines = [
+        f"The embedded model in {result['dtype']} reads a prompt whose length is checked and writes {result['tokens']} "
+        f"tokens; medians of {result['rounds']} turns, all contenders in turn.", "",
+    ]
+    rows = [
+        [f"{int(length):,}", name, f"{row['prefill_tok_s']:,.0f}", f"{row['first_token_ms']:,.0f}",
+         f"{row['decode_tok_s']:,.1f}"]
+        for length, by_name in result["lengths"].items() for name, row in by_name.items()
+    ]
+    return lines + table(["prompt", "schedule", "prefill tok/s", "first token, ms", "decode tok/s"], rows)
+
+
+SECTIONS: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
+    "mqar": ("Recall", mqar),
+    "perplexity": ("Perplexity against length", perplexity),
+    "coherence": ("Coherence", coherence),
+    "throughput": ("Throughput", throughput),
+}
+
+
+def summary(kept: Sequence[Result]) -> list[str]:
+    """Return the table of what was wanted and what was found."""
+    rows: list[Sequence[object]] = []
+    for entry in kept:
+        result, device = entry["result"], entry["machine"]["device"]
+        if entry["part"] in FIGURES:
+            rows += [[figure, device, wanted, found] for figure, wanted, found in FIGURES[entry["part"]](result)]
+    return table(["figure", "device", "wanted", "found"], rows)
+
+
+def _mqar_figures(result: Result) -> list[tuple[str, str, str]]:
+    return [
+        (f"right answers at {P} pairs, {model}: worst of all ways", "99%" if P == "256" else "reported",
+         percent(min(accuracy[P] for accuracy in found["accuracy"].values())))
+        for model, found in result["models"].items() for P in found["answers"] if int(P) >= 256
+    ]
+
+
+def _perplexity_figures(result: Result) -> list[tuple[str, str, str]]:
+    runs = result["runs"].values()
+    return [
+        (f"largest difference of a bucket, {dtype}", wanted,
+         f"{max(run['bucket_difference'] for run in runs if run['dtype'] == dtype):.1e} nats")
+        for dtype, wanted in (("float32", "1e-4 nats"), ("bfloat16", "0.01 nats"), ("float16", "reported"))
+    ]
+
+
+def _coherence_figures(result: Result) -> list[tuple[str, str, str]]:
+    exact = [found for found in result["greedy"].values() if found["dtype"] == "float32"]
+    texts = exact[0]["texts"]
+    least = min(found["identical"] for found in exact)
+    return [
+        (f"greedy texts of {result['tokens']} bytes identical in all float32 ways", f"{texts} of {texts}",
+         f"{least} of {texts}"),
+        *((f"functions that parse, {kind}", "reported", percent(of["parse"]))
+          for kind, of in result["judged"].items()),
+    ]
+
+
+FIGURES: Mapping[str, Callable[[Result], list[tuple[str, str, str]]]] = {
+    "mqar": _mqar_figures, "perplexity": _perplexity_figures, "coherence": _coherence_figures,
+}
+
+
+def machines(entry: Result) -> str:
+    """Return one line on where and how a part was measured."""
+    machine, load = entry["machine"], entry["load_average"]
+    versions = ", ".join(f"{key} {value}" for key, value in machine.items() if key not in ("device", "name", "threads"))
+    busy = "" if load is None else f"; load average {load[0]:.1f}"
+    quick = "; --quick, so in small" if entry["quick"] else ""
+    return (f"*{machine['device']} ({machine['name']}), {machine['threads']} threads; {versions}; took "
+            f"{entry['seconds']:.0f} s{busy}{quick}.*")
+
+
+def write(kept: Sequence[Result], out: Path, *, plots: bool) -> Path:
+    """Write QUALITY.md from the kept results of parts, in the order of the sections, and return its path.
+
+    plots: whether to draw; a plot that was drawn before is shown either way.
+    """
+    kept = sorted(kept, key=lambda entry: (list(SECTIONS).index(entry["part"]), entry["machine"]["device"]))
+    lines = [INTRODUCTION, "", *summary(kept)]
+    for part, (title, section) in SECTIONS.items():
+        for entry in (entry for entry in kept if entry["part"] == part):
+            name = f"{part}_{entry['machine']['device']}"
+            heading = f"## {title}, {entry['machine']['device']}"
+            lines += ["", heading, "", machines(entry), "", *section(entry["result"])]
+            plot = out / "quality" / "results" / f"{name}.png"
+            if plots and part in drawing.DRAW:
+                drawing.draw(part, entry["result"], plot)
+            if plot.exists():
+                lines += ["", f"![{title}](quality/results/{name}.png)"]
+    path = out / "QUALITY.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

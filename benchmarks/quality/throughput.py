@@ -1,0 +1,68 @@
+"""Throughput: tokens a second of prefill and decode, and the time to the first token, by the prompt's length."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.quality.contenders import THEIRS, Contender, usable
+from benchmarks.quality.perplexity import held_out
+from torch_xlstm_ops.cli.generate import prepared, stream
+from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, load
+from torch_xlstm_ops.cli.meter import Meter
+from torch_xlstm_ops.cli.sampling import chooser
+
+WARM_UP = 8  # tokens written before the clock counts
+
+
+def one(loaded: Loaded, prompt: Sequence[int], tokens: int) -> dict[str, float]:
+    """Read a prompt and write tokens; return the rates and the time to the first token, held to what was asked for."""
+    meter = Meter(loaded.device)
+    with prepared(loaded):
+        written = list(stream(loaded, prompt, chooser(), tokens, meter))
+    prefill, decode = meter.final("prefill"), meter.final("decode")
+    if prefill is None or decode is None or (prefill.tokens, decode.tokens) != (len(prompt), tokens - 1):
+        raise SystemExit(f"{len(prompt)} tokens must be read and {tokens - 1} decoded, got {prefill} and {decode}")
+    if len(written) != tokens:
+        raise SystemExit(f"{tokens} tokens must be written, got {len(written)}")
+    return {
+        "prefill_tok_s": prefill.average_tok_s, "decode_tok_s": decode.average_tok_s,
+        "first_token_ms": 1e3 * prefill.seconds,
+    }
+
+
+def measure(loaded: Loaded, contenders: Sequence[Contender], length: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Return the medians of each contender, all taking turns, on one prompt of `length` tokens."""
+    text, _ = held_out(1, length)
+    prompt = text[0].tolist()
+    if len(prompt) != length:
+        raise SystemExit(f"the prompt must have {length} tokens, got {len(prompt)}")
+    taken: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
+    for _ in range(rounds):
+        for contender in contenders:
+            with contender.active():
+                one(loaded, prompt[-min(length, 4096) :], WARM_UP)  # patching forgets what was compiled
+                taken[contender.name].append(one(loaded, prompt, tokens))
+    return {
+        name: {key: round(statistics.median(row[key] for row in rows), 2) for key in rows[0]}
+        for name, rows in taken.items()
+    }
+
+
+def run(device: torch.device, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the rates of every schedule, and of transformers' own code, at each length."""
+    lengths, tokens, rounds = ([512], 16, 1) if quick else ([2048, 16384, 32768], 128, 3)
+    loaded = load(DEMO_MODEL, device, "float32" if device.type == "cpu" else "bfloat16")
+    contenders = [Contender(name, name) for name in usable(device)]
+    if device.type == "cpu":  # in bfloat16 transformers' own code mixes dtypes and raises
+        contenders.append(Contender(THEIRS, None))
+    results = {}
+    for length in lengths:
+        results[str(length)] = measure(loaded, contenders, length, tokens, rounds)
+        say(f"throughput: {length} tokens: {results[str(length)]}")
+    return {
+        "dtype": str(loaded.dtype).removeprefix("torch."), "tokens": tokens, "rounds": rounds, "lengths": results,
+    }
