@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from torch_xlstm_ops import cli, config, devices, schedules, trace
 from torch_xlstm_ops.cli import generate, info, loading, meter, sampling
+from torch_xlstm_ops.context import allocation
 
 PROMPT = "def main(argv):\n"
 CPU = torch.device("cpu")
@@ -190,14 +191,15 @@ def test_a_prompt_read_in_pieces_gives_the_whole_prompts_logits(
     def logits() -> torch.Tensor:
         done: list[int] = []
         with generate.prepared(loaded):
-            tokens = generate.stream(loaded, prompt, lambda x: seen.append(x) or 0, 1, meter.Meter(CPU), done.append)
+            tokens = generate.stream(loaded, prompt, lambda x: seen.append(x) or 0, 1, meter.Meter(CPU),
+                                     lambda step: done.append(step.position))
             assert list(tokens) == [0]
         progress.append(done)
         return seen[-1]
 
     progress: list[list[int]] = []
     whole = logits()
-    monkeypatch.setitem(generate.PIECES, "cpu", 30)
+    monkeypatch.setitem(allocation.PIECES, "cpu", 30)
     torch.testing.assert_close(logits(), whole, rtol=1e-4, atol=1e-5)
     assert (len(prompt), progress) == (80, [[], [30, 60, 80]])
 

@@ -311,4 +311,4 @@ class Letters:
 def test_a_file_in_blocks_is_the_whole_text(tmp_path: Path, block: int) -> None:
     text = "one\ntwo é\r\n\nand a long line that is longer than the block\nend"
     (tmp_path / "text").write_text(text, encoding="utf-8", newline="")
-    assert list(text_tokens(tmp_path / "text", Letters(), block)) == [0, *map(ord, text)]
+    assert list(text_tokens(tmp_path / "text", Letters(), block)) == [0, *map(ord, text.replace("\r", ""))]

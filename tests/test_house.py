@@ -37,7 +37,7 @@ ONLY = {
     "schedules": {"shapes", "config", "devices", "trace", "winners"},
     "functional": {"shapes"},
     "patch": {"shapes", "functional"},
-    "context": {"shapes", "config", "devices"},
+    "context": {"shapes", "config", "devices", "trace"},
     "explain": {"config", "schedules", "registrations"},
 }
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,51 +11,48 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_xlstm_ops import config, devices, trace
-from torch_xlstm_ops.cli.loading import BadInput, Loaded
+from torch_xlstm_ops import devices, trace
+from torch_xlstm_ops.cli.loading import BadInput, Loaded, Prompt
 from torch_xlstm_ops.cli.meter import Meter
-
-# Prompt tokens a forward, unless a segment is longer: progress is seen on a CPU, and a GPU has enough to do.
-PIECES = {"cpu": 2048, "cuda": 8192, "mps": 4096}
+from torch_xlstm_ops.context import Progress, StatePool, allocation, prefill, restore
 
 
 def pieces(length: int, device: torch.device) -> list[int]:
-    """Return the sizes in which a prompt is read: whole segments, so that the carry is the schedule's own."""
-    most = PIECES[device.type]
-    segment = config.current().segment or most
-    size = segment * max(1, most // segment)
+    """Return the sizes in which a prompt is read where memory is no concern."""
+    size = allocation.usual(device)
     return [size] * (length // size) + ([length % size] if length % size else [])
 
 
+class Kept(NamedTuple):
+    """Where the states of prompts are kept, if anywhere."""
+
+    pool: StatePool | None = None
+    file: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.pool is not None or self.file is not None
+
+
 def stream(
-    loaded: Loaded, prompt: Sequence[int], choose: Callable[[Tensor], int], limit: int, meter: Meter,
-    progress: Callable[[int], None] = lambda done: None,
+    loaded: Loaded, prompt: Prompt, choose: Callable[[Tensor], int], limit: int, meter: Meter,
+    progress: Callable[[Progress], None] = lambda step: None, kept: Kept = Kept(),  # noqa: B008
 ) -> Generator[int, None, None]:
     """Yield new tokens after a prompt, at most `limit`; the meter has a phase `prefill` and a phase `decode`.
 
     The prefill ends when the first token is on the host. A consumer that stops early closes the iterator.
 
-    progress: called with the prompt tokens read so far after each piece.
+    progress: called after each piece of a prompt that is read in more than one.
     Raises BadInput when the model's logits after the prompt are not numbers.
     """
     meter.start("prefill")
-    state: object = None
-    done = 0
-    sizes = pieces(len(prompt), loaded.device)
-    for size in sizes:
-        with trace.span("model", phase="prefill", device=loaded.device):
-            logits, state = _forward(loaded, prompt[done : done + size], state)
-        done += size
-        if done < len(prompt):
-            meter.add(size)
-        if len(sizes) > 1:
-            devices.synchronize(loaded.device)
-            progress(done)
-    if bool(logits.isnan().any()):
+    counter = _Counter(meter, progress)
+    snapshot = prefill(loaded.model, prompt, pool=kept.pool, file=kept.file, identify=bool(kept), progress=counter)
+    if bool(snapshot.logits.isnan().any()):
         raise BadInput("the model must give numbers after the prompt, got NaN: try --dtype float32")
-    token = choose(logits)
-    meter.add(sizes[-1], last=True)
+    token = choose(snapshot.logits)
+    counter.finish()
     meter.start("decode")
+    state: object = restore(loaded.model, [snapshot])
     try:
         yield token
         for _ in range(limit - 1):
@@ -65,6 +63,25 @@ def stream(
             yield token
     finally:
         meter.add(0, last=True)
+
+
+class _Counter:
+    """Gives the meter every piece; the last counts when the first new token is on the host."""
+
+    def __init__(self, meter: Meter, progress: Callable[[Progress], None]) -> None:
+        self._meter, self._progress = meter, progress
+        self._waiting = 0
+
+    def __call__(self, step: Progress) -> None:
+        if step.position == step.total:
+            self._waiting = step.tokens
+        else:
+            self._meter.add(step.tokens)
+        if step.tokens != step.total:
+            self._progress(step)
+
+    def finish(self) -> None:
+        self._meter.add(self._waiting, last=True, empty=True)
 
 
 @contextmanager
@@ -93,12 +110,13 @@ class Ran(NamedTuple):
     decode: tuple[str, ...]
 
 
-def warm_up(loaded: Loaded, prompt: Sequence[int]) -> Ran:
+def warm_up(loaded: Loaded, prompt: Prompt) -> Ran:
     """Compile what the prompt and a decode step need, in the first block alone and on a state that is thrown away.
 
     Every block has the same shapes, so one is enough, and costs the least of a large model's time.
     """
     sizes = sorted(set(pieces(len(prompt), loaded.device)), reverse=True)
+    prompt = list(itertools.islice(prompt, sizes[0]))
     with _first_block(loaded.model), trace.paused():
         state: object = None
         for size in sizes:

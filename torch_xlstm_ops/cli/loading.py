@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from torch_xlstm_ops.cli.sampling import CONTEXT
+from torch_xlstm_ops.context import text_tokens
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 EXTRA = ("transformers", "safetensors", "rich")
@@ -111,6 +115,41 @@ def encode(loaded: Loaded, prompt: str) -> list[int]:
     if max(tokens) >= known:
         raise BadInput(f"the tokenizer must give tokens below the model's {known}, got {max(tokens)}")
     return tokens
+
+
+class LongPrompt:
+    """The tokens of a file of any length, read from it whenever they are asked for.
+
+    Raises BadInput like `encode`.
+    """
+
+    def __init__(self, loaded: Loaded, path: Path) -> None:
+        self._path, self._tokenizer = path, loaded.tokenizer
+        known = loaded.model.get_input_embeddings().num_embeddings
+        last: deque[int] = deque(maxlen=CONTEXT)
+        self._count = 0
+        for token in self:
+            if token >= known:
+                raise BadInput(f"the tokenizer must give tokens below the model's {known}, got {token}")
+            last.append(token)
+            self._count += 1
+        self.last = list(last)
+        if not last:
+            raise BadInput(f"the prompt must hold at least one token, got {path}")
+
+    def __iter__(self) -> Iterator[int]:
+        return text_tokens(self._path, self._tokenizer)
+
+    def __len__(self) -> int:
+        return self._count
+
+
+Prompt = Sequence[int] | LongPrompt
+
+
+def prompt_of(loaded: Loaded, prompt: str | Path) -> Prompt:
+    """Return the tokens of a text, or of a file that is too long to be held as one."""
+    return LongPrompt(loaded, prompt) if isinstance(prompt, Path) else encode(loaded, prompt)
 
 
 def end_tokens(loaded: Loaded) -> frozenset[int]:

@@ -48,11 +48,14 @@ class Meter:
         devices.synchronize(self.device)
         self._began = time.perf_counter()
 
-    def add(self, tokens: int, *, last: bool = False) -> None:
-        """Count tokens of the phase, and read the clock if a row is due or the phase is over."""
+    def add(self, tokens: int, *, last: bool = False, empty: bool = False) -> None:
+        """Count tokens of the phase, and read the clock if a row is due or the phase is over.
+
+        empty: whether the last row is written for no tokens too.
+        """
         self._tokens += tokens
         due = self.every is not None and self._tokens - self._last[0] >= self.every
-        if not due and not (last and self._tokens > self._last[0]):
+        if not due and not (last and (empty or self._tokens > self._last[0])):
             return
         devices.synchronize(self.device)
         seconds = time.perf_counter() - self._began

@@ -11,7 +11,7 @@ from torch import Tensor
 # A decoded token that is no whole character ends in this; after so many tokens it is shown as it is.
 _BROKEN = "\ufffd"
 _PATIENCE = 8
-_CONTEXT = 8  # prompt tokens that decide how the first new one is spelled
+CONTEXT = 8  # prompt tokens that decide how the first new one is spelled
 
 
 class Tokenizer(Protocol):
@@ -59,7 +59,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens = list(prompt[-_CONTEXT:])
+        self._tokens = list(prompt[-CONTEXT:])
         self._start = 0  # tokens from here give the text around the new ones
         self._shown = len(self._tokens)
         self._stops = tuple(stops)

@@ -6,14 +6,15 @@ import io
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
-from torch_xlstm_ops import config, devices, trace
+from torch_xlstm_ops import config, context, devices, trace
 from torch_xlstm_ops.cli import generate, sampling
-from torch_xlstm_ops.cli.loading import Loaded, encode, end_tokens, load
+from torch_xlstm_ops.cli.loading import BadInput, Loaded, LongPrompt, Prompt, end_tokens, load, prompt_of
 from torch_xlstm_ops.cli.meter import Meter, Row, write_stats
-from torch_xlstm_ops.cli.request import Request
+from torch_xlstm_ops.cli.request import Request, bad_input
+from torch_xlstm_ops.context import states
 
 QUIET_SECONDS = 5.0  # between progress lines where there is no terminal
 STATS_EVERY = 16
@@ -26,7 +27,7 @@ def run(request: Request) -> int:
     shown = Progress()
     with shown.status(f"loading {request.model.resolve().name}"):
         loaded = load(request.model, request.device, request.values["dtype"])
-        prompt = encode(loaded, request.prompt)
+        prompt = prompt_of(loaded, request.prompt)
     every = (request.values["stats_every"] or STATS_EVERY) if request.values["stats_log"] is not None else None
     meter = Meter(loaded.device, every)
     with ExitStack() as undo:
@@ -34,12 +35,13 @@ def run(request: Request) -> int:
             from torch_xlstm_ops.patch import patch
 
             undo.callback(patch("transformers").remove)
+        kept = _kept(request, loaded)
         undo.enter_context(generate.prepared(loaded))
         began = time.perf_counter()
         with shown.status("compiling, once on this machine" if request.patched else "warming up"):
             ran = generate.warm_up(loaded, prompt)
         compiling = time.perf_counter() - began
-        ended = _write(request, loaded, prompt, meter, shown)
+        ended = _write(request, loaded, prompt, meter, shown, kept)
     about = _about(request, loaded, ran, meter)
     about |= {"prompt tokens": len(prompt), "ended by": ended, "warm-up s": round(compiling, 3)}
     _print_table(about)
@@ -51,21 +53,33 @@ def run(request: Request) -> int:
     return 130 if ended == "interrupt" else 0
 
 
-def _write(request: Request, loaded: Loaded, prompt: Sequence[int], meter: Meter, shown: Progress) -> str:
+def _kept(request: Request, loaded: Loaded) -> generate.Kept:
+    """Return where states are kept, for the model as it will run."""
+    with bad_input():
+        pool = None if request.pool is None else context.StatePool(loaded.model, request.pool)
+    return generate.Kept(pool, request.resume)
+
+
+def _write(
+    request: Request, loaded: Loaded, prompt: Prompt, meter: Meter, shown: Progress, kept: generate.Kept
+) -> str:
     """Print the text as it comes, and return what ended it."""
     values = request.values
     choose = sampling.chooser(
         temperature=values["temperature"], top_k=values["top_k"], top_p=values["top_p"], seed=values["seed"]
     )
-    text = sampling.TextStream(loaded.tokenizer, prompt, request.stops)
+    last = prompt.last if isinstance(prompt, LongPrompt) else prompt
+    text = sampling.TextStream(loaded.tokenizer, last, request.stops)
     ends = end_tokens(loaded)
     with shown.prefill(len(prompt)) as progress:
-        tokens = generate.stream(loaded, prompt, choose, values["max_new_tokens"], meter, progress)
+        tokens = generate.stream(loaded, prompt, choose, values["max_new_tokens"], meter, progress, kept)
         ended = "interrupt"
         try:
             first = next(tokens)
         except KeyboardInterrupt:
             return ended
+        except states.Refused as error:
+            raise BadInput(f"--resume: {error}") from error
     try:
         for token in itertools.chain((first,), tokens):
             if token in ends:
@@ -136,17 +150,19 @@ class Progress:
         return nullcontext()
 
     @contextmanager
-    def prefill(self, total: int) -> Iterator[Callable[[int], None]]:
-        """Yield what to call with the prompt tokens read so far."""
+    def prefill(self, total: int) -> Iterator[Callable[[context.Progress], None]]:
+        """Yield what to call with how far the prompt is read."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         if not self._console.is_terminal:
-            yield lambda done: self._line(f"prefill {done} of {total} tokens")
+            yield lambda step: self._line(f"prefill {step.position} of {total} tokens, {step.tokens_per_second:.0f} "
+                                          f"tokens/s, {step.seconds_left or 0:.0f} s left")
             return
-        columns = (TextColumn("prefill"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("prefill"), BarColumn(), MofNCompleteColumn(),
+                   TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeRemainingColumn())
         with Progress(*columns, console=self._console, transient=True) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda done: bar.update(task, completed=done)
+            task = bar.add_task("", total=total, speed=0.0)
+            yield lambda step: bar.update(task, completed=step.position, speed=step.tokens_per_second)
 
     def _line(self, text: str) -> None:
         if time.monotonic() >= self._next:

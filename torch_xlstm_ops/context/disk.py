@@ -93,7 +93,7 @@ class Disk:
             _check_name(packed, name)
         except Damaged as error:
             warnings.warn(f"a state is read again from its tokens: {error}", RuntimeWarning, stacklevel=4)
-            self._remove(name)
+            self.remove(name)
             return None
         except OSError:
             return None
@@ -176,12 +176,13 @@ class Disk:
             if total <= budget:
                 break
             if not entry.pinned:
-                self._remove(entry.name)
+                self.remove(entry.name)
                 removed.append(entry)
                 total -= entry.size
         return removed
 
-    def _remove(self, name: Name) -> None:
+    def remove(self, name: Name) -> None:
+        """Remove a file and its pin, where that is allowed."""
         with suppress(OSError):
             name.path.unlink(missing_ok=True)
             name.pin.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from torch_xlstm_ops.context.tokens import Broken, Source
 class Progress(NamedTuple):
     """How far a reading is."""
 
+    tokens: int  # of the last piece
     position: int  # tokens behind us
     total: int | None  # None where the stream does not tell
     tokens_per_second: float  # of this reading, without what was resumed
@@ -42,7 +43,7 @@ class StreamError(RuntimeError):
 def prefill(
     model: Any, tokens: Iterable[int], *, start: Snapshot | None = None, pool: Pool | None = None,
     segment: int | None = None, file: str | Path | None = None, save_every: int = 16,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | None = None, identify: bool = True,
 ) -> Snapshot:
     """Read tokens with a transformers xLSTM; return its state after the last, with the logits of what follows.
 
@@ -57,19 +58,22 @@ def prefill(
     file: where the state is saved after every `save_every` pieces, at the end, and when reading is interrupted; a
         state that is there already is where reading goes on, in tokens that must be given from the beginning again.
     progress: called after every piece.
+    identify: whether the state gets the model's identity, which takes a pass over all weights once in a process.
+        Without, no pool and no file keeps it, and nothing keeps another model from going on with it.
 
     A piece that finds no memory is read in halves, with a warning, and so is what follows.
 
     Raises StreamError, which has the place, when `tokens` raises; ValueError for tokens that the model does not know,
     for none at all, for a `start` or `file` of another model, or a `file` of other tokens.
     """
-    _check(start, pool, file, save_every)
+    _check(start, pool, file, save_every, identify)
     source = Source(tokens, model.get_input_embeddings().num_embeddings, 0 if start is None else start.position)
     checkpoint = _Checkpoint(None if file is None else Path(file), save_every)
     start = start or checkpoint.load(model)
     if segment is None and start is not None:
         segment = start.segment
-    reader = Reader(model, source, Allocation(model, states.device_of(model), segment), pool)
+    reader = Reader(model, source, Allocation(model, states.device_of(model), segment), pool,
+                    states.identity(model) if identify else states.UNKNOWN)
     try:
         if file is None and start is not None:
             reader.go_on(start)
@@ -89,11 +93,13 @@ def prefill(
     return reader.last
 
 
-def _check(start: Snapshot | None, pool: Pool | None, file: object, save_every: int) -> None:
+def _check(start: Snapshot | None, pool: Pool | None, file: object, save_every: int, identify: bool) -> None:
     if save_every < 1:
         raise ValueError(f"save_every must be a whole number of at least 1, got {save_every}")
     if start is not None and (pool is not None or file is not None):
         raise ValueError("start must come without pool and file, which know where to start, got both")
+    if not identify and (pool is not None or file is not None):
+        raise ValueError("identify must be True with pool or file, got False")
 
 
 class _Checkpoint:
@@ -139,7 +145,8 @@ class _Clock:
 
     def __init__(self, reader: Reader, report: Callable[[Progress], None] | None) -> None:
         self._reader, self._report = reader, report
-        self._began, self._start = reader.position, time.perf_counter()
+        self._began = self._before = reader.position
+        self._start = time.perf_counter()
 
     def piece(self) -> None:
         """Report a piece that was read."""
@@ -148,5 +155,6 @@ class _Clock:
         devices.synchronize(self._reader.device)
         position, left = self._reader.position, self._reader.source.left
         rate = (position - self._began) / max(time.perf_counter() - self._start, 1e-9)
-        self._report(Progress(position, None if left is None else position + left, rate,
+        self._report(Progress(position - self._before, position, None if left is None else position + left, rate,
                               None if left is None else left / rate))
+        self._before = position

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops import trace
 from torch_xlstm_ops.context import states
 from torch_xlstm_ops.context.allocation import Allocation, is_out_of_memory
 from torch_xlstm_ops.context.states import Snapshot
@@ -33,11 +34,11 @@ class Pool(Protocol):
 class Reader:
     """A model, the tokens it is to read, and the snapshot of those it has read: `last`, None before the first."""
 
-    def __init__(self, model: Any, source: Source, allocation: Allocation, pool: Pool | None = None) -> None:
+    def __init__(self, model: Any, source: Source, allocation: Allocation, pool: Pool | None, identity: str) -> None:
         self.last: Snapshot | None = None
         self.source = source
         self._model, self._allocation, self._pool = model, allocation, pool
-        self._identity, self.device = states.identity(model), states.device_of(model)
+        self._identity, self.device = identity, states.device_of(model)
         self._segment: int | None = allocation.size  # None once pieces were of different sizes
         self._digest = Digest()
         self._tokens: array[int] = array("i")  # all of them, for a pool alone
@@ -56,7 +57,7 @@ class Reader:
     def find(self, saved: Snapshot | None, where: str) -> None:
         """Begin after those of the source's own tokens that were read already, as a saved snapshot or the pool has it.
 
-        Raises ValueError if the saved one was taken of other tokens.
+        Raises Refused if the saved one was taken of other tokens.
         """
         if self._pool is not None:
             found = self._pool.find(self.source.look(self._pool.longest + 1), segment=self._allocation.size)
@@ -71,7 +72,8 @@ class Reader:
             self._note(piece)
             skipped += len(piece)
         if self._digest.hex() != start.digest:
-            raise ValueError(f"tokens must begin with the {start.position} that {where} was saved after, got others")
+            raise states.Refused(f"tokens must begin with the {start.position} that {where} was saved after, got "
+                                 "others")
         self._begin(start)
 
     def advance(self) -> bool:
@@ -83,7 +85,8 @@ class Reader:
             if not piece:
                 return False
             try:
-                logits = states.read(self._model, torch.tensor([piece.tolist()], device=self.device), self._cache)
+                with trace.span("model", phase="prefill", device=self.device):
+                    logits = states.read(self._model, torch.tensor([piece.tolist()], device=self.device), self._cache)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -17,16 +17,22 @@ from torch import Tensor
 
 from torch_xlstm_ops.shapes import MLSTMState
 
+UNKNOWN = ""  # the identity of a model that nobody asked for
+
 # What transformers keeps in a config that changes no number.
 _IDLE = frozenset(("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
                    "mode", "return_last_states", "output_hidden_states", "output_attentions", "return_dict"))
+
+
+class Refused(ValueError):
+    """A state was given that is of another model, or of other tokens."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Snapshot:
     """All that a model knows after `position` tokens, and what it expects next; one row."""
 
-    identity: str  # of the model's config and weights
+    identity: str  # of the model's config and weights; empty where nobody asked for it
     position: int  # tokens read
     digest: str  # of those tokens
     segment: int | None  # tokens a piece when all were read so from the first on; None where they were not
@@ -89,7 +95,7 @@ def capture(cache: Any, row: int = 0) -> tuple[MLSTMState, ...]:
 def restore(model: Any, snapshots: Sequence[Snapshot]) -> Any:
     """Return a cache whose rows are copies of snapshots; they may stand at different positions.
 
-    Raises ValueError for the snapshot of another model, TypeError for states of another dtype.
+    Raises Refused, a ValueError, for the snapshot of another model, TypeError for states of another dtype.
     """
     cache = empty_cache(model, len(snapshots))
     for snapshot in snapshots:
@@ -103,10 +109,9 @@ def restore(model: Any, snapshots: Sequence[Snapshot]) -> Any:
 
 
 def check_fits(model: Any, snapshot: Snapshot) -> None:
-    """Raise unless a snapshot is one of this model, in the dtype of its cache."""
-    own = identity(model)
-    if snapshot.identity != own:
-        raise ValueError(f"snapshot must be of the model with identity {own}, got one of {snapshot.identity}")
+    """Raise Refused unless a snapshot is one of this model, TypeError unless it is in the dtype of its cache."""
+    if snapshot.identity != UNKNOWN and snapshot.identity != (own := identity(model)):
+        raise Refused(f"snapshot must be of the model with identity {own}, got one of {snapshot.identity}")
     wanted = outline(model).layers[0].c.dtype
     for layer in snapshot.layers:
         for tensor in layer:

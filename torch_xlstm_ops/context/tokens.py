@@ -103,7 +103,7 @@ def text_tokens(path: str | Path, tokenizer: Any, block: int = BLOCK) -> Iterato
     where no line ends in it): for a tokenizer that joins characters over line ends, tokens may differ there from the
     whole text's. Marks that a tokenizer puts around a text stand at the first block's beginning alone.
     """
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8") as file:
         rest, first = "", True
         while text := file.read(block):
             rest += text
