@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +29,12 @@ def overload(name: str) -> Any:
     return getattr(torch.ops.xlstm, name).default
 
 
+_implementations: dict[str, Callable[..., Any]] = {}
+
+
 def implement(name: str, function: Callable[..., Any]) -> None:
     """Serve `name` on every device by one function."""
+    _implementations[name] = function
     for device in DEVICES:
         LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]
 
@@ -51,9 +56,18 @@ def autograd(name: str, when_learning: Callable[..., Any]) -> None:
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if learns(args):
             return when_learning(*args, **kwargs)
+        if _next_is_ours(keyset.raw_repr()):  # its way through the dispatcher would cost 3 us
+            return _implementations[name](*args, **kwargs)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _next_is_ours(keys: int) -> bool:
+    """Return whether below autograd nothing but a device's key is left: no mode, no subclass, no fake tensor."""
+    keyset = torch._C.DispatchKeySet.from_raw_repr(keys) & torch._C._after_ADInplaceOrView_keyset
+    return keyset.highestPriorityTypeId() in {getattr(torch._C.DispatchKey, device) for device in DEVICES}
 
 
 def autocast(name: str, casts: slice) -> None:

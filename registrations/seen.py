@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 from torch_xlstm_ops import compiled
 
 _Found = TypeVar("_Found")
 _Arguments = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry(Generic[_Found]):
+    """One kind of call, known in 1 us when a model's layers repeat it, by the guards that Dynamo checks frames with."""
+
+    kind: tuple[Hashable, ...]
+    like: Callable[..., bool]  # whether tensors are as those of the first such call, strides and autograd's use too
+    found: _Found
 
 
 class Seen(Generic[_Found]):
@@ -22,20 +33,32 @@ class Seen(Generic[_Found]):
 
     def __init__(self, find: Callable[..., _Found]) -> None:
         self._find = find
-        self._found: dict[Hashable, _Found] = {}
+        self._entries: dict[Hashable, _Entry[_Found]] = {}
+        self._latest: _Entry[_Found] | None = None
 
     def clear(self) -> None:
         """Forget everything that was found."""
-        self._found.clear()
+        self._entries.clear()
+        self._latest = None
 
     def __call__(self, tensors: _Arguments, *how: Hashable) -> _Found:
         """Return what was found for a call like this one, finding it if there was none."""
-        # Threads count because a CPU kernel is compiled for so many.
-        key = (how, torch.get_num_threads(), *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
-        found = self._found.get(key)
-        if found is None:
-            found = self._find(tensors, *how)
-            if len(self._found) >= compiled.CAPACITY:
-                self._found.clear()
-            self._found[key] = found
-        return found
+        kind = (how, len(tensors), torch.get_num_threads())  # a CPU kernel is compiled for so many threads
+        latest = self._latest
+        if latest is not None and latest.kind == kind and latest.like(*tensors):
+            return latest.found
+        key = (kind, *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = _Entry(kind, _guards(tensors), self._find(tensors, *how))
+            if len(self._entries) >= compiled.CAPACITY:
+                self._entries.clear()
+            self._entries[key] = entry
+        self._latest = entry
+        return entry.found
+
+
+def _guards(tensors: _Arguments) -> Callable[..., bool]:
+    if any(t is None for t in tensors):
+        return lambda *tensors: False  # the guards know tensors only
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
