@@ -79,7 +79,7 @@ def test_a_pool_is_filled_and_used_and_the_text_is_the_same(
     monkeypatch.setattr(states, "read", lambda *a: pytest.fail("the prompt was read again"))
     text, table = text_and_table(long("--pool", tmp_path / "pool")[1])
     assert text == expected
-    assert (table["new tokens"], table["prefill tok/s"]) == ("12", "0.0")
+    assert (table["new tokens"], table["prompt tokens"], table["prompt tokens read"]) == ("12", "128", "0")
     assert float(table["time to first token s"]) > 0
 
 

@@ -43,7 +43,7 @@ def run(request: Request) -> int:
         compiling = time.perf_counter() - began
         ended = _write(request, loaded, prompt, meter, shown, kept)
     about = _about(request, loaded, ran, meter)
-    about |= {"prompt tokens": len(prompt), "ended by": ended, "warm-up s": round(compiling, 3)}
+    about |= {"prompt tokens": len(prompt), **_resumed(kept, meter), "ended by": ended, "warm-up s": round(compiling, 3)}
     _print_table(about)
     if request.values["stats_log"] is not None:
         write_stats(request.values["stats_log"], meter.rows, about)
@@ -117,6 +117,12 @@ def _about(request: Request, loaded: Loaded, ran: generate.Ran, meter: Meter) ->
         "peak memory GiB": None if peak is None else round(peak / 2**30, 2),
         "new tokens": (decode.tokens if decode is not None else 0) + (prefill is not None),
     }
+
+
+def _resumed(kept: generate.Kept, meter: Meter) -> dict[str, object]:
+    """Return what was read of the prompt, where some of it may have been read before."""
+    prefill = meter.final("prefill")
+    return {"prompt tokens read": None if prefill is None else prefill.tokens} if kept else {}
 
 
 def _speed(row: Row | None) -> float | None:
