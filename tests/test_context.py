@@ -97,7 +97,7 @@ def peak(count):
 
 model = build()
 peak(512)
-print(peak(2048), peak(16_384))
+print(peak(512), peak(8192))
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,17 @@ def test_reading_on_from_a_written_state_is_reading_it_all(model: Any, pool: Sta
     for count in (30, 31, 90):
         close(pool.read(tokens[:count]).logits, prefill(model, tokens[:count]).logits)
     assert pool.stats().hits == 2
+
+
+def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parent.parent / "csrc_free_README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "ChatSession" in block)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "BIG.txt").write_text("import os\n" * 20, encoding="utf-8")
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert scope["pool"].stats().disk.states > 3
+    assert len(scope["chat"].tokens) == 10 + 20
 
 
 # Conversation

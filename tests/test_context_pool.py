@@ -18,8 +18,9 @@ pytest.importorskip("transformers")
 from tests.context_models import SEGMENT, Interrupting, build, equal, some_tokens
 from torch_xlstm_ops.context import StatePool, Storage, StreamError, prefill, states, storage
 from torch_xlstm_ops.context.tiers import Memory
-from torch_xlstm_ops.context.tokens import as_array
+from torch_xlstm_ops.context.tokens import as_array, digest
 from torch_xlstm_ops.context.tree import RadixTree, shared
+from torch_xlstm_ops.patch import patch
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +323,29 @@ def test_another_models_state_is_never_found(model: Any, tmp_path: Path) -> None
         assert pool.find(tokens) is None
         with pytest.raises(ValueError, match="snapshot must be of the pool's model"):
             pool.put(tokens, prefill(model, tokens))
+
+
+def test_states_that_a_patch_made_wider_are_not_taken_for_the_others(tmp_path: Path) -> None:
+    model, tokens = build(dtype=torch.bfloat16), some_tokens(20)
+    own = states.identity(model)
+    assert states.outline(model).layers[0].c.dtype == torch.bfloat16
+    with patch("transformers"):
+        assert states.outline(model).layers[0].c.dtype == torch.float32
+        assert states.identity(model) != own
+        wide = prefill_by_hand(model, tokens)
+        pool = StatePool(model, tmp_path)
+        pool.put(tokens, wide)
+        assert pool.find(tokens) is not None
+    assert pool.find(tokens) is None
+    with pytest.raises(ValueError, match="snapshot must be of the model with identity"):
+        states.restore(model, [wide])
+
+
+def prefill_by_hand(model: Any, tokens: list[int]) -> states.Snapshot:
+    """Return a snapshot as if `tokens` were read: nothing is compiled."""
+    cache = states.empty_cache(model)
+    return states.Snapshot(states.identity(model), len(tokens), digest(as_array(tokens)), None,
+                           states.capture(cache), torch.zeros(64))
 
 
 def test_new_weights_forget_the_states_of_the_old() -> None:

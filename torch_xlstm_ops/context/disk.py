@@ -60,6 +60,10 @@ class Entry(NamedTuple):
         return self.name.path.parent.name
 
 
+class _NoRoom(Exception):
+    """What may go is not enough."""
+
+
 class Disk:
     """A folder of snapshots of any models, at most `budget` bytes of them; None leaves it as it is."""
 
@@ -106,22 +110,32 @@ class Disk:
 
         Where that is impossible a warning says why.
         """
-        content = storage.to_file(packed)
         name = _name(self.folder, packed)
         try:
-            with self._lock():
-                if not name.path.exists():
-                    if not self._make_room(len(content)):
-                        _say(f"its {len(content)} bytes and what is pinned are more than {self.budget}", self.folder)
-                        return False
-                    name.path.parent.mkdir(exist_ok=True)
-                    storage.write_whole(name.path, content)
+            if name.path.exists():
+                os.utime(name.path)
                 if pin:
                     name.set_pin(True)
+            else:
+                self._write(name, storage.to_file(packed), pin)
+        except _NoRoom as error:
+            _say(str(error), self.folder)
+            return False
         except OSError as error:
             _say(error.strerror or str(error), self.folder)
             return False
         return True
+
+    def _write(self, name: Name, content: bytes, pin: bool) -> None:
+        with self._lock():
+            if self.budget is not None:
+                self._shrink(self.budget - len(content))
+                if self.usage().bytes + len(content) > self.budget:
+                    raise _NoRoom(f"its {len(content)} bytes and what is pinned are more than {self.budget}")
+            name.path.parent.mkdir(exist_ok=True)
+            storage.write_whole(name.path, content)
+            if pin:
+                name.set_pin(True)
 
     def entries(self) -> list[Entry]:
         """Return all files, the least recently used first."""
@@ -158,12 +172,6 @@ class Disk:
                 yield entry, str(error)
             else:
                 yield entry, None
-
-    def _make_room(self, size: int) -> bool:
-        if self.budget is None:
-            return True
-        self._shrink(self.budget - size)
-        return sum(entry.size for entry in self.entries()) + size <= self.budget
 
     def _shrink(self, budget: int) -> list[Entry]:
         """Do what `prune` does, behind the lock, and sweep up what dead writers left."""

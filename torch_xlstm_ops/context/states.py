@@ -124,20 +124,24 @@ _known: weakref.WeakKeyDictionary[Any, tuple[object, str]] = weakref.WeakKeyDict
 
 
 def identity(model: Any) -> str:
-    """Return a hash of a model's config and weights; found once, and again when a weight was written since."""
+    """Return a hash of a model's config and weights, and of the dtype that its states have, which patches may change.
+
+    Found once, and again when a weight was written since.
+    """
     weights = model.state_dict(keep_vars=True)
-    written = tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
-                    for tensor in weights.values())
+    states = empty_cache(model, device="meta").rnn_state[0][0].dtype
+    written = (states, *((tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
+                         for tensor in weights.values()))
     known = _known.get(model)
     if known is None or known[0] != written:
-        known = _known[model] = (written, _hash(model.config.to_dict(), weights))
+        known = _known[model] = (written, _hash(model.config.to_dict(), weights, states))
     return known[1]
 
 
-def _hash(config: dict[str, Any], weights: dict[str, Tensor]) -> str:
+def _hash(config: dict[str, Any], weights: dict[str, Tensor], states: torch.dtype) -> str:
     found = hashlib.blake2b(digest_size=16)
     kept = {name: value for name, value in config.items() if name not in _IDLE}
-    found.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    found.update(json.dumps([kept, str(states)], sort_keys=True, default=str).encode())
     for name, tensor in weights.items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(raw_bytes(tensor))
