@@ -539,6 +539,9 @@ configuration
   mem_fraction    the plan chooses  default
   ray_address     none              default
   tuned           on                default
+
+tuned plans
+  none: xlstm-ops tune finds them
 """)
 
 

@@ -10,23 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_xlstm_ops.schedules.plan import Machine, Shape
-from torch_xlstm_ops.tune import measure
+from torch_xlstm_ops.tune import measure, samplers
+from torch_xlstm_ops.tune.bench import Measured
 from torch_xlstm_ops.tune.measure import Interval
+from torch_xlstm_ops.tune.records import Outcome, Record, from_json
 from torch_xlstm_ops.tune.space import Candidate, EmptySpace, Limits, Space
-
-optuna = pytest.importorskip("optuna", reason="optuna is not installed")
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-from torch_xlstm_ops.tune import samplers  # noqa: E402
-from torch_xlstm_ops.tune.bench import Measured  # noqa: E402
-from torch_xlstm_ops.tune.records import Outcome, Record, from_json  # noqa: E402
-from torch_xlstm_ops.tune.study import (  # noqa: E402
+from torch_xlstm_ops.tune.study import (
     BudgetTooShort,
     Goal,
     Search,
@@ -34,8 +30,9 @@ from torch_xlstm_ops.tune.study import (  # noqa: E402
     open_store,
     records,
 )
-from torch_xlstm_ops.tune.workloads import WrongResult  # noqa: E402
+from torch_xlstm_ops.tune.workloads import WrongResult
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 CPU = torch.device("cpu")
 NO_LIMITS = Limits(None, 0)
 

@@ -6,3 +6,4 @@ from typing import Any
 dynamo: Any
 dynamo_rules: Any
 inline: Any
+mlstm: Any  # for the tuner, whose winners change routes

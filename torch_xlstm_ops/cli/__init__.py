@@ -1,6 +1,6 @@
 """`xlstm-ops`: `generate` writes text with an xLSTM and measures it, `run` runs a script on our operators, `check`
-holds every operator to the recurrence on a device, `cache` looks after a folder of states, `info` says what this
-machine can do.
+holds every operator to the recurrence on a device, `tune` searches for the fastest plans, `cache` looks after a folder
+of states, `info` says what this machine can do.
 
 What cannot be used ends with one line on stderr and exit status 2, before a model is loaded or a file is touched.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from torch_xlstm_ops import config, devices, trace_files
-from torch_xlstm_ops.cli import cache, check, info, request, run, writing
+from torch_xlstm_ops.cli import cache, check, info, request, run, tune, writing
 from torch_xlstm_ops.cli.loading import BadInput, check_extra
 
 
@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     hold = commands.add_parser("check", help="compare every operator with the recurrence on a device, and time it",
                                allow_abbrev=False)
     check.add_flags(hold)
+    seek = commands.add_parser("tune", help="search for the plans that are fastest here", allow_abbrev=False)
+    tune.add_flags(seek)
     keep = commands.add_parser("cache", help="look after a folder of states", allow_abbrev=False)
     cache.add_flags(keep)
     tell = commands.add_parser("info", help="say what this machine can do", allow_abbrev=False)
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `xlstm-ops` and return its exit status: 2 for what cannot be used, 130 when interrupted."""
     try:
         parsed = _parser().parse_args(arguments)
-        return {"generate": _generate, "run": run.run, "check": _check, "cache": cache.run,
+        return {"generate": _generate, "run": run.run, "check": _check, "cache": cache.run, "tune": tune.run,
                 "info": _info}[parsed.command](parsed)
     except BadInput as error:
         print(f"xlstm-ops: error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from torch_xlstm_ops import config, devices, schedules
+from torch_xlstm_ops import config, devices, schedules, winners
 
 PACKAGES = ("torch_xlstm_ops", "torch", "triton", "transformers", "safetensors", "rich", "xlstm", "mlstm_kernels",
             "flashrnn", "tirex-ts", "ray")
@@ -22,6 +22,7 @@ def report(device: torch.device) -> str:
         "devices": device_rows(devices.report()),
         f"schedules on {device.type}": schedule_rows(device),
         "configuration": configuration_rows(),
+        "tuned plans": tuned_rows(device),
     }
     return "\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in sections.items())
 
@@ -69,6 +70,20 @@ def configuration_rows() -> list[tuple[str, ...]]:
     """Return a line for each setting: its value and where that came from."""
     return [(name, str(source.value or _UNSET.get(name, "the plan chooses")), source.origin)
             for name, source in config.sources().items()]
+
+
+def tuned_rows(device: torch.device) -> list[tuple[str, ...]]:
+    """Return where the tuner's winners are kept, and a line for each that is for this device and this torch."""
+    path = winners.place(config.current().tuned)
+    if path is None:
+        return [("off",)]
+    kept = winners.entries(path)
+    if not kept:
+        return [("none: xlstm-ops tune finds them",)]
+    here = f"device={winners.device_name(device)} | torch={torch.__version__} | "
+    found = [(key.removeprefix(here), " ".join(f"{field}={value}" for field, value in entry["settings"].items()))
+             for key, entry in kept.items() if key.startswith(here)]
+    return [("kept in", str(path)), ("for this device", f"{len(found)} of {len(kept)}"), *found]
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> str:

@@ -88,7 +88,7 @@ class Timed:
         ratio = Interval(1.0, 1.0, 1.0) if best is None else measure.ratios(taken)
         timing = Timing(
             workload=workload.name, phase=workload.phase, weight=workload.weight, tokens=workload.tokens,
-            rounds=len(taken[0]), median_ms=own.value, low_ms=_finite(own.low), high_ms=_finite(own.high),
+            rounds=len(taken[0]), median_ms=own.value, low_ms=finite(own.low), high_ms=finite(own.high),
             best_so_far_ms=None if best is None else measure.median(taken[1]).value,
             times_as_fast=None if best is None else ratio.value,
             tokens_per_second=workload.tokens / own.value * 1e3, error=error,
@@ -126,5 +126,6 @@ def held_bytes(device: torch.device) -> int | None:
     return None if budget is None else budget * 9 // 10
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """Return a bound of an interval, or None where there is none."""
     return value if value and math.isfinite(value) else None

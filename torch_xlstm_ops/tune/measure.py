@@ -31,6 +31,11 @@ class Interval(NamedTuple):
         return Interval(*(factor * part for part in self))
 
 
+def in_words(value: float, low: float | None, high: float | None) -> str:
+    """Return a ratio with its confidence interval, if it has one."""
+    return f"{value:.3f} times (95%: {'-' if not low else f'{low:.3f}'} to {'-' if high is None else f'{high:.3f}'})"
+
+
 def median(values: Sequence[float]) -> Interval:
     """Return the median of positive values with its distribution-free confidence interval, by order statistics.
 

@@ -18,6 +18,7 @@ from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.records import Files, Outcome, Record, Timing, from_json
 from torch_xlstm_ops.tune.space import Candidate, Key, Space
 
+STORE = "study.sqlite"  # in a folder of searches
 VERSION = 1  # of what a study holds
 PATIENCE = 10  # proposals of plans already known, one after another, before a new one is drawn at random
 RECORD, ABOUT, RESULT = "record", "about", "result"  # attributes in the store
@@ -72,7 +73,7 @@ def open_study(
     about: what it was, and must still be, measured on and with.
     Raises StoreError if it is there and not to be resumed, or was about something else.
     """
-    there = name in optuna.study.get_all_study_names(store)
+    there = name in names(store)
     if there and not resume:
         raise StoreError(f"--out must be a folder without the study {name}, or come with --resume")
     study = optuna.create_study(storage=store, study_name=name, sampler=sampler, direction="maximize",
@@ -86,6 +87,12 @@ def open_study(
             raise StoreError(f"the store must be of this {key} to go on, {wanted.get(key)!r}, got {found.get(key)!r}: "
                              f"start anew in another --out")
     return study
+
+
+def names(store: optuna.storages.BaseStorage) -> list[str]:
+    """Return the names of a store's studies."""
+    found: list[str] = optuna.study.get_all_study_names(store)
+    return found
 
 
 def records(study: optuna.Study) -> list[Record]:

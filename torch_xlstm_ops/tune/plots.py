@@ -1,0 +1,193 @@
+"""The pictures of the tuner, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from torch_xlstm_ops.tune.records import Record, Timing, measured
+
+if TYPE_CHECKING:
+    from torch_xlstm_ops.tune.ablate import Row
+
+COLOURS = {"random": "#7f7f7f", "ga": "#2ca02c", "tpe": "#1f77b4", "bandit": "#ff7f0e", "boltzmann": "#d62728",
+           "grid": "#9467bd"}
+SETTINGS = {"schedule": "schedule", "chunk_size": "tokens a chunk", "segment": "tokens a segment",
+            "heads_per_band": "heads a band", "workers": "workers", "streams": "streams", "window": "window"}
+OF_THE_QUEUE = ("workers", "streams", "window")  # an inductor plan does not read them
+
+
+def there() -> bool:
+    """Return whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def reward_by_trial(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path:
+    """Draw each trial as a dot, and the best so far as a line, a panel for each workload."""
+    panels: dict[str, list[Sequence[Record]]] = {}
+    for name, records in studies.items():
+        panels.setdefault(workload_of(name), []).append(records)
+    figure, axes = _panels(len(panels))
+    for axis, (workload, members) in zip(axes, panels.items(), strict=True):
+        labelled: set[str] = set()
+        for records in members:
+            rewards = [record.reward for record in measured(records) if record.reward is not None]
+            method = records[0].method
+            label = None if method in labelled else method
+            labelled.add(method)
+            numbers = range(1, len(rewards) + 1)
+            axis.plot(numbers, rewards, ".", color=COLOURS[method], alpha=0.3, markersize=4)
+            axis.plot(numbers, list(accumulate(rewards, max)), drawstyle="steps-post", color=COLOURS[method],
+                      label=label, linewidth=1.5)
+        axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
+        axis.set(title=workload, xlabel="plans measured", ylabel="times as fast as the default")
+        axis.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def importance(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path:
+    """Draw how much of the rewards' variance each setting explains alone, a panel for each workload."""
+    panels = by_workload(studies)
+    figure, axes = _panels(len(panels))
+    for axis, (workload, records) in zip(axes, panels.items(), strict=True):
+        found = explained(records)
+        names = sorted(found, key=found.__getitem__)
+        axis.barh([SETTINGS[name] for name in names], [100 * found[name] for name in names], color="#1f77b4")
+        axis.set(title=workload, xlabel="% of the variance of the logarithm", xlim=(0, 100))
+    return _save(figure, path)
+
+
+def throughput(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path:
+    """Draw tokens a second against chunk size, heads per band and workers, a row for each workload."""
+    panels = by_workload(studies)
+    shown = ("chunk_size", "heads_per_band", "workers")
+    figure, axes = _panels(len(panels) * len(shown), columns=len(shown))
+    for row, (workload, records) in enumerate(panels.items()):
+        for column, name in enumerate(shown):
+            _scatter(axes[row * len(shown) + column], records, name, workload)
+    return _save(figure, path)
+
+
+def prefill_and_decode(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path | None:
+    """Draw prefill against decode, a dot a plan; None where no trial has both."""
+    found = [(pair, record) for records in studies.values() for record in measured(records)
+             if (pair := _speeds(record)) is not None]
+    if not found:
+        return None
+    figure, (axis,) = _panels(1)
+    for schedule, marker in (("inductor", "o"), ("queued", "^"), ("ray", "s")):
+        points = [pair for pair, record in found if record.key[0] == schedule]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker, linestyle="", label=schedule, alpha=0.7)
+    axis.set(xlabel="reading the prompt, tok/s", ylabel="decode, tok/s", xscale="log", ylim=(0, None),
+             title="prefill against decode, a dot for each plan")
+    axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def ablation(path: Path, tables: Sequence[Sequence[Row]], about: Mapping[str, Any]) -> Path:
+    """Draw the speed of each value beside the default's, a row for each workload and a panel for each setting."""
+    settings = list(dict.fromkeys(row.setting for table in tables for row in table))
+    figure, axes = _panels(len(tables) * len(settings), columns=len(settings), width=2.6)
+    for number, table in enumerate(tables):
+        for column, setting in enumerate(settings):
+            axis = axes[number * len(settings) + column]
+            rows = [row for row in table if row.setting == setting and row.times_as_fast is not None]
+            heights = [row.times_as_fast or 0 for row in rows]
+            errors = [[max(0, h - (row.low or h)) for h, row in zip(heights, rows, strict=True)],
+                      [max(0, (row.high or h) - h) for h, row in zip(heights, rows, strict=True)]]
+            colours = ["#ff7f0e" if row.default else "#1f77b4" for row in rows]
+            axis.bar([str(row.value) for row in rows], heights, yerr=errors, color=colours, capsize=2)
+            axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
+            axis.set(title=SETTINGS[setting] + (" (queued)" if setting in OF_THE_QUEUE else ""))
+            axis.tick_params(axis="x", labelrotation=45)
+            if column == 0 and table:
+                axis.set(ylabel=f"{table[0].workload}\ntimes as fast as the default")
+    figure.suptitle(f"{about.get('device')}, torch {about.get('torch')}; orange: the default", fontsize=9)
+    return _save(figure, path)
+
+
+def workload_of(study: str) -> str:
+    """Return what a study measured: its name without the method and the seed."""
+    return study.rsplit("-", 2)[0]
+
+
+def by_workload(studies: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
+    """Return the measured trials of each workload, those of all its studies together."""
+    panels: dict[str, list[Record]] = {}
+    for name, records in studies.items():
+        panels.setdefault(workload_of(name), []).extend(measured(records))
+    return panels
+
+
+def explained(records: Sequence[Record]) -> dict[str, float]:
+    """Return, for each setting, the part of the variance of log rewards that lies between its values' means.
+
+    What only the queue reads is judged among the queue's plans.
+    """
+    import math
+
+    found = {}
+    for name in dict.fromkeys(name for record in records for name in record.params):
+        groups: dict[Any, list[float]] = {}
+        for record in records:
+            if record.reward and (name not in OF_THE_QUEUE or record.key[0] != "inductor"):
+                groups.setdefault(record.params.get(name), []).append(math.log(record.reward))
+        every = [log for group in groups.values() for log in group]
+        if len(groups) < 2:
+            continue
+        mean = fmean(every)
+        total = sum((log - mean) ** 2 for log in every)
+        between = sum(len(group) * (fmean(group) - mean) ** 2 for group in groups.values())
+        found[name] = between / total if total else 0.0
+    return found
+
+
+def _scatter(axis: Any, records: Sequence[Record], name: str, workload: str) -> None:
+    used = [r for r in records if name in r.params and (name not in OF_THE_QUEUE or r.key[0] != "inductor")]
+    values = sorted({record.params[name] for record in used})
+    best: dict[Any, float] = {}
+    for record in used:
+        speed = _tokens_per_second(record)
+        place = values.index(record.params[name])
+        colour = "#1f77b4" if record.key[0] == "inductor" else "#ff7f0e"
+        axis.plot(place, speed, ".", color=colour, alpha=0.4)
+        best[place] = max(best.get(place, 0.0), speed)
+    places = sorted(best)
+    axis.plot(places, [best[place] for place in places], color="black", linewidth=1)
+    axis.set_xticks(range(len(values)), [str(value) for value in values])
+    axis.set(xlabel=SETTINGS[name] + (" (queued)" if name in OF_THE_QUEUE else ""), ylabel="tok/s", ylim=(0, None))
+    axis.set_title(f"{workload}\nblue inductor, orange queued, line: the best", fontsize=8)
+
+
+def _tokens_per_second(record: Record) -> float:
+    return record.timings[0].tokens_per_second if record.timings else 0.0
+
+
+def _speeds(record: Record) -> tuple[float, float] | None:
+    found: dict[str, Timing] = {timing.phase: timing for timing in record.timings}
+    prefill = found.get("prefill") or found.get("first-token")
+    if prefill is None or "decode" not in found:
+        return None
+    return prefill.tokens_per_second, found["decode"].tokens_per_second
+
+
+def _panels(count: int, columns: int | None = None, width: float = 4.2) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    columns = columns or min(max(count, 1), 3)
+    lines = -(-max(count, 1) // columns)
+    figure = Figure(figsize=(width * columns, 3.4 * lines), layout="constrained")
+    axes = [figure.add_subplot(lines, columns, number + 1) for number in range(count)]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    return path

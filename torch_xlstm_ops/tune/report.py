@@ -1,0 +1,87 @@
+"""A page of what a folder's searches found, with its pictures in it and beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from torch_xlstm_ops import trace_files
+from torch_xlstm_ops.tune import plots, study
+from torch_xlstm_ops.tune.measure import in_words
+from torch_xlstm_ops.tune.records import Outcome, Record, measured
+
+PAGE = "report.html"
+_STYLE = ("body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
+          "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;"
+          "text-align:left;font-variant-numeric:tabular-nums}img{max-width:100%}pre{background:#f6f6f6;padding:.6em}")
+
+
+def write(folder: Path) -> list[Path]:
+    """Write report.html and the pictures of the searches in a folder; return what was written.
+
+    Raises ValueError where there are none, StoreError for a store that cannot be read.
+    """
+    if not (folder / study.STORE).is_file():
+        raise ValueError(f"--out must be a folder with searches, got {folder} without {study.STORE}")
+    store = study.open_store(folder / study.STORE)
+    found = {name: optuna.load_study(study_name=name, storage=store) for name in study.names(store)}
+    studies = {name: study.records(one) for name, one in found.items()}
+    studies = {name: records for name, records in studies.items() if measured(records)}
+    if not studies:
+        raise ValueError(f"--out must be a folder with searches, got {folder} without a measured trial")
+    pictures = draw(folder, studies)
+    parts = [f"<h1>Plans tried</h1>{_machines(found)}", *(f"<h2>{title}</h2>{_picture(path)}"
+                                                          for title, path in pictures.items())]
+    parts += [_section(name, records, found[name].user_attrs) for name, records in studies.items()]
+    with trace_files.whole_file(str(folder / PAGE)) as file:
+        file.write(f"<!doctype html><html lang=en><meta charset=utf-8><title>xlstm-ops tune</title>"
+                   f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")
+    return [folder / PAGE, *pictures.values()]
+
+
+def draw(folder: Path, studies: Mapping[str, Sequence[Record]]) -> dict[str, Path]:
+    """Write the pictures and return them by title."""
+    pictures: dict[str, Path | None] = {
+        "Reward against trial": plots.reward_by_trial(folder / "reward.png", studies),
+        "What each setting explains": plots.importance(folder / "importance.png", studies),
+        "Throughput": plots.throughput(folder / "throughput.png", studies),
+        "Prefill against decode": plots.prefill_and_decode(folder / "prefill_decode.png", studies),
+    }
+    return {title: path for title, path in pictures.items() if path is not None}
+
+
+def _machines(found: Mapping[str, Any]) -> str:
+    told = {str(key): str(value) for one in found.values() for key, value in one.user_attrs[study.ABOUT].items()
+            if key not in ("space", "version") and value is not None}
+    return _table([*told.items()])
+
+
+def _section(name: str, records: Sequence[Record], attributes: Mapping[str, Any]) -> str:
+    counts = [(str(outcome), str(sum(record.outcome is outcome for record in records))) for outcome in Outcome]
+    best = sorted(measured(records), key=lambda record: -(record.reward or 0))[:10]
+    head = ("trial", "times as fast", "95%", "tok/s", "MB, estimated", "settings")
+    rows = [(str(r.number), f"{r.reward or 0:.3f}", f"{r.reward_low or 0:.3f} to {r.reward_high or 0:.3f}",
+             ", ".join(f"{t.workload}: {t.tokens_per_second:.0f}" for t in r.timings),
+             f"{(r.estimated_bytes or 0) / 2**20:.0f}", " ".join(f"{k}={v}" for k, v in r.params.items()))
+            for r in best]
+    result, ended = attributes.get(study.RESULT), "<p>Not finished.</p>"
+    if result is not None:
+        ended = (f"<p>Measured beside the default once more, the best is {in_words(*result['times_as_fast'])} as fast."
+                 f"</p><pre>{html.escape(result['plan'])}</pre>")
+    return f"<h2>{html.escape(name)}</h2>{ended}{_table(counts)}{_table(rows, head)}"
+
+
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>{f'<tr>{top}</tr>' if head else ''}{body}</table>"
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
