@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, cast
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from torch_xlstm_ops import compiled, config, devices, mlstm, mlstm_gradient, schedules
 from torch_xlstm_ops.packing import Packing
-from torch_xlstm_ops.schedules import plan, tuned
+from torch_xlstm_ops.schedules import inductor, plan, tuned
 from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state, machine
 from torch_xlstm_ops.shapes import check_mlstm_sequence, check_mlstm_step, check_not_negative, check_shape, state_dtype
 
@@ -175,6 +176,20 @@ def _chunkwise(
             return v.new_empty(v.shape), *_shaped(state, q)
         h, state = route.schedule.forward(route.plan, route.kernels, (q, k, v, igate, fgate), state)
         return h.view(v.shape), *_shaped(state, q)
+
+
+def summarize(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, *, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Reduce a sequence to its monoid element F, M (B, NH, 1), dC (B, NH, DHQK, DHHV), dn (B, NH, DHQK)."""
+    streams = (q, k, v, igate, fgate)
+    route = _route((*streams, None, None, None), chunk_size, "inductor", 1e-6)
+    with devices.submission(q.device):
+        bands = inductor.summaries(route.plan, route.kernels, streams)
+        folded = zip(*[functools.reduce(mlstm.combine, segments) for segments in bands], strict=True)
+        F, *rest = (torch.cat(rows) for rows in folded)
+        M, dC, dn = _shaped(rest, q)
+    return F.view(M.shape), M, dC, dn
 
 
 def _chunkwise_fake(

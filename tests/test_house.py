@@ -23,6 +23,7 @@ FLOORS = [
     ["backend"],
     ["explain"],
     ["context"],
+    ["parallel"],
     ["tune"],
     ["cli"],
 ]

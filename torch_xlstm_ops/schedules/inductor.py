@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch_xlstm_ops.schedules.plan import Plan, Segment
 from torch_xlstm_ops.schedules.tasks import Kernels, Rows
 
 OP = "mlstm_chunkwise"
+Summary = tuple[Tensor, Tensor, Tensor, Tensor]  # F M dC dn
 Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # P q_gated W dC c v, as `mlstm.emit` takes them
 
 
@@ -48,6 +49,18 @@ def run(
         return step_through(kernels, rows, h, band, segment, state)
     emit(kernels, rows, h, band, segment, (P, q_gated, W, dC, state[0], v))
     return new
+
+
+def summaries(plan: Plan, kernels: Kernels, streams: Sequence[Tensor]) -> Iterator[Iterator[Summary]]:
+    """Yield the monoid elements of each band's segments; arguments as of `forward`."""
+    rows = Rows(plan, streams)
+    for band in plan.bands:
+        yield (_element(kernels.summarize(rows.take_all(band, segment)[1:])) for segment in plan.segments)
+
+
+def _element(found: Sequence[Tensor]) -> Summary:
+    F, M, dC, dn = found[:4]
+    return F, M, dC, dn
 
 
 def emit(

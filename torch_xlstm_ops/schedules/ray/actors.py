@@ -210,13 +210,18 @@ def free(device: str) -> int:
     return held + cluster.room("CPU" if device == "cpu" else "GPU")
 
 
-def close() -> None:
-    """End our actors, and Ray if it was started for them."""
+def release() -> None:
+    """End the pool's actors; the next call starts new ones."""
     global _pool
     with _lock:
         if _pool is not None:
             _pool.close()
         _pool = None
-        cluster.close()
+
+
+def close() -> None:
+    """End the pool's actors, and the connection to Ray if it was made for them."""
+    release()
+    cluster.close()
 
 

@@ -17,9 +17,10 @@ _lock = threading.Lock()
 _ours = False
 
 
-def connect() -> None:
+def connect() -> bool:
     """Attach to the cluster that `ray_address` names, else start Ray here; nothing where the process has it already.
 
+    Returns whether a connection was made, which whoever asked for it closes.
     Raises RuntimeError for a cluster that does not answer within 15 seconds.
     """
     global _ours
@@ -28,7 +29,7 @@ def connect() -> None:
 
     with _lock:
         if ray.is_initialized():
-            return
+            return False
         address = config.current().ray_address
         if address is None:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", address="local")
@@ -36,6 +37,7 @@ def connect() -> None:
             check_reachable(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         _ours = True
+        return True
 
 
 def close() -> None:

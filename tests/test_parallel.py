@@ -1,0 +1,391 @@
+"""Laws of a prompt read by several workers: what one process finds, from any stretches, whatever becomes of workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.oracle import TOLERANCE, assert_close
+from torch_xlstm_ops import mlstm_chunkwise, mlstm_step, slstm_sequence
+from torch_xlstm_ops.parallel import stretches
+from torch_xlstm_ops.parallel.passing import Passing, check_splits
+
+L = 16  # as in test_mlstm_ops: each new size is a compile
+NH, DHQK, DHHV = 3, 8, 16
+
+
+class Toy(nn.Module):
+    """A model of mLSTM layers and perhaps an sLSTM, each mixed into what comes in; its cache is all states."""
+
+    def __init__(self, layers: str = "mm") -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.layers = layers
+        sizes = (DHQK, DHQK, DHHV, 1, 1)
+        self.embedding = nn.Parameter(torch.randn(32, NH * DHHV, generator=g))
+        self.into = nn.ParameterList(
+            torch.randn(NH * DHHV, NH * (4 * DHHV if kind == "s" else sum(sizes)), generator=g) / 7 for kind in layers
+        )
+        self.r = nn.Parameter(torch.randn(4, NH, DHHV, DHHV, generator=g) / 4)
+        self.sizes = sizes
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        x, states = self.embedding[tokens], []
+        for kind, into in zip(self.layers, self.into, strict=True):
+            y, state = (self.slstm if kind == "s" else self.mlstm)(x @ into)
+            x, states = x + y, [*states, tuple(state)]
+        return x, states
+
+    def mlstm(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        parts = x.unflatten(-1, (NH, -1)).transpose(1, 2).split(self.sizes, -1)  # (B, NH, S, D)
+        q, k, v, igate, fgate = parts
+        h, state = mlstm_chunkwise(q, k, v, igate.squeeze(-1), fgate.squeeze(-1) + 2, chunk_size=L)
+        return h.transpose(1, 2).flatten(2), state
+
+    def slstm(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        h, state = slstm_sequence(x.unflatten(-1, (4, NH, DHHV)), self.r, self.r.new_zeros(4, NH, DHHV))
+        return h.flatten(2), state
+
+
+def toy_call(model: Any, tokens: Tensor, before: int) -> tuple[Tensor, Any]:
+    x, states = model(tokens)
+    return x[:, -1], states
+
+
+def tokens(S: int) -> Tensor:
+    return torch.randint(0, 32, (2, S), generator=torch.Generator().manual_seed(S))
+
+
+def flat(logits: Tensor, states: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [logits, *(t for state in states for t in state)]
+
+
+class Here:
+    """A carry without Ray: stretches are read one after another."""
+
+    def __init__(self) -> None:
+        self.left: dict[int, list[Tensor]] = {}
+
+    def find(self, layer: int) -> list[Tensor]:
+        return self.left.pop(layer)
+
+    def keep(self, layer: int, state: Sequence[Tensor]) -> None:
+        assert layer not in self.left
+        self.left[layer] = list(state)
+
+
+def read(model: nn.Module, ids: Tensor, weights: Sequence[float], ahead: bool) -> list[Tensor]:
+    carry, found = Here(), []
+    for stretch in stretches.cut(ids.shape[1], weights):
+        with torch.inference_mode(), Passing(carry, first=stretch.number == 0, last=stretch.last, ahead=ahead):
+            found = flat(*toy_call(model, ids[:, stretch.start:stretch.stop], stretch.start))
+    assert not carry.left
+    return found
+
+
+@given(S=st.integers(2, 200), weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=9))
+def test_stretches_tile_the_prompt_in_proportion(S, weights):
+    cuts = stretches.cut(S, weights)
+    assert [t for cut in cuts for t in range(cut.start, cut.stop)] == list(range(S))
+    assert [cut.number for cut in cuts] == list(range(len(cuts)))
+    assert [cut.last for cut in cuts] == [False] * (len(cuts) - 1) + [True]
+    spare, whole = S - stretches.LEAST * len(cuts), sum(weights[: len(cuts)])
+    for cut, weight in zip(cuts, weights, strict=False):
+        assert abs(cut.stop - cut.start - stretches.LEAST - spare * weight / whole) <= 1
+
+
+@pytest.mark.parametrize(("S", "weights"), [(1, [1.0]), (10, []), (10, [1.0, 0.0])])
+def test_prompts_and_weights_that_cannot_be_cut_are_refused(S, weights):
+    with pytest.raises(ValueError, match=r"must (hold at least 2|be one a worker, above 0), got"):
+        stretches.cut(S, weights)
+
+
+@settings(max_examples=15)
+@given(S=st.integers(2, 130), weights=st.lists(st.floats(0.2, 5), min_size=1, max_size=5), ahead=st.booleans(),
+       layers=st.sampled_from(["mm", "msm"]))
+def test_any_stretches_find_what_one_process_does(S, weights, ahead, layers):
+    model, ids = Toy(layers), tokens(S)
+    with torch.inference_mode():
+        wanted = flat(*toy_call(model, ids, 0))
+    assert_close(read(model, ids, weights, ahead), wanted, 5 * TOLERANCE[torch.float32])
+
+
+def test_a_reset_in_a_stretch_forgets_the_stretches_before():
+    class Packed(nn.Module):
+        def forward(self, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+            x = torch.nn.functional.one_hot(ids, 32).float()[:, None].expand(-1, NH, -1, -1)
+            h, state = mlstm_chunkwise(x[..., :8], x[..., 8:16], x[..., 16:32], x[..., 0], x[..., 1], chunk_size=L,
+                                       reset=ids == 3)
+            return h.mean(1), [state]
+
+    ids = tokens(90)
+    with torch.inference_mode():
+        wanted = flat(*toy_call(Packed(), ids, 0))
+    assert_close(read(Packed(), ids, [1, 1, 1], ahead=True), wanted, TOLERANCE[torch.float32])
+
+
+def test_what_cannot_be_split_is_refused():
+    class Steps(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            one = torch.ones(2, NH, 8)
+            return mlstm_step(one, one, one, one[..., :1], one[..., :1], one[..., None] * one[:, :, None], one,
+                              one[..., :1])[0]
+
+    with Passing(Here(), first=True, last=True, ahead=True), pytest.raises(NotImplementedError, match="mlstm_step in"):
+        Steps()(tokens(2))
+    with pytest.raises(NotImplementedError, match=r"by mLSTM and sLSTM alone, got convolutions in 0, 1.0"):
+        check_splits(nn.Sequential(nn.Conv1d(2, 2, 4), nn.Sequential(nn.Conv1d(2, 2, 4))))
+
+
+def test_sums_ahead_are_made_where_they_cost_less_than_waiting():
+    assert [stretches.ahead(workers, 6) for workers in (1, 2, 3, 4, 8)] == [False, False, False, True, True]
+    assert stretches.ahead(2, None)
+
+
+# On a cluster
+
+ray = pytest.importorskip("ray", reason="ray is not installed")
+from torch_xlstm_ops.parallel import Workers, prefill  # noqa: E402
+from torch_xlstm_ops.schedules.ray import actors, wire  # noqa: E402
+
+on_ray = pytest.mark.ray
+
+
+class Accidents:
+    """A call of the toy that has what is written in a file happen to it first, once or until the file is gone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self.seen = folder / "accident", folder / "seen"
+
+    def __call__(self, model: Any, ids: Tensor, before: int) -> tuple[Tensor, Any]:
+        kind = self.file.read_text() if self.file.exists() else ""
+        if kind == "death" and before:
+            self.file.unlink()
+            os._exit(1)
+        if kind == "error":
+            raise ArithmeticError("a cosmic ray")
+        while before and kind == "halt" and self.file.exists():
+            time.sleep(0.05)
+        if kind == "sleep":
+            self.seen.touch()
+            time.sleep(3600)
+        x, states = model(ids)
+        return x[:, -1], states
+
+
+@pytest.fixture(scope="module")
+def accidents(tmp_path_factory: pytest.TempPathFactory) -> Accidents:
+    return Accidents(tmp_path_factory.mktemp("accidents"))
+
+
+@pytest.fixture(scope="module")
+def two(ray_cluster: Any, accidents: Accidents) -> Iterator[Workers]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
+    with Workers(Toy(), 2, call=accidents) as workers:
+        yield workers
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def wanted_of(ids: Tensor) -> list[Tensor]:
+    with torch.inference_mode():
+        return flat(*toy_call(Toy(), ids, 0))
+
+
+@on_ray
+def test_a_worker_that_dies_while_it_reads_costs_its_stretch_alone(two, accidents, caplog):
+    ids = tokens(100)
+    accidents.file.write_text("death")
+    logits, states, report = two.prefill(ids)
+    assert_close(flat(logits, states), wanted_of(ids), 5 * TOLERANCE[torch.float32])
+    assert (report.replays, len(report.reads)) == (1, 2)
+    assert caplog.messages == ["tokens 50 to 100: their worker was lost, they are read again"]
+    assert two.prefill(ids).report.replays == 0
+
+
+@on_ray
+def test_states_that_are_lost_with_their_worker_are_found_again(two, accidents):
+    ids, first = tokens(100), two.pids()[0]
+    accidents.file.write_text("halt")
+
+    def kill() -> None:
+        until_read = two._workers[0].ready.remote()  # an actor does one thing after another
+        while two._prompts == prompts:
+            time.sleep(0.05)
+        ray.get([until_read, two._workers[0].ready.remote()])
+        os.kill(first, signal.SIGKILL)
+        time.sleep(1)
+        accidents.file.unlink()
+
+    prompts = two._prompts
+    killer = threading.Thread(target=kill)
+    killer.start()
+    logits, states, report = two.prefill(ids)
+    killer.join()
+    assert_close(flat(logits, states), wanted_of(ids), 5 * TOLERANCE[torch.float32])
+    assert report.replays == 1
+
+
+@on_ray
+def test_what_a_worker_raises_reaches_the_caller_and_the_next_prompt_is_read(two, accidents):
+    ids = tokens(60)
+    accidents.file.write_text("error")
+    with pytest.raises(ArithmeticError, match="a cosmic ray"):
+        two.prefill(ids)
+    accidents.file.unlink()
+    logits, states, _ = two.prefill(ids)
+    assert_close(flat(logits, states), wanted_of(ids), 5 * TOLERANCE[torch.float32])
+
+
+@on_ray
+def test_an_interrupt_ends_the_workers_and_nothing_else(two, accidents):
+    def interrupt() -> None:
+        while not accidents.seen.exists():
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    with (  # noqa: PT012
+        pytest.raises(KeyboardInterrupt),
+        Workers(Toy(), 1, call=accidents) as workers,
+    ):
+        pids = workers.pids()
+        accidents.file.write_text("sleep")
+        threading.Thread(target=interrupt).start()
+        workers.prefill(tokens(60))
+    accidents.file.unlink()
+    assert gone(pids)
+    two.prefill(tokens(60))
+
+
+@on_ray
+def test_workers_that_there_is_no_room_for_are_an_error_in_time(ray_cluster, monkeypatch):
+    monkeypatch.setattr(actors, "START_SECONDS", 2.0)
+    with pytest.raises(RuntimeError, match=r"room for 50 workers of 1 CPU within 2 s, got \d CPU free"):
+        prefill(Toy(), tokens(60), 50, call=toy_call)
+
+
+@on_ray
+def test_models_that_workers_cannot_read_are_refused_before_any_starts(ray_cluster):
+    with pytest.raises(ValueError, match="must be an xLSTMForCausalLM of transformers, or come with call=, got Toy"):
+        Workers(Toy())
+    with pytest.raises(ValueError, match="workers must be a whole number of at least 1, got 0"):
+        Workers(Toy(), 0, call=toy_call)
+    with pytest.raises(NotImplementedError, match="got convolutions in 0"):
+        Workers(nn.Sequential(nn.Conv1d(2, 2, 4)), call=toy_call)
+
+
+@on_ray
+@pytest.mark.slow
+def test_a_node_that_dies_takes_its_stretches_alone_with_it(ray_cluster, tmp_path):
+    from tests.ray_cluster import NODE
+
+    node, accidents = ray_cluster.add_node(**NODE), Accidents(tmp_path)
+    ids = tokens(100)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with Workers(Toy(), 3, call=accidents) as workers:
+        accidents.file.write_text("halt")
+
+        def kill() -> None:
+            ray_cluster.remove_node(node, allow_graceful=False)
+            accidents.file.unlink()
+
+        killer = threading.Timer(3, kill)
+        killer.start()
+        logits, states, report = workers.prefill(ids)
+        killer.join()
+    assert_close(flat(logits, states), wanted_of(ids), 5 * TOLERANCE[torch.float32])
+    assert report.replays >= 1
+
+
+def gone(pids: Sequence[int]) -> bool:
+    until = time.monotonic() + 30
+    while (left := any(Path(f"/proc/{pid}").exists() for pid in pids)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return not left
+
+
+# transformers
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    settings = transformers.xLSTMConfig(
+        hidden_size=64, num_hidden_layers=3, num_blocks=3, num_heads=2, qk_dim_factor=1.0, vocab_size=32,
+        mode="inference", return_last_states=True, chunk_size=L, max_inference_chunksize=37,
+    )
+    return transformers.xLSTMForCausalLM(settings).eval()
+
+
+@pytest.fixture(scope="module")
+def three(model: Any, ray_cluster: Any) -> Iterator[Workers]:
+    with Workers(model, 3) as workers:
+        yield workers
+
+
+def one_process(model: Any, ids: Tensor) -> tuple[Tensor, Any]:
+    from torch_xlstm_ops.patch import patch
+
+    with patch(model), torch.inference_mode():
+        out = model(input_ids=ids, use_cache=True)
+    return out.logits[:, -1], out.cache_params
+
+
+@on_ray
+@pytest.mark.parametrize("weights", [[1], [1, 1], [1, 1, 1], [5, 1, 3]], ids=str)
+@pytest.mark.parametrize("ahead", [False, True], ids=["waiting", "ahead"])
+def test_logits_and_every_layers_state_are_those_of_one_process(model, three, weights, ahead):
+    ids = tokens(150)
+    logits, cache, report = three.prefill(ids, weights, ahead)
+    wanted_logits, wanted = one_process(model, ids)
+    found_states = [cache.rnn_state[layer] for layer in range(3)]
+    wanted_states = [wanted.rnn_state[layer] for layer in range(3)]
+    assert_close(flat(logits, found_states), flat(wanted_logits, wanted_states), 5 * TOLERANCE[torch.float32])
+    assert int(cache.seqlen_offset) == 150
+    assert len(report.reads) == len(weights)
+    following = torch.full((2, 1), 7)
+    with torch.inference_mode():
+        found = model(input_ids=following, cache_params=cache, use_cache=True).logits
+        again = model(input_ids=following, cache_params=wanted, use_cache=True).logits
+    assert_close([found], [again], 5 * TOLERANCE[torch.float32])
+
+
+@on_ray
+def test_what_crosses_a_boundary_is_the_summary_alone_whatever_the_length(three):
+    sizes = [three.prefill(tokens(S)).report.bytes_per_layer for S in (12, 48, 192)]
+    c, n, m = torch.zeros(2, 2, 32, 32), torch.zeros(2, 2, 32), torch.zeros(2, 2, 1)
+    summary = 4 * (m.numel() + c.numel() + n.numel() + m.numel())  # M dC dn, and F of M's size
+    assert len(set(sizes)) == 1
+    assert sizes[0] <= summary
+    wide = [torch.zeros(1, 8, 256, 512), torch.zeros(1, 8, 256), torch.zeros(1, 8, 1)]
+    assert len(ray.cloudpickle.dumps(wire.pack(wide))) <= 1.05 * sum(4 * t.numel() for t in wide)
+
+
+@on_ray
+def test_a_report_tells_speeds_that_cut_the_next_prompt(three):
+    report = three.prefill(tokens(90)).report
+    assert len(report.speeds) == 3
+    assert min(report.speeds) > 0
+    again = three.prefill(tokens(90), report.speeds).report
+    assert sum(read.stretch.stop - read.stretch.start for read in again.reads) == 90
+    assert str(again).count("\n") == 4
+
+
+@on_ray
+@pytest.mark.slow
+def test_five_workers_find_what_one_process_does(model, ray_cluster):
+    ids = tokens(151)
+    wanted = one_process(model, ids)[0]
+    assert_close([prefill(model, ids, 5).logits], [wanted], 5 * TOLERANCE[torch.float32])
