@@ -7,30 +7,30 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.quality import coherence, mqar, perplexity, report, throughput
+from benchmarks.quality.contenders import Conditions, usable
 from benchmarks.timing import machine, save
 from torch_xlstm_ops import devices
 
-PARTS: dict[str, Callable[[torch.device, bool, Callable[[str], None]], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Conditions], dict[str, Any]]] = {
     "mqar": mqar.run, "perplexity": perplexity.run, "coherence": coherence.run, "throughput": throughput.run,
 }
 ROOT = Path(__file__).resolve().parents[2]
 FULL, QUICK = ROOT / "benchmarks", ROOT / "build" / "quality"
 
 
-def measure(part: str, device: torch.device, quick: bool) -> dict[str, Any]:
+def measure(part: str, conditions: Conditions) -> dict[str, Any]:
     """Run one part; return its result with what it depends on."""
     started = time.perf_counter()
-    result = PARTS[part](device, quick, lambda line: print(line, flush=True))
+    result = PARTS[part](conditions)
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
     return {
-        "part": part, "quick": quick, "seconds": round(time.perf_counter() - started, 1),
-        "machine": machine(device, "transformers"), "load_average": load, "result": result,
+        "part": part, "quick": conditions.quick, "seconds": round(time.perf_counter() - started, 1),
+        "machine": machine(conditions.device, "transformers"), "load_average": load, "result": result,
     }
 
 
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("parts", nargs="*", metavar="PART", default=["all"], help=f"{', '.join(PARTS)}, all, or report (default all)")
     add("--quick", action="store_true", help="small sizes, in minutes")
     add("--device", default="cpu", help="cpu, cuda or mps (default %(default)s)")
+    add("--schedules", nargs="+", metavar="NAME", help="the first is the reference (default: all that can run here)")
     add("--out", type=Path, help="where QUALITY.md goes (default: benchmarks, with --quick build/quality)")
     add("--no-plots", action="store_true", help="leave the plots out, and do without matplotlib")
     args = parser.parse_args(arguments)
@@ -52,9 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = out / "quality" / "results"
     results.mkdir(parents=True, exist_ok=True)
     device = devices.resolve_device(args.device)
+    can = usable(device)
+    if not set(args.schedules or can) <= set(can):
+        parser.error(f"--schedules must be of {', '.join(can)}, got {' '.join(args.schedules)}")
+    conditions = Conditions(device, args.schedules or can, args.quick, partial(print, flush=True))
     for part in PARTS:
         if part in args.parts or "all" in args.parts:
-            save(measure(part, device, args.quick), results / f"{part}_{device.type}.json")
+            save(measure(part, conditions), results / f"{part}_{device.type}.json")
     kept = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
     if not kept:
         raise SystemExit(f"{results} must hold a part's result, got nothing")

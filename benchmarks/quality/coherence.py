@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.quality.contenders import THEIRS, Contender, cut, read, usable
+from benchmarks.quality.contenders import THEIRS, Conditions, Contender, cut, read
 from benchmarks.quality.prompts import PROMPTS
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, encode, load
 from torch_xlstm_ops.cli.sampling import chooser
@@ -146,12 +146,12 @@ def reread_all(loaded: Loaded, prompts: Sequence[str], written: Sequence[Written
 
 
 class _Bench(NamedTuple):
-    """What one run of this part shares: models by dtype, prompts, and who hears of progress."""
+    """What one run of this part shares."""
 
-    models: dict[str, Loaded]
+    conditions: Conditions
+    models: dict[str, Loaded]  # by dtype
     prompts: Sequence[str]
-    limit: int
-    say: Callable[[str], None]
+    limit: int  # tokens to write
 
     def compare(
         self, name: str, contender: Contender, reference: Sequence[Written] | None,
@@ -161,19 +161,19 @@ class _Bench(NamedTuple):
         with torch.inference_mode(), contender.active():
             texts = produce(self.models[contender.dtype])
         found = divergence(texts, texts if reference is None else reference)
-        self.say(f"coherence: {name}: {found['identical']} of {found['texts']} identical")
+        self.conditions.say(f"coherence: {name}: {found['identical']} of {found['texts']} identical")
         return {"schedule": contender.schedule, "dtype": contender.dtype, **found}, texts
 
-    def greedy(self, device: torch.device) -> tuple[dict[str, Any], list[Written]]:
+    def greedy(self) -> tuple[dict[str, Any], list[Written]]:
         """Write the likeliest tokens in every way; return what is found, and the texts of the reference."""
-        schedules = [Contender(name, name) for name in usable(device)]
+        schedules = [Contender(name, name) for name in self.conditions.schedules]
         ours, whole = schedules[0], lambda length: [length]
         ways: list[tuple[str, Contender, Callable[[int], Sequence[int]]]] = [
             *((one.name, one, whole) for one in schedules),
             ("prompt by steps", ours, lambda length: [1] * length),
             ("prompt in uneven pieces", ours, lambda length: cut(length, UNEVEN)),
-            ("bfloat16", Contender("bfloat16", dtype="bfloat16"), whole),
-            *([(THEIRS, Contender(THEIRS, None), whole)] if device.type == "cpu" else []),
+            ("bfloat16", Contender("bfloat16", ours.schedule, "bfloat16"), whole),
+            *([(THEIRS, Contender(THEIRS, None), whole)] if self.conditions.device.type == "cpu" else []),
         ]
         results: dict[str, Any] = {}
         reference: list[Written] | None = None
@@ -189,25 +189,25 @@ class _Bench(NamedTuple):
             results[name], _ = self.compare(name, one, reference, produce)
         return results, reference
 
-    def sampled(self, device: torch.device) -> tuple[dict[str, Any], list[Written]]:
+    def sampled(self) -> tuple[dict[str, Any], list[Written]]:
         """Draw tokens from fixed seeds under every schedule; return what is found, and the first one's texts."""
         results: dict[str, Any] = {}
         reference: list[Written] | None = None
         produce = partial(write_all, prompts=self.prompts, limit=self.limit, pieces=lambda length: [length], drawn=True)
-        for name in usable(device):
+        for name in self.conditions.schedules:
             results[name], texts = self.compare(f"drawn, {name}", Contender(name, name), reference, produce)
             reference = reference or texts
         assert reference is not None
         return results, reference
 
 
-def run(device: torch.device, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def run(conditions: Conditions) -> dict[str, Any]:
     """Return what was written, how it differs between ways to run the model, and how it is judged."""
-    prompts, limit = (PROMPTS[:4], 32) if quick else (PROMPTS, 256)
-    models = {dtype: load(DEMO_MODEL, device, dtype) for dtype in ("float32", "bfloat16")}
-    bench = _Bench(models, prompts, limit, say)
-    greedy, reference = bench.greedy(device)
-    sampled, drawn = bench.sampled(device)
+    prompts, limit = (PROMPTS[:4], 32) if conditions.quick else (PROMPTS, 256)
+    models = {dtype: load(DEMO_MODEL, conditions.device, dtype) for dtype in ("float32", "bfloat16")}
+    bench = _Bench(conditions, models, prompts, limit)
+    greedy, reference = bench.greedy()
+    sampled, drawn = bench.sampled()
     decode = models["float32"].tokenizer.decode
     texts = {kind: [decode(written.tokens) for written in of] for kind, of in
              (("greedy", reference), ("sampled", drawn))}

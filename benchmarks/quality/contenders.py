@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -31,6 +31,15 @@ class Contender(NamedTuple):
             return
         with patch("transformers"), config.use(schedule=self.schedule):
             yield
+
+
+class Conditions(NamedTuple):
+    """What every part is told: where and how much to run, under which schedules, and who hears of progress."""
+
+    device: torch.device
+    schedules: Sequence[str]  # the first is the reference
+    quick: bool = False
+    say: Callable[[str], None] = print
 
 
 def usable(device: torch.device) -> list[str]:

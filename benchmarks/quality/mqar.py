@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.quality.contenders import THEIRS, cut, usable
+from benchmarks.quality.contenders import THEIRS, Conditions, cut
 from benchmarks.quality.recall import Batch, Mix, Recall, Size, draw
 from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step
 from torch_xlstm_ops.patch import patch
@@ -79,11 +79,11 @@ def theirs(size: Size) -> Mix:
     return mix
 
 
-def ways(size: Size, device: torch.device) -> list[Way]:
+def ways(size: Size, schedules: Sequence[str]) -> list[Way]:
     """Return every way to answer that can run here; the reference is first."""
     half = [Way(str(d).removeprefix("torch."), dtype=d) for d in (torch.bfloat16, torch.float16, torch.float64)]
     return [
-        *(Way(name, name) for name in usable(device)),
+        *(Way(name, name) for name in schedules),
         Way("step by step", mix=by_steps, pieces=(1,)),
         Way("in pieces", pieces=SPLIT),
         *half,
@@ -123,26 +123,23 @@ def by_distance(rows: Sequence[Batch], answers: Sequence[Tensor]) -> dict[str, d
     }
 
 
-def evaluate(
-    model: Recall, pairs: Sequence[int], answers: int, device: torch.device,
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+def evaluate(model: Recall, pairs: Sequence[int], answers: int, conditions: Conditions) -> dict[str, Any]:
     """Return one model's accuracy for each way and number of pairs, over `answers` answers or a few more."""
     generator = torch.Generator().manual_seed(SEED)
     rows = {P: draw(model.size, -(-answers // P), P, generator) for P in pairs}
     accuracy: dict[str, dict[str, float]] = {}
     differing: dict[str, dict[str, int]] = {}
     reference: dict[int, Tensor] = {}
-    for way in ways(model.size, device):
-        copied = copy.deepcopy(model).to(device, way.dtype)
+    for way in ways(model.size, conditions.schedules):
+        copied = copy.deepcopy(model).to(conditions.device, way.dtype)
         with way.active():
-            found = {P: answer(copied, batch, way, device) for P, batch in rows.items()}
+            found = {P: answer(copied, batch, way, conditions.device) for P, batch in rows.items()}
         reference = reference or found
         accuracy[way.name] = {
             str(P): round((found[P] == batch.answers).double().mean().item(), 5) for P, batch in rows.items()
         }
         differing[way.name] = {str(P): int((found[P] != reference[P]).sum()) for P in rows}
-        say(f"{way.name}: {accuracy[way.name]}")
+        conditions.say(f"{way.name}: {accuracy[way.name]}")
     return {
         "size": model.size._asdict(), "parameters": sum(p.numel() for p in model.parameters()),
         "answers": {str(P): batch.answers.numel() for P, batch in rows.items()},
@@ -153,11 +150,11 @@ def evaluate(
     }
 
 
-def run(device: torch.device, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def run(conditions: Conditions) -> dict[str, Any]:
     """Return the results of all trained models."""
-    pairs, answers = ([64, 256], 512) if quick else ([64, 128, 256, 512, 1024, 2048], 8192)
+    pairs, answers = ([64, 256], 512) if conditions.quick else ([64, 128, 256, 512, 1024, 2048], 4096)
     results = {}
     for name in MODELS:
-        say(f"mqar: {name}")
-        results[name] = evaluate(load(name), pairs, answers, device, say)
+        conditions.say(f"mqar: {name}")
+        results[name] = evaluate(load(name), pairs, answers, conditions)
     return {"models": results}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.quality.contenders import THEIRS, Contender, cut, read, usable
+from benchmarks.quality.contenders import THEIRS, Conditions, Contender, cut, read
 from benchmarks.train_demo_model import END, standard_library
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, load
 
@@ -72,13 +72,13 @@ def by_bucket(nats: Tensor) -> list[float]:
     return [nats[:, start:end].mean().item() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def runs(length: int, device: torch.device) -> list[Run]:
+def runs(length: int, conditions: Conditions) -> list[Run]:
     """Return every way to read rows of `length` tokens that can run here; the reference is first."""
-    schedules = [Contender(name, name) for name in usable(device)]
+    schedules = [Contender(name, name) for name in conditions.schedules]
     ours = schedules[0]
     pieces = tuple(cut(length, [PIECE]))
     steps = min(STEPS, length // 2)
-    halves = [Contender(dtype, dtype=dtype) for dtype in ("bfloat16", "float16")]
+    halves = [Contender(dtype, ours.schedule, dtype) for dtype in ("bfloat16", "float16")]
     found = [Run(contender, pieces) for contender in (*schedules, *halves)]
     found += [
         Run(ours, (length,), "all at once"),
@@ -86,7 +86,7 @@ def runs(length: int, device: torch.device) -> list[Run]:
         Run(ours, (*[1] * steps, length - steps), f"first {steps} by steps"),
         Run(ours, (length - steps, *[1] * steps), f"last {steps} by steps"),
     ]
-    if device.type == "cpu":  # in bfloat16 transformers' own code mixes dtypes and raises
+    if conditions.device.type == "cpu":  # in bfloat16 transformers' own code mixes dtypes and raises
         found.append(Run(Contender(THEIRS, None), pieces))
     return found
 
@@ -102,20 +102,20 @@ def compare(nats: Tensor, reference: Tensor) -> dict[str, Any]:
     }
 
 
-def run(device: torch.device, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def run(conditions: Conditions) -> dict[str, Any]:
     """Return the curve of every run, and its largest differences from the first one's."""
-    rows, length = (1, 2048) if quick else (2, 65536)
+    rows, length = (1, 2048) if conditions.quick else (2, 65536)
     text, files = held_out(rows, length)
     results: dict[str, Any] = {}
     reference: Tensor | None = None
     models: dict[str, Any] = {}
-    for one in runs(length, device):
+    for one in runs(length, conditions):
         dtype = one.contender.dtype
-        models[dtype] = models.get(dtype) or load(DEMO_MODEL, device, dtype).model
+        models[dtype] = models.get(dtype) or load(DEMO_MODEL, conditions.device, dtype).model
         with torch.inference_mode(), one.contender.active():
             nats = cost(models[dtype], text, one.pieces)
         reference = nats if reference is None else reference
         results[one.name] = {"schedule": one.contender.schedule, "dtype": dtype, **compare(nats, reference)}
-        say(f"perplexity: {one.name}: {results[one.name]['mean']:.6f} nats a byte, "
-            f"buckets within {results[one.name]['bucket_difference']:.1e}")
+        conditions.say(f"perplexity: {one.name}: {results[one.name]['mean']:.6f} nats a byte, "
+                       f"buckets within {results[one.name]['bucket_difference']:.1e}")
     return {"rows": rows, "length": length, "edges": edges(length), "files": files, "runs": results}

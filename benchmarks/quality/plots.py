@@ -18,12 +18,13 @@ def mqar(result: Mapping[str, Any], axes: Sequence[Any]) -> None:
         found = result["models"][model]
         for way, style in zip(_shown(found["accuracy"]), ("-", "--", ":"), strict=False):
             accuracy = found["accuracy"][way]
-            by_pairs.plot([int(P) for P in accuracy], list(accuracy.values()), style, marker=marker,
+            by_pairs.plot([int(P) for P in accuracy], list(accuracy.values()), style, marker=marker, markersize=4,
                           label=f"{model}, {way}")
         for P in list(found["by_distance"])[-3:]:
             buckets = found["by_distance"][P]
             by_distance.plot([int(name.split()[0]) for name in buckets],
-                             [bucket["accuracy"] for bucket in buckets.values()], marker=marker, label=f"{model}, {P}")
+                             [bucket["accuracy"] for bucket in buckets.values()], marker=marker, markersize=4,
+                             label=f"{model}, {P} pairs")
     by_pairs.axvline(256, color="0.7", linewidth=1, zorder=0)
     by_pairs.set(xlabel="pairs in a row (trained on up to 256)", ylabel="share of right answers", ylim=(0, 1.03))
     by_distance.set(xlabel="tokens from pair to query, at least", ylabel="share of right answers", ylim=(0, 1.03))
@@ -42,7 +43,7 @@ def perplexity(result: Mapping[str, Any], axes: Sequence[Any]) -> None:
     ends, runs = result["edges"], result["runs"]
     reference = next(iter(runs.values()))["nats"]
     for name, style in zip(_shown(runs), ("-", "--", ":"), strict=False):
-        curve.plot(ends, runs[name]["nats"], style, marker="o", label=name)
+        curve.plot(ends, runs[name]["nats"], style, marker="o", markersize=4, label=name)
     for name, run in list(runs.items())[1:]:
         gaps = [max(LEAST, abs(a - b)) for a, b in zip(run["nats"], reference, strict=True)]
         distance.plot(ends, gaps, marker=".", label=name)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from benchmarks.quality.contenders import THEIRS, Contender, usable
+from benchmarks.quality.contenders import THEIRS, Conditions, Contender
 from benchmarks.quality.perplexity import held_out
 from torch_xlstm_ops.cli.generate import prepared, stream
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, load
@@ -52,17 +50,18 @@ def measure(loaded: Loaded, contenders: Sequence[Contender], length: int, tokens
     }
 
 
-def run(device: torch.device, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def run(conditions: Conditions) -> dict[str, Any]:
     """Return the rates of every schedule, and of transformers' own code, at each length."""
-    lengths, tokens, rounds = ([512], 16, 1) if quick else ([2048, 16384, 32768], 128, 3)
+    lengths, tokens, rounds = ([512], 16, 1) if conditions.quick else ([2048, 16384, 32768], 128, 3)
+    device = conditions.device
     loaded = load(DEMO_MODEL, device, "float32" if device.type == "cpu" else "bfloat16")
-    contenders = [Contender(name, name) for name in usable(device)]
+    contenders = [Contender(name, name) for name in conditions.schedules]
     if device.type == "cpu":  # in bfloat16 transformers' own code mixes dtypes and raises
         contenders.append(Contender(THEIRS, None))
     results = {}
     for length in lengths:
         results[str(length)] = measure(loaded, contenders, length, tokens, rounds)
-        say(f"throughput: {length} tokens: {results[str(length)]}")
+        conditions.say(f"throughput: {length} tokens: {results[str(length)]}")
     return {
         "dtype": str(loaded.dtype).removeprefix("torch."), "tokens": tokens, "rounds": rounds, "lengths": results,
     }
