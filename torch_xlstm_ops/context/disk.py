@@ -101,8 +101,7 @@ class Disk:
             return None
         except OSError:
             return None
-        with suppress(OSError):  # a folder that we may only read
-            os.utime(name.path)
+        _touched(name)
         return packed
 
     def put(self, packed: Packed, *, pin: bool = False) -> bool:
@@ -111,13 +110,10 @@ class Disk:
         Where that is impossible a warning says why.
         """
         name = _name(self.folder, packed)
+        if not pin and _touched(name):
+            return True
         try:
-            if name.path.exists():
-                os.utime(name.path)
-                if pin:
-                    name.set_pin(True)
-            else:
-                self._write(name, storage.to_file(packed), pin)
+            self._write(name, storage.to_file(packed), pin)
         except _NoRoom as error:
             _say(str(error), self.folder)
             return False
@@ -128,14 +124,18 @@ class Disk:
 
     def _write(self, name: Name, content: bytes, pin: bool) -> None:
         with self._lock():
-            if self.budget is not None:
-                self._shrink(self.budget - len(content))
-                if self.usage().bytes + len(content) > self.budget:
-                    raise _NoRoom(f"its {len(content)} bytes and what is pinned are more than {self.budget}")
-            name.path.parent.mkdir(exist_ok=True)
-            storage.write_whole(name.path, content)
+            if not _touched(name):
+                self._make_room(len(content))
+                name.path.parent.mkdir(exist_ok=True)
+                storage.write_whole(name.path, content)
             if pin:
                 name.set_pin(True)
+
+    def _make_room(self, size: int) -> None:
+        if self.budget is not None:
+            self._shrink(self.budget - size)
+            if self.usage().bytes + size > self.budget:
+                raise _NoRoom(f"its {size} bytes and what is pinned are more than {self.budget}")
 
     def entries(self) -> list[Entry]:
         """Return all files, the least recently used first."""
@@ -212,6 +212,15 @@ class Disk:
                     raise TimeoutError(f"another process has been writing for {PATIENCE:.0f} s")
                 time.sleep(0.002)
             yield  # closing the file unlocks it
+
+
+def _touched(name: Name) -> bool:
+    """Make a file the most recently used, where that is allowed, and return whether it is there."""
+    try:
+        os.utime(name.path)
+    except OSError:  # gone, or in a folder that we may only read
+        return name.path.exists()
+    return True
 
 
 def _try_lock(file: IO[bytes]) -> bool:
