@@ -162,6 +162,13 @@ def test_a_damaged_file_is_told_and_everything_is_read_again(model: Any, tmp_pat
             assert equal(prefill(model, tokens, segment=SEGMENT, file=file), whole)
 
 
+def test_a_file_that_is_no_state_is_not_written_over(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("what I did today " * 500)
+    with pytest.raises(ValueError, match=r"file must be a state that was saved, got .*notes, which is something else"):
+        prefill(model, some_tokens(40), file=tmp_path / "notes")
+    assert (tmp_path / "notes").read_text().startswith("what I did today")
+
+
 def test_a_full_disk_is_told_and_reading_goes_on(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +235,7 @@ def test_the_size_follows_the_free_memory(model: Any, monkeypatch: pytest.Monkey
     each = allocation.bytes_per_token(model)
     free = [each * 4096 * 2]
     monkeypatch.setattr(devices, "available", lambda device: free[0])
-    found = allocation.Allocation(model, torch.device("cpu"), None)
+    found = allocation.Allocation(model, torch.device("cpu"))
     assert found.size == 2048
     for now, size, told in ((each * 600 * 2, 512, True), (each * 900 * 2, 512, False), (each * 2100 * 2, 1024, True)):
         free[0] = now
@@ -236,7 +243,7 @@ def test_the_size_follows_the_free_memory(model: Any, monkeypatch: pytest.Monkey
             warnings.simplefilter("always")
             found.adapt()
         assert (found.size, bool(said)) == (size, told)
-    fixed = allocation.Allocation(model, torch.device("cpu"), 4096)
+    fixed = allocation.Allocation(model, torch.device("cpu"), 4096, fixed=True)
     fixed.adapt()
     assert fixed.size == 4096
 

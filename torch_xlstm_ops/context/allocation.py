@@ -41,17 +41,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Allocation:
     """The tokens of the next piece, `size`: what was asked for, or a half, a quarter, ... of it where memory is short.
 
-    segment: tokens a piece, kept unless memory runs out; None lets the free memory decide, before every piece.
+    segment: tokens a piece; default what suits the device.
+    fixed: whether they are kept unless memory runs out; otherwise the free memory decides, before every piece.
     """
 
-    def __init__(self, model: Any, device: torch.device, segment: int | None) -> None:
+    def __init__(self, model: Any, device: torch.device, segment: int | None = None, *, fixed: bool = False) -> None:
         if segment is not None and segment < 1:
             raise ValueError(f"segment must be a whole number of at least 1, got {segment}")
-        self._device, self._fixed = device, segment is not None
+        self._device, self._fixed = device, fixed
         self._each = bytes_per_token(model)
-        self._ceiling = self.wanted = segment or usual(device)
-        self.size = self.wanted
-        self.size = self.wanted = self._fitting()
+        self.size = self._ceiling = segment or usual(device)
+        self.size = self._fitting()
 
     def adapt(self) -> None:
         """Look at the free memory again, where the user left the size open."""

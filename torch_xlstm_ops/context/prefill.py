@@ -70,10 +70,9 @@ def prefill(
     source = Source(tokens, model.get_input_embeddings().num_embeddings, 0 if start is None else start.position)
     checkpoint = _Checkpoint(None if file is None else Path(file), save_every)
     start = start or checkpoint.load(model)
-    if segment is None and start is not None:
-        segment = start.segment
-    reader = Reader(model, source, Allocation(model, states.device_of(model), segment), pool,
-                    states.identity(model) if identify else states.UNKNOWN)
+    used = start.segment if segment is None and start is not None else segment
+    allocation = Allocation(model, states.device_of(model), used, fixed=segment is not None)
+    reader = Reader(model, source, allocation, pool, states.identity(model) if identify else states.UNKNOWN)
     try:
         if file is None and start is not None:
             reader.go_on(start)
@@ -110,12 +109,18 @@ class _Checkpoint:
         self._path, self._every, self._pieces = path, every, 0
 
     def load(self, model: Any) -> Snapshot | None:
-        """Return the state in the file, None where there is none; a damaged file is none, with a warning."""
+        """Return the state in the file, None where there is none; a damaged one is none, with a warning.
+
+        Raises Refused for a file that is not one of ours, which it would be a pity to write over.
+        """
         if self._path is None or not self._path.exists():
             return None
         try:
             snapshot = storage.unpack(storage.from_file(self._path), states.device_of(model))
         except storage.Damaged as error:
+            if not storage.is_ours(self._path):
+                raise states.Refused(f"file must be a state that was saved, got {self._path}, which is something else"
+                                     ) from None
             warnings.warn(f"reading begins at the first token: {error}", RuntimeWarning, stacklevel=3)
             return None
         states.check_fits(model, snapshot)

@@ -148,6 +148,13 @@ def from_file(path: Path) -> Packed:
     return packed
 
 
+def is_ours(path: Path) -> bool:
+    """Return whether a file is empty, or begins as one of ours does, whole or not."""
+    with open(path, "rb") as file:
+        beginning = file.read(4096)
+    return not beginning or FORMAT.encode() in beginning
+
+
 def _checksum(packed: Packed) -> str:
     found = hashlib.blake2b(digest_size=16)
     found.update(json.dumps(packed.about, sort_keys=True).encode())
