@@ -97,6 +97,27 @@ def test_a_batch_leaves_its_snapshots_alone(model: Any) -> None:
     assert torch.equal(snapshot.layers[1].c, before)
 
 
+def test_rows_that_find_no_memory_are_read_in_halves(pool: StatePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [some_tokens(8, seed=seed) for seed in (1, 2)]
+    added = [some_tokens(200, seed=seed) for seed in (3, 4)]
+    expected = pool.batch(prompts).read(added)
+    original, shapes = states.read, []
+
+    def read(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        shapes.append(tuple(ids.shape))
+        if ids.numel() > 128:
+            cache.rnn_state[0][0].add_(1)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(model, ids, cache)
+
+    batch = pool.batch(prompts)
+    batch._allocation.size = 256
+    monkeypatch.setattr(states, "read", read)
+    with pytest.warns(RuntimeWarning, match="reading goes on with 128 tokens at once"):
+        close(batch.read(added), expected)
+    assert shapes == [(2, 128), (2, 64), (2, 64), (2, 64), (2, 8)]
+
+
 def test_bad_rows_are_told(model: Any) -> None:
     snapshot = prefill(model, some_tokens(20))
     with pytest.raises(ValueError, match=r"tokens must be those before the snapshots, \[20\] each .* got \[19\]"):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.context import allocation, states
+from torch_xlstm_ops.context import states
+from torch_xlstm_ops.context.allocation import Allocation, is_out_of_memory
 from torch_xlstm_ops.context.reader import Pool
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import as_array, digest
@@ -34,6 +35,7 @@ class Batch:
             raise ValueError(f"tokens must be those before the snapshots, {positions} each and one row at least, got "
                              f"{lengths}")
         self._cache = states.restore(model, snapshots)
+        self._allocation = Allocation(model, states.device_of(model))
         self.logits = torch.stack([snapshot.logits for snapshot in snapshots])  # (B, V), after each row's last token
 
     def __len__(self) -> int:
@@ -43,25 +45,35 @@ class Batch:
     def read(self, tokens: Sequence[Iterable[int]]) -> Tensor:
         """Read more tokens, a sequence a row of any lengths; return the logits (B, V) after each row's last.
 
-        As many rows as still have tokens are read at once.
+        As many rows as still have tokens are read at once. What finds no memory is read in halves, with a warning.
         """
         rows = [as_array(row) for row in tokens]
         if len(rows) != len(self):
             raise ValueError(f"tokens must be {len(self)} rows, got {len(rows)}")
-        device = self.logits.device
         logits, done = self.logits.clone(), 0
         while active := [index for index, row in enumerate(rows) if len(row) > done]:
             count = min(len(rows[index]) for index in active) - done
-            count = min(count, max(1, allocation.usual(device) // len(active)))
-            ids = torch.tensor([rows[index][done : done + count].tolist() for index in active], device=device)
-            part = self._cache if len(active) == len(self) else _take(self.model, self._cache, active)
-            logits[active] = states.read(self.model, ids, part)
-            if part is not self._cache:
-                _put(self._cache, active, part)
-            done += count
+            count = min(count, max(1, self._allocation.size // len(active)))
+            try:
+                logits[active] = self._read(active, [rows[index][done : done + count].tolist() for index in active])
+            except (RuntimeError, MemoryError) as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+                self._allocation.shrink(error)
+            else:
+                done += count
         for row, added in zip(self.tokens, rows, strict=True):
             row += added
         self.logits = logits
+        return logits
+
+    def _read(self, active: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Read tokens (B, S) with some rows; if it fails on more than one token, the rows are as they were."""
+        in_place = len(active) == len(self) and len(tokens[0]) == 1
+        part = self._cache if in_place else _take(self.model, self._cache, active)
+        logits = states.read(self.model, torch.tensor(tokens, device=self.logits.device), part)
+        if not in_place:
+            _put(self._cache, active, part)
         return logits
 
     def select(self, rows: Sequence[int]) -> Batch:
