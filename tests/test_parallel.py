@@ -389,3 +389,23 @@ def test_five_workers_find_what_one_process_does(model, ray_cluster):
     ids = tokens(151)
     wanted = one_process(model, ids)[0]
     assert_close([prefill(model, ids, 5).logits], [wanted], 5 * TOLERANCE[torch.float32])
+
+
+@on_ray
+@pytest.mark.slow
+def test_generate_writes_the_same_text_with_prefill_workers(ray_cluster, capsys):
+    from torch_xlstm_ops import cli
+
+    texts = []
+    for flags in ([], ["--prefill-workers", "2"]):
+        assert cli.main(["generate", "--max-new-tokens", "16", "--prompt", "def main():\n" * 9, *flags]) == 0
+        texts.append(capsys.readouterr().out.split("┌")[0])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("flag", [["--no-patch"], ["--pool", "DIR"], ["--resume", "FILE"]], ids=lambda flag: flag[0])
+def test_prefill_workers_come_alone(capsys, flag):
+    from torch_xlstm_ops import cli
+
+    assert cli.main(["generate", "--prefill-workers", "2", *flag]) == 2
+    assert f"--prefill-workers must come without --no-patch, --pool, --resume, got {flag[0]}" in capsys.readouterr().err

@@ -36,23 +36,30 @@ class Kept(NamedTuple):
 def stream(
     loaded: Loaded, prompt: Prompt, choose: Callable[[Tensor], int], limit: int, meter: Meter,
     progress: Callable[[Progress], None] = lambda step: None, kept: Kept = Kept(),  # noqa: B008
+    read: Callable[[Prompt], tuple[Tensor, object]] | None = None,
 ) -> Generator[int, None, None]:
     """Yield new tokens after a prompt, at most `limit`; the meter has a phase `prefill` and a phase `decode`.
 
     The prefill ends when the first token is on the host. A consumer that stops early closes the iterator.
 
     progress: called after each piece of a prompt that is read in more than one.
+    read: returns a prompt's last logits (V,) and the state to go on from; default reads it here, in pieces.
     Raises BadInput when the model's logits after the prompt are not numbers.
     """
     meter.start("prefill")
     counter = _Counter(meter, progress)
-    snapshot = prefill(loaded.model, prompt, pool=kept.pool, file=kept.file, identify=bool(kept), progress=counter)
-    if bool(snapshot.logits.isnan().any()):
+    state: object
+    if read is None:
+        snapshot = prefill(loaded.model, prompt, pool=kept.pool, file=kept.file, identify=bool(kept), progress=counter)
+        logits, state = snapshot.logits, restore(loaded.model, [snapshot])
+    else:
+        logits, state = read(prompt)
+        counter(Progress(len(prompt), len(prompt), len(prompt), 0.0, None))
+    if bool(logits.isnan().any()):
         raise BadInput("the model must give numbers after the prompt, got NaN: try --dtype float32")
-    token = choose(snapshot.logits)
+    token = choose(logits)
     counter.finish()
     meter.start("decode")
-    state: object = restore(loaded.model, [snapshot])
     try:
         yield token
         for _ in range(limit - 1):

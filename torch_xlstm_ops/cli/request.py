@@ -52,6 +52,7 @@ OPTIONS = (
     Option("device", one_of("auto", *devices.KINDS), "NAME", "auto", "auto, cpu, cuda or mps"),
     Option("dtype", one_of("auto", *DTYPES), "NAME", "auto", "auto is the checkpoint's, and float32 on the CPU"),
     Option("stats_log", _STATS_FILE, "FILE", None, "write timings of prefill and decode: .csv or .json"),
+    Option("prefill_workers", WHOLE, "COUNT", None, "read the prompt by this many Ray actors, each a stretch of it"),
     Option("stats_every", WHOLE, "TOKENS", None, "tokens between two lines of the log (default 16)"),
 )
 
@@ -107,6 +108,8 @@ def read(parsed: argparse.Namespace) -> Request:
     flags = config.given_flags(parsed)
     if parsed.no_patch and (idle := [config.SETTINGS[f].flag for f in flags if f != "trace"]):
         raise BadInput(f"--no-patch must come without flags of our schedules, got {', '.join(idle)}")
+    if values["prefill_workers"] is not None:
+        _check_prefill_workers(parsed)
     prompt = _prompt(parsed)
     with bad_input():
         if values["stats_log"] is not None:
@@ -120,6 +123,12 @@ def read(parsed: argparse.Namespace) -> Request:
         raise BadInput(f"schedule must be one that can run on {device.type}, got {schedule}: {reason}")
     model = Path(parsed.model) if parsed.model is not None else DEMO_MODEL
     return Request(model, prompt, parsed.pool, parsed.resume, tuple(parsed.stop), not parsed.no_patch, device, values)
+
+
+def _check_prefill_workers(parsed: argparse.Namespace) -> None:
+    given = {"--no-patch": parsed.no_patch, "--pool": parsed.pool is not None, "--resume": parsed.resume is not None}
+    if clashing := [flag for flag, is_given in given.items() if is_given]:
+        raise BadInput(f"--prefill-workers must come without {', '.join(given)}, got {', '.join(clashing)}")
 
 
 def value(option: Option, text: str | None) -> object:

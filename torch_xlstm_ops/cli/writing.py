@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from torch_xlstm_ops import config, context, devices, trace
 from torch_xlstm_ops.cli import generate, sampling
@@ -15,6 +16,9 @@ from torch_xlstm_ops.cli.loading import BadInput, Loaded, LongPrompt, Prompt, en
 from torch_xlstm_ops.cli.meter import Meter, Row, write_stats
 from torch_xlstm_ops.cli.request import Request, bad_input
 from torch_xlstm_ops.context import states
+
+if TYPE_CHECKING:
+    from torch_xlstm_ops.cli.reading import Readers
 
 QUIET_SECONDS = 5.0  # between progress lines where there is no terminal
 STATS_EVERY = 16
@@ -36,15 +40,22 @@ def run(request: Request) -> int:
 
             undo.callback(patch("transformers").remove)
         kept = _kept(request, loaded)
+        readers = _readers(request, loaded, prompt)
+        if readers is not None:
+            undo.enter_context(readers)
         undo.enter_context(generate.prepared(loaded))
         began = time.perf_counter()
         with shown.status("compiling, once on this machine" if request.patched else "warming up"):
             ran = generate.warm_up(loaded, prompt)
+            if readers is not None:
+                readers.warm_up(prompt)
         compiling = time.perf_counter() - began
-        ended = _write(request, loaded, prompt, meter, shown, kept)
+        ended = _write(request, loaded, prompt, meter, shown, kept, readers)
     about = _about(request, loaded, ran, meter)
     about |= {"prompt tokens": len(prompt), **_resumed(kept, meter), "ended by": ended, "warm-up s": round(compiling, 3)}
     _print_table(about)
+    if readers is not None and readers.report is not None:
+        print(readers.report)
     if request.values["stats_log"] is not None:
         write_stats(request.values["stats_log"], meter.rows, about)
     recording = trace.finish()
@@ -60,8 +71,19 @@ def _kept(request: Request, loaded: Loaded) -> generate.Kept:
     return generate.Kept(pool, request.resume)
 
 
+def _readers(request: Request, loaded: Loaded, prompt: Prompt) -> Readers | None:
+    """Return the workers that read the prompt, if any were asked for."""
+    count = request.values["prefill_workers"]
+    if count is None:
+        return None
+    from torch_xlstm_ops.cli.reading import Readers
+
+    return Readers(loaded, prompt, count)
+
+
 def _write(
-    request: Request, loaded: Loaded, prompt: Prompt, meter: Meter, shown: Progress, kept: generate.Kept
+    request: Request, loaded: Loaded, prompt: Prompt, meter: Meter, shown: Progress, kept: generate.Kept,
+    readers: Readers | None,
 ) -> str:
     """Print the text as it comes, and return what ended it."""
     values = request.values
@@ -72,7 +94,7 @@ def _write(
     text = sampling.TextStream(loaded.tokenizer, last, request.stops)
     ends = end_tokens(loaded)
     with shown.prefill(len(prompt)) as progress:
-        tokens = generate.stream(loaded, prompt, choose, values["max_new_tokens"], meter, progress, kept)
+        tokens = generate.stream(loaded, prompt, choose, values["max_new_tokens"], meter, progress, kept, readers)
         ended = "interrupt"
         try:
             first = next(tokens)

@@ -21,7 +21,7 @@ from torch_xlstm_ops.schedules import job
 from torch_xlstm_ops.schedules.ray import cluster, wire
 from torch_xlstm_ops.schedules.tasks import Run
 
-START_SECONDS = 60.0  # that a cluster has for starting an actor
+START_SECONDS = 120.0  # that a cluster has for starting an actor
 PATIENCE = 10.0  # seconds between two log lines about an actor that works on
 REPLAYS = 3  # times that one piece of work may lose its actor
 

@@ -1,0 +1,47 @@
+"""A prompt read by several workers, for `generate --prefill-workers`."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from torch_xlstm_ops.cli.loading import BadInput, Loaded, Prompt
+from torch_xlstm_ops.cli.request import bad_input
+from torch_xlstm_ops.parallel import Report, Workers
+
+WARM = 2048  # tokens a worker reads beforehand at most, so that what it compiles is not timed
+
+
+class Readers:
+    """Workers that have a model, for a ``with`` block; a call reads a prompt.
+
+    Raises BadInput where Ray or the model cannot do that.
+    """
+
+    def __init__(self, loaded: Loaded, prompt: Prompt, count: int) -> None:
+        if len(prompt) < 2:
+            raise BadInput(f"--prefill-workers must have a prompt of at least 2 tokens, got {len(prompt)}")
+        with bad_input():
+            self._workers = Workers(loaded.model, count)
+        self._count = count
+        self.report: Report | None = None
+
+    def warm_up(self, prompt: Prompt) -> None:
+        """Have every worker compile what the prompt needs."""
+        self._workers.prefill(list(prompt)[: WARM * self._count])
+
+    def __call__(self, prompt: Prompt) -> tuple[Tensor, Any]:
+        """Return the last logits (V,) of a prompt, and the cache to go on from."""
+        found = self._workers.prefill(list(prompt))
+        self.report = found.report
+        return found.logits[0], found.cache
+
+    def __enter__(self) -> Readers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._workers.close()
