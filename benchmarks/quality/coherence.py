@@ -29,27 +29,41 @@ class Written(NamedTuple):
 
 
 def write(
-    loaded: Loaded, prompt: Sequence[int], limit: int, pieces: Sequence[int], choose: Callable[[Tensor], int]
-) -> Written:
-    """Read a prompt in pieces and write `limit` tokens."""
-    ids = torch.tensor([prompt], device=loaded.device)
-    *_, (_, logits, state) = read(loaded.model, ids, pieces)
-    tokens: list[int] = []
-    rows = [logits[0, -1].cpu()]
+    loaded: Loaded, prompts: Sequence[str], limit: int, pieces: Callable[[int], Sequence[int]], drawn: bool = False
+) -> list[Written]:
+    """Read prompts of one length as a batch and write `limit` tokens after each.
+
+    pieces: from the length of the prompts to the pieces in which they are read.
+    drawn: draw each token, from a seed of the prompt's own, rather than take the likeliest.
+    """
+    ids = encoded(loaded, prompts)
+    choosers = [chooser(temperature=TEMPERATURE if drawn else 0.0, top_p=TOP_P, seed=seed) for seed in range(len(ids))]
+    *_, (_, logits, state) = read(loaded.model, ids, pieces(ids.shape[1]))
+    rows: list[Tensor] = []  # each (B, V)
+    tokens: list[list[int]] = []  # each B
     while True:
-        tokens.append(choose(rows[-1]))
+        rows.append(logits[:, -1].cpu())
+        tokens.append([choose(row) for choose, row in zip(choosers, rows[-1], strict=True)])
         if len(tokens) == limit:
-            return Written(tokens, torch.stack(rows))
-        (_, logits, state), = read(loaded.model, torch.tensor([tokens[-1:]], device=loaded.device), [1], state)
-        rows.append(logits[0, -1].cpu())
+            break
+        (_, logits, state), = read(loaded.model, torch.tensor(tokens[-1], device=loaded.device)[:, None], [1], state)
+    by_prompt = zip(zip(*tokens, strict=True), torch.stack(rows, 1), strict=True)
+    return [Written(list(text), of) for text, of in by_prompt]
 
 
-def reread(loaded: Loaded, prompt: Sequence[int], tokens: Sequence[int]) -> Written:
-    """Return what the model would have chosen at each of `tokens`, read together with the prompt as one prefill."""
-    ids = torch.tensor([[*prompt, *tokens[:-1]]], device=loaded.device)
+def reread(loaded: Loaded, prompts: Sequence[str], written: Sequence[Written]) -> list[Written]:
+    """Return what the model would have chosen at each token of texts, each read with its prompt as one prefill."""
+    before = encoded(loaded, prompts)
+    after = torch.tensor([text.tokens[:-1] for text in written], device=loaded.device, dtype=before.dtype)
+    ids = torch.cat([before, after], 1)
     (_, logits, _), = read(loaded.model, ids, [ids.shape[1]])
-    rows = logits[0, len(prompt) - 1 :].cpu()
-    return Written(rows.argmax(-1).tolist(), rows)
+    rows = logits[:, before.shape[1] - 1 :].cpu()
+    return [Written(row.argmax(-1).tolist(), row) for row in rows]
+
+
+def encoded(loaded: Loaded, prompts: Sequence[str]) -> Tensor:
+    """Return the tokens (B, S) of prompts of one length."""
+    return torch.tensor([encode(loaded, prompt) for prompt in prompts], device=loaded.device)
 
 
 def divergence(found: Sequence[Written], reference: Sequence[Written]) -> dict[str, Any]:
@@ -123,28 +137,6 @@ def judge(prompts: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
     }
 
 
-def write_all(
-    loaded: Loaded, prompts: Sequence[str], limit: int, pieces: Callable[[int], Sequence[int]], drawn: bool = False
-) -> list[Written]:
-    """Write after every prompt: the likeliest tokens, or ones drawn from a seed of the prompt's own.
-
-    pieces: from the length of a prompt to the pieces in which it is read.
-    """
-    texts = []
-    for seed, prompt in enumerate(prompts):
-        tokens = encode(loaded, prompt)
-        choose = chooser(temperature=TEMPERATURE if drawn else 0.0, top_p=TOP_P, seed=seed)
-        texts.append(write(loaded, tokens, limit, pieces(len(tokens)), choose))
-    return texts
-
-
-def reread_all(loaded: Loaded, prompts: Sequence[str], written: Sequence[Written]) -> list[Written]:
-    """Reread every text with its prompt."""
-    return [
-        reread(loaded, encode(loaded, prompt), text.tokens) for prompt, text in zip(prompts, written, strict=True)
-    ]
-
-
 class _Bench(NamedTuple):
     """What one run of this part shares."""
 
@@ -179,13 +171,13 @@ class _Bench(NamedTuple):
         reference: list[Written] | None = None
         produce: Callable[[Loaded], list[Written]]
         for name, contender, pieces in ways:
-            produce = partial(write_all, prompts=self.prompts, limit=self.limit, pieces=pieces)
+            produce = partial(write, prompts=self.prompts, limit=self.limit, pieces=pieces)
             results[name], texts = self.compare(name, contender, reference, produce)
             reference = reference or texts
         assert reference is not None
         for one in schedules:
             name = f"{one.name}, all read at once"
-            produce = partial(reread_all, prompts=self.prompts, written=reference)
+            produce = partial(reread, prompts=self.prompts, written=reference)
             results[name], _ = self.compare(name, one, reference, produce)
         return results, reference
 
@@ -193,7 +185,7 @@ class _Bench(NamedTuple):
         """Draw tokens from fixed seeds under every schedule; return what is found, and the first one's texts."""
         results: dict[str, Any] = {}
         reference: list[Written] | None = None
-        produce = partial(write_all, prompts=self.prompts, limit=self.limit, pieces=lambda length: [length], drawn=True)
+        produce = partial(write, prompts=self.prompts, limit=self.limit, pieces=lambda length: [length], drawn=True)
         for name in self.conditions.schedules:
             results[name], texts = self.compare(f"drawn, {name}", Contender(name, name), reference, produce)
             reference = reference or texts
@@ -203,7 +195,7 @@ class _Bench(NamedTuple):
 
 def run(conditions: Conditions) -> dict[str, Any]:
     """Return what was written, how it differs between ways to run the model, and how it is judged."""
-    prompts, limit = (PROMPTS[:4], 32) if conditions.quick else (PROMPTS, 256)
+    prompts, limit = (PROMPTS[:4], 64) if conditions.quick else (PROMPTS, 256)
     models = {dtype: load(DEMO_MODEL, conditions.device, dtype) for dtype in ("float32", "bfloat16")}
     bench = _Bench(conditions, models, prompts, limit)
     greedy, reference = bench.greedy()

@@ -1,4 +1,7 @@
-"""The prompts of the coherence part: the beginnings of twenty functions, each below the same head of a module."""
+"""The prompts of the coherence part: the beginnings of twenty functions, each below the same head of a module.
+
+A rule of dashes above the head makes all of one length, so that they are read and continued as one batch.
+"""
 
 HEAD = '''"""Tools for text, numbers and files.
 
@@ -44,4 +47,5 @@ FUNCTIONS = [
     "def main(args=None):\n    if args is None:\n        args = sys.argv[1:]\n",
 ]
 
-PROMPTS = [HEAD + function for function in FUNCTIONS]
+LENGTH = len(HEAD) + max(map(len, FUNCTIONS)) + 8
+PROMPTS = ["# ".ljust(LENGTH - 1 - len(HEAD + function), "-") + "\n" + HEAD + function for function in FUNCTIONS]

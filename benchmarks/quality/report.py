@@ -99,9 +99,9 @@ def coherence(result: Result) -> list[str]:
     examples = [0, 11, 16] if len(result["prompts"]) > 16 else [0]
     lines = [
         f"The embedded model continues {len(result['prompts'])} fixed beginnings of functions by {result['tokens']} "
-        "bytes, greedily. Texts that are the first way's, byte for byte; for others, the byte at which the first one "
-        "parts, and the widest lead in logits that a parting overcame. *All read at once*: prompt and text are read "
-        "as one prefill, which must put the same byte first at every place.", "",
+        "bytes, greedily, as one batch. Texts that are the first way's, byte for byte; for others, the byte at which "
+        "the first one parts, and the widest lead in logits that a parting overcame. *All read at once*: prompt and "
+        "text are read as one prefill, which must put the same byte first at every place.", "",
         *table(["way", "identical", "first parting", "widest lead"], (
             row(name, found) for name, found in result["greedy"].items())),
         "", f"The least lead of a chosen byte over the next, in the first way's texts, is "
