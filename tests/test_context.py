@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 from tests.context_models import SEGMENT, Interrupting, build, equal, some_tokens
 from torch_xlstm_ops import config, devices
 from torch_xlstm_ops.context import StreamError, allocation, prefill, restore, states, storage, text_tokens
+from torch_xlstm_ops.patch import patch
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,18 @@ def test_a_reading_cut_at_a_boundary_is_the_whole_reading_bit_for_bit(model: Any
     whole = prefill(model, tokens, segment=SEGMENT)
     first = prefill(model, tokens[:cut], segment=SEGMENT)
     assert equal(prefill(model, tokens[cut:], start=first), whole)
+
+
+@pytest.mark.slow  # compiles
+def test_a_reading_on_our_operators_can_be_cut_too(model: Any, tmp_path: Path) -> None:
+    tokens = some_tokens(110)
+    plain = prefill(model, tokens, segment=SEGMENT)
+    with patch("transformers"):
+        whole = prefill(model, tokens, segment=SEGMENT)
+        first = prefill(model, tokens[:64], segment=SEGMENT, file=tmp_path / "state")
+        assert equal(prefill(model, tokens[64:], start=first), whole)
+        assert equal(prefill(model, tokens, file=tmp_path / "state"), whole)
+    torch.testing.assert_close(whole.logits, plain.logits, rtol=1e-4, atol=1e-5)
 
 
 def test_every_kind_of_tokens_gives_the_same(model: Any) -> None:
