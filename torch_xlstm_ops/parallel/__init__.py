@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -103,6 +104,7 @@ class Workers:
 
     def _start(self, model: torch.nn.Module, workers: int, threads: int, call: models.Call) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         settings = {field: value for field, value in dataclasses.asdict(config.current()).items()
                     if value is not None and field not in ("trace", "ray_address")}
@@ -111,7 +113,8 @@ class Workers:
         self._bundle = {"CPU": threads} if self.device.type == "cpu" else {"GPU": 1}
         self._arguments: tuple[Any, ...] = (ray.put(models.pack(model)), call, settings, self.device.type, threads)
         self._room = self._reserve(workers)
-        self._keeper = ray.remote(Keeper).options(num_cpus=0).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._keeper = ray.remote(Keeper).options(num_cpus=0, scheduling_strategy=here).remote()
         self._workers = [self._worker(number) for number in range(workers)]
         self._wait_for(self._workers)
 
@@ -232,11 +235,20 @@ class Workers:
         return ray.remote(Worker).options(**options).remote(*self._arguments)
 
     def _replace(self, number: int) -> None:
+        """Start a worker in the place of one; again while Ray puts it on a node whose death it has not noticed."""
         import ray
+        from ray.exceptions import RayActorError
 
-        ray.kill(self._workers[number])  # it may be cut off and alive
-        self._workers[number] = self._worker(number)
-        self._wait_for([self._workers[number]])
+        until = time.monotonic() + actors.START_SECONDS
+        while True:
+            ray.kill(self._workers[number])  # it may be cut off and alive
+            self._workers[number] = self._worker(number)
+            try:
+                return self._wait_for([self._workers[number]])
+            except RayActorError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(1)
 
     def _wait_for(self, workers: Sequence[Any]) -> None:
         import ray
