@@ -2,8 +2,9 @@
 
     python -m benchmarks.tuner --out tuner-figures            # two shapes on this CPU, about 6 minutes
 
-Every plan of a shape is measured once beside the best so far (the method `grid`). Each other method is then replayed on
-what that found, with each seed; and one is run live, its winner taking turns with the best of all.
+Every plan of a shape is measured once beside the best so far (the method `grid`), and the fastest once more beside the
+default. Each other method is then replayed on what that found, with each seed; and one is run live, its winner taking
+turns with the best of all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.records import Record
 from torch_xlstm_ops.tune.space import Candidate, Key
 
-CASES = ["1,4,64,64,2048", "1,2,128,128,1024"]
+CASES = ["1,4,64,64,2048", "2,8,64,64,512"]  # one set of compiled kernels
+FINALISTS = 8  # measured again: the best of many is also the luckiest
 PART = 5  # of all plans, one in so many is tried
 REPLAYED = tuple(method for method in samplers.METHODS if method != "grid")
 
@@ -68,6 +70,9 @@ def case(text: str, seeds: int, live: str, seconds: float, device: torch.device,
     name, trials = f"prefill {text}", len(place.plans) // PART
     every, ended = search(name, place, timed, "grid", 0, len(place.plans), seconds=seconds, folder=folder)
     rewards = {key: record.reward for key, record in every.known.items() if record.reward is not None}
+    finals = {key: timed.measure(place.plans[key], place.default, 4 * seconds).times_as_fast.value
+              for key in sorted(rewards, key=rewards.__getitem__)[-FINALISTS:]}
+    rewards = {key: min(reward, min(finals.values())) for key, reward in rewards.items()} | finals
     best_key = max(rewards, key=rewards.__getitem__)
     print(f"{text}: {len(rewards)} plans, the best is {ended.times_as_fast.value:.3f} times the default", flush=True)
     replays: dict[str, Sequence[Record]] = {}

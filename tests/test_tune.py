@@ -66,8 +66,8 @@ def search(bench: Any, *, method: str = "random", seed: int = 0, trials: int = 1
     store = more.pop("store", None) or optuna.storages.InMemoryStorage()
     goal = Goal(trials, more.pop("seconds", None), 0.1)
     about = more.pop("about", {"torch": "2"})
-    return Search("study", more.pop("space", None) or space(), bench, store, method=method, seed=seed, goal=goal,
-                  about=about, **more)
+    name, place = more.pop("name", "study"), more.pop("space", None) or space()
+    return Search(name, place, bench, store, method=method, seed=seed, goal=goal, about=about, **more)
 
 
 # Space

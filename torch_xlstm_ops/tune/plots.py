@@ -31,7 +31,7 @@ def reward_by_trial(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path
     panels: dict[str, list[Sequence[Record]]] = {}
     for name, records in studies.items():
         panels.setdefault(workload_of(name), []).append(records)
-    figure, axes = _panels(len(panels))
+    figure, axes = _panels(len(panels), width=5.6)
     for axis, (workload, members) in zip(axes, panels.items(), strict=True):
         labelled: set[str] = set()
         for records in members:
@@ -44,20 +44,22 @@ def reward_by_trial(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path
             axis.plot(numbers, list(accumulate(rewards, max)), drawstyle="steps-post", color=COLOURS[method],
                       label=label, linewidth=1.5)
         axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
-        axis.set(title=workload, xlabel="plans measured", ylabel="times as fast as the default")
-        axis.legend(frameon=False, fontsize=8)
+        axis.set(xlabel="plans measured", ylabel="times as fast as the default")
+        axis.set_title(workload, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
 
 
 def importance(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path:
     """Draw how much of the rewards' variance each setting explains alone, a panel for each workload."""
     panels = by_workload(studies)
-    figure, axes = _panels(len(panels))
+    figure, axes = _panels(len(panels), width=5.0)
     for axis, (workload, records) in zip(axes, panels.items(), strict=True):
         found = explained(records)
         names = sorted(found, key=found.__getitem__)
         axis.barh([SETTINGS[name] for name in names], [100 * found[name] for name in names], color="#1f77b4")
-        axis.set(title=workload, xlabel="% of the variance of the logarithm", xlim=(0, 100))
+        axis.set(xlabel="% of the variance of log reward", xlim=(0, 100))
+        axis.set_title(workload, fontsize=8)
     return _save(figure, path)
 
 
@@ -78,14 +80,13 @@ def prefill_and_decode(path: Path, studies: Mapping[str, Sequence[Record]]) -> P
              if (pair := _speeds(record)) is not None]
     if not found:
         return None
-    figure, (axis,) = _panels(1)
+    figure, (axis,) = _panels(1, width=6.0)
     for schedule, marker in (("inductor", "o"), ("queued", "^"), ("ray", "s")):
         points = [pair for pair, record in found if record.key[0] == schedule]
         if points:
             axis.plot(*zip(*points, strict=True), marker, linestyle="", label=schedule, alpha=0.7)
-    axis.set(xlabel="reading the prompt, tok/s", ylabel="decode, tok/s", xscale="log", ylim=(0, None),
-             title="prefill against decode, a dot for each plan")
-    axis.legend(frameon=False)
+    axis.set(xlabel="reading the prompt, tok/s", ylabel="decode, tok/s", xlim=(0, None), ylim=(0, None))
+    axis.legend(frameon=False, loc="lower left")
     return _save(figure, path)
 
 

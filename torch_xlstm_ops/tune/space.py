@@ -20,6 +20,7 @@ Params = Mapping[str, Value]  # a value for every field of `Space.choices`
 Key = tuple[Value, ...]  # of what is executed: two plans with one key are one
 
 CHUNK_SIZES = (16, 32, 64, 128, 256)
+SIZES = ("chunk_size", "segment", "heads_per_band")
 LEAST_SEGMENT = 128
 DEVICE_WORKERS = (1, 2, 4)
 STREAMS = (1, 2, 4)
@@ -90,6 +91,13 @@ class Space:
         values: dict[str, object] = {**self._fixed, **params}
         values["schedule"] = Schedule(str(values["schedule"]))
         return values
+
+    def distance(self, one: Candidate, other: Candidate) -> tuple[int, int]:
+        """Return in how many ways two plans differ (each size is one, who runs them another), and by how many steps."""
+        sizes = [field for field in self.choices if field in SIZES]
+        steps = [abs(self.choices[f].index(one.params[f]) - self.choices[f].index(other.params[f])) for f in sizes]
+        steps.append(int(any(one.params[f] != other.params[f] for f in self.choices if f not in SIZES)))
+        return sum(step > 0 for step in steps), sum(steps)
 
     def signature(self) -> str:
         """Return what tells this space from another one."""

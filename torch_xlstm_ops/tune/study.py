@@ -21,6 +21,7 @@ from torch_xlstm_ops.tune.space import Candidate, Key, Space
 STORE = "study.sqlite"  # in a folder of searches
 VERSION = 1  # of what a study holds
 PATIENCE = 10  # proposals of plans already known, one after another, before a new one is drawn at random
+NEAR = 0.5  # of the trials, the last, go to the plans next to the best
 RECORD, ABOUT, RESULT = "record", "about", "result"  # attributes in the store
 
 
@@ -194,14 +195,22 @@ class Search:
         return Result(self.best, speed, found.timings, faster=speed.low > 1)
 
     def _propose(self) -> tuple[optuna.Trial, Candidate]:
-        """Return a trial of a plan that has not been measured; what the sampler repeats is answered from memory."""
-        for _ in range(0 if self.method == "grid" else PATIENCE):
+        """Return a trial of a plan that has not been measured; what the sampler repeats is answered from memory.
+
+        The last trials go to the plans next to the best so far, whatever the method.
+        """
+        near = self.method != "grid" and len(self.known) >= (1 - NEAR) * self.goal.trials
+        for _ in range(0 if near or self.method == "grid" else PATIENCE):
             trial, candidate = self._ask()
             if candidate.key in self.space.plans and candidate.key not in self.known:
                 return trial, candidate
             self._answer(trial, candidate)
         unknown = [candidate for key, candidate in self.space.plans.items() if key not in self.known]
-        self.study.enqueue_trial(dict(self._random.choice(unknown).params))
+        self._random.shuffle(unknown)
+        if near and self.best is not None:
+            best = self.space.plans.get(self.best.key, self.best)
+            unknown.sort(key=lambda candidate: self.space.distance(candidate, best))
+        self.study.enqueue_trial(dict(unknown[0].params))
         return self._ask()
 
     def _answer(self, trial: optuna.Trial, candidate: Candidate) -> None:
