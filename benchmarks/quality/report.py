@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.quality import plots as drawing
 
 Result = Mapping[str, Any]
+EXAMPLES = (0, 11)  # prompts whose texts are shown
 INTRODUCTION = """\
 # Quality
 
@@ -96,7 +97,6 @@ def coherence(result: Result) -> list[str]:
                 "" if widest is None else f"{widest['margin']:.2g}"]
 
     judged = result["judged"]
-    examples = [0, 11, 16] if len(result["prompts"]) > 16 else [0]
     lines = [
         f"The embedded model continues {len(result['prompts'])} fixed beginnings of functions by {result['tokens']} "
         "bytes, greedily, as one batch. Texts that are the first way's, byte for byte; for others, the byte at which "
@@ -115,9 +115,11 @@ def coherence(result: Result) -> list[str]:
             [kind, *(percent(of[key]) for key in ("distinct_2", "distinct_3", "repeated_lines", "parse")),
              of["ended"], of["ended_and_parse"]] for kind, of in judged.items())),
     ]
-    for index in examples:
-        beginning = result["prompts"][index][result["prompts"][index].rindex("\n\n\n") + 3 :]
-        lines += ["", f"Prompt {index}, greedy:", "", "```python", beginning + result["texts"]["greedy"][index], "```"]
+    for index in EXAMPLES:
+        if index < len(result["prompts"]):
+            beginning = result["prompts"][index][result["prompts"][index].rindex("\n\n\n") + 3 :]
+            for kind, texts in result["texts"].items():
+                lines += ["", f"Prompt {index}, {kind}:", "", "```python", beginning + texts[index], "```"]
     return lines
 
 
