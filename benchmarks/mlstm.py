@@ -1,42 +1,49 @@
-"""Time our mLSTM against the native code of mlstm_kernels and transformers: prefill, step, and what a compile costs.
+"""Time our mLSTM against that of mlstm_kernels and transformers, native and Triton, and against the machine's floor.
 
     python -m benchmarks.mlstm --json result.json
     python -m benchmarks.mlstm prefill --shapes 1,8,256,512,2048      # B,NH,DHQK,DHHV,S
 
-Every contender is held to the float64 recurrence before it is timed; one that is not there is named with the reason;
-the others take turns call by call. The peers run at each of their chunk sizes, and the best one counts.
+Kinds: prefill, train (forward and backward), step, scaling (ours alone, at lengths up to 131,072), and compile (seconds
+of a first call). Every contender is held to the float64 recurrence before it is timed (a gradient to our own in
+float64, which the tests hold to the recurrence's); one that is not there, or wrong, is named with the reason; the
+others take turns call by call. The peers run at each of their chunk sizes, and the best one counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import alternate, machine, save
-from torch_xlstm_ops import devices, mlstm, mlstm_chunkwise, mlstm_step
+from benchmarks import floors, peers
+from benchmarks.peers import Contenders, Run
+from benchmarks.timing import machine, save, spread, turns
+from torch_xlstm_ops import config, devices, mlstm, mlstm_chunkwise, mlstm_step
+from torch_xlstm_ops.schedules import plan
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, in the Euclidean norm
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 SHAPES = {
     "prefill": ["1,8,256,512,2048", "1,4,128,128,2048", "1,4,64,64,2048", "1,4,64,64,64"],
+    "train": ["1,8,256,512,2048", "1,4,64,64,2048"],
     "step": ["1,4,64,64,1", "1,8,256,512,1"],
+    "scaling": [f"1,4,128,128,{S}" for S in (2048, 8192, 32768, 131072)],
     "compile": ["1,4,128,128,2048", "1,4,64,64,1000"],
 }
-CHUNK_SIZES = (32, 64, 128, 256)
 OURS = "ours"
-
-Run = Callable[..., Any]
+CHECKED_TOKENS = 2048  # of a longer sequence, by the recurrence
 
 
 class Shape(NamedTuple):
@@ -59,87 +66,81 @@ def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]
     return drawn
 
 
-def prefill_peers() -> dict[str, Run | str]:
-    """Return the peers' sequence functions, or the reason why one is not there."""
-    peers: dict[str, Run | str] = {}
-    for name, module, function in (
-        ("transformers native", "transformers.models.xlstm.modeling_xlstm", "mlstm_chunkwise_native_autograd"),
-        ("mlstm_kernels native", "mlstm_kernels.torch.chunkwise", "mlstm_chunkwise__native_autograd"),
-    ):
-        found = _find(module, function)
-        for size in CHUNK_SIZES:
-            peers[f"{name} {size}"] = found if isinstance(found, str) else _sized(found, size)
-    return peers
-
-
-def _sized(function: Run, size: int) -> Run:
-    def run(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Any:
-        if q.shape[2] % size:
-            raise ValueError(f"S must be a multiple of {size}")
-        return function(q, k, v, i, f, return_last_states=True, chunk_size=size)
-
-    return run
-
-
-def step_peers() -> dict[str, Run | str]:
-    """Return the peers' step functions, or the reason why one is not there."""
-    return {
-        "transformers native": _find("transformers.models.xlstm.modeling_xlstm", "mlstm_recurrent_step_native"),
-        "mlstm_kernels native": _find("mlstm_kernels.torch.recurrent", "mlstm_recurrent_step__native"),
-    }
-
-
-def _find(module: str, function: str) -> Run | str:
-    try:
-        found: Run = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return found
-
-
 def admitted(
-    contenders: dict[str, Run | str], args: Sequence[Tensor], wanted: Tensor
+    contenders: Contenders, args: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Return the contenders whose h is right, and why the others take no part."""
+    """Return the contenders whose results are right, and why the others take no part."""
     usable, out = {}, {}
     for name, run in contenders.items():
         if isinstance(run, str):
             out[name] = run
             continue
         try:
-            h = run(*args)[0]
-        except (ValueError, RuntimeError, AssertionError) as error:
+            found = run(*args)
+        except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
             out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        distance = ((h.double().cpu() - wanted).norm() / wanted.norm()).item()
-        if distance <= TOLERANCE[h.dtype]:
+        distance = max(_distance(a, b) for a, b in zip(found, wanted, strict=False))
+        if distance <= tolerance:
             usable[name] = run
         else:
-            out[name] = f"its h is {distance:.1e} from the recurrence's"
+            out[name] = f"it is {distance:.1e} from the recurrence"
     return usable, out
 
 
-@torch.inference_mode()
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    found = found.double().cpu()[:, :, :wanted.shape[2]] if found.dim() > 2 else found.double().cpu()
+    return float((found - wanted).norm() / wanted.norm())
+
+
 def measure(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Return the medians of one case, our ratio to the best peer, and who took no part."""
+    """Return the medians of one case, our ratios to the best peer and to the floor, and who took no part."""
     args = draw(shape, dtype, device)
+    cut = [t[:, :, :CHECKED_TOKENS].double().cpu() for t in args]
     zeros = [torch.zeros(size, device=device) for size in (
         (shape.B, shape.NH, shape.DHQK, shape.DHHV), (shape.B, shape.NH, shape.DHQK), (shape.B, shape.NH, 1))]
-    wanted = mlstm.recurrent(*(t.double().cpu() for t in (*args, *zeros)), eps=1e-6)[0]
-    contenders: dict[str, Run | str] = {OURS: mlstm_chunkwise, **prefill_peers()}
+    at, tolerance = floors.rates(device, dtype, torch.get_num_threads()), TOLERANCE[dtype]
+    contenders: Contenders = {OURS: mlstm_chunkwise}
+    if kind == "train":
+        contenders = {name: run if isinstance(run, str) else partial(_train, run) for name, run in (
+            contenders | peers.sequences(device, dtype)).items()}
+        wanted = list(_train(mlstm_chunkwise, *(t.double().cpu() for t in args)))
+        tolerance = GRADIENT_TOLERANCE[dtype]
+    else:
+        with torch.inference_mode():
+            wanted = [mlstm.recurrent(*cut, *(t.double().cpu() for t in zeros), eps=1e-6)[0]]
     if kind == "step":
         args = [*(t[:, :, 0] for t in args[:3]), *args[3:], *zeros]
-        wanted = wanted[:, :, 0]
-        contenders = {OURS: mlstm_step, **step_peers()}
-    usable, out = admitted(contenders, args, wanted)
-    if OURS not in usable:
-        raise SystemExit(f"ours is wrong at {shape}: {out[OURS]}")
-    medians = alternate({name: functools.partial(run, *args) for name, run in usable.items()}, device, seconds)
-    peers_ms = {name: ms for name, ms in medians.items() if name != OURS}
-    best = min(peers_ms, key=peers_ms.__getitem__, default=None)
-    ratio = None if best is None else round(medians[OURS] / medians[best], 3)
-    return {"kind": kind, "shape": shape._asdict(), "dtype": str(dtype).removeprefix("torch."), "ms": medians,
-            "best_peer": best, "ratio": ratio, "no_part": out}
+        wanted = [wanted[0][:, :, 0]]
+        contenders = {OURS: mlstm_step, **peers.steps(device)}
+        floor = floors.step_ms(shape, dtype, at)
+    else:
+        sizes = plan.Shape(shape.B * shape.NH, shape.S, shape.DHQK, shape.DHHV)
+        L = plan.make(sizes, device.type, config.current()).chunk_size
+        floor = floors.sequence_ms(shape, dtype, L, at, backward=kind == "train")
+    if kind == "prefill":
+        contenders |= peers.sequences(device, dtype)
+    with nullcontext() if kind == "train" else torch.inference_mode():
+        usable, out = admitted(contenders, args, wanted, tolerance)
+        if OURS not in usable:
+            raise SystemExit(f"ours is wrong at {shape}: {out[OURS]}")
+        taken = turns({name: partial(run, *args) for name, run in usable.items()}, device, seconds)
+    medians = {name: round(statistics.median(times), 4) for name, times in taken.items()}
+    best = min((name for name in medians if name != OURS), key=medians.__getitem__, default=None)
+    return {
+        "kind": kind, "shape": shape._asdict(), "dtype": str(dtype).removeprefix("torch."), "ms": medians,
+        "spread": {name: spread(times) for name, times in taken.items()},
+        "best_peer": best, "ratio": None if best is None else round(medians[OURS] / medians[best], 3),
+        "floor_ms": round(floor, 4), "to_floor": round(medians[OURS] / floor, 2),
+        "tokens_per_s": round(shape.B * shape.S / medians[OURS] * 1e3), "no_part": out,
+    }
+
+
+def _train(run: Run, *args: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of all arguments, for a gradient of h that is all ones."""
+    leaves = [t.detach().requires_grad_() for t in args]
+    h = run(*leaves)[0]
+    return torch.autograd.grad(h, leaves, torch.ones_like(h))
 
 
 _COMPILE = """
@@ -171,7 +172,7 @@ def compile_seconds(shape: Shape, device: torch.device) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", default=list(SHAPES), help="prefill, step, compile; default all")
+    parser.add_argument("kinds", nargs="*", default=list(SHAPES), help=f"{', '.join(SHAPES)}; default all")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the streams")
     parser.add_argument("--shapes", nargs="+", metavar="B,NH,DHQK,DHHV,S", help="default those of the kind")

@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,23 @@ Call = Callable[[], Any]
 
 def alternate(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
     """Return the median milliseconds of each call, all taking turns until the time is up, five times at least."""
+    return {name: round(statistics.median(times), 4) for name, times in turns(calls, device, seconds).items()}
+
+
+def turns(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Return the milliseconds of each call in each of its turns, as of `alternate`."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, taken.values())) < 5:
         for name, call in calls.items():
             taken[name].append(timed(call, device))
-    return {name: round(statistics.median(times), 4) for name, times in taken.items()}
+    return taken
+
+
+def spread(times: Sequence[float]) -> float:
+    """Return half the distance between the quartiles over the median: 0.05 is 5% either way."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return round((high - low) / 2 / middle, 4)
 
 
 def machine(device: torch.device, *packages: str) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""The mLSTM of other packages, by name: each a function, or the reason why it takes no part here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_SIZES = (32, 64, 128, 256)
+
+Run = Callable[..., Any]
+Contenders = dict[str, Run | str]
+
+_NATIVE = {
+    "transformers native": ("transformers.models.xlstm.modeling_xlstm", "mlstm_chunkwise_native_autograd"),
+    "mlstm_kernels native": ("mlstm_kernels.torch.chunkwise", "mlstm_chunkwise__native_autograd"),
+}
+_TRITON = {
+    "mlstm_kernels xl_chunk": ("mlstm_kernels.torch.chunkwise", "mlstm_chunkwise__xl_chunk"),
+    "mlstm_kernels limit_chunk": ("mlstm_kernels.torch.chunkwise", "mlstm_chunkwise__limit_chunk"),
+}
+_STEPS = {
+    "transformers native": ("transformers.models.xlstm.modeling_xlstm", "mlstm_recurrent_step_native"),
+    "mlstm_kernels native": ("mlstm_kernels.torch.recurrent", "mlstm_recurrent_step__native"),
+}
+_TRITON_STEPS = {"mlstm_kernels triton": ("mlstm_kernels.torch.recurrent", "mlstm_recurrent_step__triton")}
+_NO_CUDA = "Triton kernels need CUDA"
+
+
+def sequences(device: torch.device, dtype: torch.dtype) -> Contenders:
+    """Return the functions over a sequence, q k v igate fgate -> (h, state), once for each of their chunk sizes."""
+    found: Contenders = {}
+    for name, place in (_NATIVE | _TRITON).items():
+        run = _NO_CUDA if name in _TRITON and device.type != "cuda" else _find(*place)
+        if isinstance(run, str):
+            found[name] = run
+        else:
+            how = {"autocast_kernel_dtype": dtype} if name in _TRITON else {}
+            found |= {f"{name} {size}": _sized(run, size, how) for size in CHUNK_SIZES}
+    return found
+
+
+def steps(device: torch.device) -> Contenders:
+    """Return the functions over one token, q k v igate fgate c n m -> (h, state)."""
+    found: Contenders = {name: _find(*place) for name, place in _STEPS.items()}
+    for name, place in _TRITON_STEPS.items():
+        found[name] = _find(*place) if device.type == "cuda" else _NO_CUDA
+    return found
+
+
+def _sized(function: Run, size: int, how: dict[str, Any]) -> Run:
+    def run(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Any:
+        if q.shape[2] % size:
+            raise ValueError(f"S must be a multiple of {size}")
+        return function(q, k, v, i, f, return_last_states=True, chunk_size=size, **how)
+
+    return run
+
+
+def _find(module: str, function: str) -> Run | str:
+    try:
+        found: Run = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return found

@@ -1,0 +1,104 @@
+"""What the suites found, as a table on the terminal, and as RESULTS.md with a plot for each suite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.report import check_plots, table
+from benchmarks.suites import SUITES, Row
+
+FOLDER = Path(__file__).parent / "results"
+REPORT = Path(__file__).parent / "RESULTS.md"
+HEAD = ("what", "ours", "spread", "to the floor", "best peer", "ratio")
+INTRODUCTION = """\
+# Results
+
+Medians of alternating turns in one process, every contender first held to the float64 recurrence; lower ratios are
+better. *Spread* is half the distance between the quartiles over the median. *The floor* is the longer of two times: of
+the bytes that must move at the rate this machine copies, and of the products at the rate it multiplies square matrices.
+`python -m benchmarks.run` writes this file from `results/`; nothing here is typed by hand."""
+
+Kept = Mapping[str, Any]
+
+
+def keep(found: Kept) -> None:
+    """Write one suite's result where the report finds it."""
+    FOLDER.mkdir(exist_ok=True)
+    _place(found).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def show(found: Kept) -> None:
+    """Print one suite's rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(*HEAD, title=f"{found['suite']}, {found['device']}")
+    for row in _rows(found):
+        grid.add_row(*_cells(row))
+    console = Console()
+    console.print(grid)
+    for line in _absent(found):
+        console.print(line, style="dim")
+
+
+def write() -> None:
+    """Write RESULTS.md, and the plots, from all that is kept."""
+    check_plots()
+    lines = [INTRODUCTION]
+    for path in sorted(FOLDER.glob("*.json"), key=lambda path: [*SUITES].index(path.stem.split(".")[0])):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        measured = [part["result"] for part in found["parts"] if "result" in part]
+        about = {key: value for result in measured for key, value in result["machine"].items()}
+        machine = ", ".join(f"{key} {value}" for key, value in about.items())
+        lines += ["", f"## {found['suite']}, {found['device']}", "", f"{machine}; commit {found['commit']}.", ""]
+        lines += table(HEAD, [_cells(row) for row in _rows(found)])
+        if _plot(found, path.with_suffix(".png")):
+            lines += ["", f"![Ratios to the best peer](results/{path.stem}.png)"]
+        lines += ["", *(f"- {line}" for line in _absent(found))]
+    REPORT.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _place(found: Kept) -> Path:
+    return FOLDER / f"{found['suite']}.{found['device']}.json"
+
+
+def _rows(found: Kept) -> Iterator[Row]:
+    for part, kept in zip(SUITES[found["suite"]], found["parts"], strict=True):
+        if "result" in kept:
+            yield from part.rows(kept["result"])
+
+
+def _cells(row: Row) -> list[str]:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return [row.what, row.ours, number(row.spread, ".1%"), number(row.to_floor, ".2f"), row.peer,
+            number(row.ratio, ".3f")]
+
+
+def _absent(found: Kept) -> list[str]:
+    """Return who took no part, and why, each reason once."""
+    reasons = {f"{name}: {why}": None for row in _rows(found) for name, why in row.no_part.items()}
+    errors = [f"{part['module']}: {part['error']}" for part in found["parts"] if "error" in part]
+    return [*errors, *reasons]
+
+
+def _plot(found: Kept, path: Path) -> bool:
+    """Draw the ratios to the best peer, where there are any."""
+    rows = [row for row in _rows(found) if row.ratio is not None]
+    if not rows:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1 + 0.4 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    bars = axis.barh([row.what for row in rows], [row.ratio or 0 for row in rows], color="#4477aa")
+    axis.bar_label(bars, fmt="%.2f", padding=3)
+    axis.axvline(1, color="0.5", linewidth=1)
+    axis.invert_yaxis()
+    axis.set(xlabel="our time over the best peer's (lower is better)", xlim=(0, None))
+    figure.savefig(path, dpi=110)
+    return True

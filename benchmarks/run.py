@@ -1,0 +1,76 @@
+"""Run a suite of benchmarks, and write what they found: a table here, JSON, a plot, and RESULTS.md.
+
+    python -m benchmarks.run mlstm_prefill                # or mlstm_train, mlstm_step, slstm, model, scaling, all
+    python -m benchmarks.run all --quick                  # small shapes, a look at whether everything runs
+
+Each part runs in a process of its own and is kept in benchmarks/results/, by suite and device, with the versions and
+the commit it measured; RESULTS.md is written from all that is kept there. A quick look is only shown, unless --json
+names a file. Peers take part where they are installed: pip install "torch_xlstm_ops[peers]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.suites import SUITES, Part
+from torch_xlstm_ops import devices
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(part: Part, device: str, quick: bool) -> dict[str, Any]:
+    """Return a part's result, or why there is none."""
+    if device not in part.arguments:
+        return {"module": part.module, "error": f"it does not run on {device}"}
+    arguments = [*part.arguments[device], *(part.quick if quick else [])]
+    if "--device" not in arguments:
+        arguments += ["--device", device]
+    with tempfile.TemporaryDirectory() as room:
+        file = Path(room, "result.json")
+        command = [sys.executable, "-m", f"benchmarks.{part.module}", *arguments, "--json", str(file)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        if done.returncode:
+            return {"module": part.module, "error": (done.stderr.strip().splitlines() or ["no reason given"])[-1]}
+        return {"module": part.module, "arguments": arguments, "result": json.loads(file.read_text())}
+
+
+def commit() -> str:
+    """Return the commit that is measured, with a + where files differ from it; empty outside a checkout."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=[*SUITES, "all"])
+    parser.add_argument("--quick", action="store_true", help="small shapes, one second each; kept nowhere")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
+    parser.add_argument("--json", type=Path, help="where to write the result too")
+    given = parser.parse_args(arguments)
+    device = devices.resolve_device(given.device).type
+    found = []
+    for suite in SUITES if given.suite == "all" else [given.suite]:
+        parts = [run(part, device, given.quick) for part in SUITES[suite]]
+        kept = {"suite": suite, "device": device, "commit": commit(), "quick": given.quick, "parts": parts}
+        results.show(kept)
+        found.append(kept)
+        if not given.quick:
+            results.keep(kept)
+    if given.json is not None:
+        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if not given.quick:
+        results.write()
+    if failed := [part["module"] for kept in found for part in kept["parts"] if "error" in part]:
+        raise SystemExit(f"no result of: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

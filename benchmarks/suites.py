@@ -1,0 +1,115 @@
+"""The named suites: which module measures what, in full and quickly, and how its result reads as rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+Result = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """One figure: what was timed, our median, and what it is held against."""
+
+    what: str
+    ours: str  # with its unit
+    peer: str  # the best one, with its unit; empty where there is none
+    ratio: float | None  # ours to the best peer's; lower is better
+    spread: float | None = None  # of ours: half the distance of the quartiles over the median
+    to_floor: float | None = None  # ours to what the machine's bytes and products take
+    no_part: Mapping[str, str] = {}  # who could not run, or was wrong, and why
+
+
+class Part(NamedTuple):
+    """One benchmark of a suite."""
+
+    module: str  # in benchmarks
+    arguments: dict[str, list[str]]  # by device type, in full; what is absent is not measured there
+    quick: list[str]  # added to them for a quick look
+    rows: Callable[[Result], Iterable[Row]]
+
+
+def _mlstm(result: Result) -> Iterator[Row]:
+    for case in result["cases"]:
+        B, NH, DHQK, DHHV, S = case["shape"].values()
+        what = f"{case['kind']} ({B}, {NH}, {DHQK}, {DHHV}), S {S:,}, {case['dtype']}"
+        best = case["best_peer"]
+        peer = "" if best is None else f"{case['ms'][best]:.3f} ms, {best}"
+        yield Row(what, f"{case['ms']['ours']:.3f} ms, {case['tokens_per_s']:,} tokens/s", peer, case["ratio"],
+                  case["spread"]["ours"], case["to_floor"], case["no_part"])
+
+
+def _slstm(result: Result) -> Iterator[Row]:
+    for case in result["cases"]:
+        B, NH, DH, S = case["shape"].values()
+        for phase in ("forward", "forward_backward"):
+            medians = {name: ms for name, ms in case[f"{phase}_ms"].items() if not name.startswith("ours")}
+            best = min(medians, key=medians.__getitem__, default=None)
+            ours = case[f"{phase}_ms"]["ours"]
+            what = f"{phase.replace('_', ' + ')} ({B}, {NH}, {DH}), S {S:,}, {case['dtype']}"
+            peer = "" if best is None else f"{medians[best]:.3f} ms, {best}"
+            ratio = None if best is None else round(ours / medians[best], 3)
+            yield Row(what, f"{ours:.3f} ms", peer, ratio, no_part=case["no_part"])
+        yield Row(f"step (1, {NH}, {DH}), {case['dtype']}", f"{case['step_us']} us", "", None)
+
+
+def _patched(result: Result) -> Iterator[Row]:
+    model = result["model"]
+    for phase in ("prefill", "decode"):
+        ms = result[f"{phase}_ms"]
+        what = f"{phase}, patched against not: transformers xLSTM, hidden {model['hidden']}, {model['layers']} layers"
+        yield Row(what, f"{ms['patched']:.2f} ms", f"{ms['transformers']:.2f} ms, transformers", result["ratio"][phase])
+
+
+def _compiled(result: Result) -> Iterator[Row]:
+    for phase in ("prefill", "decode"):
+        medians = result[phase]["ms"]
+        for rival in ("eager", "inductor"):
+            if rival in medians:
+                yield Row(f"{phase}, backend xlstm against {rival}", f"{medians['xlstm']:.2f} ms",
+                          f"{medians[rival]:.2f} ms, {rival}", round(medians["xlstm"] / medians[rival], 3))
+
+
+def _schedules(result: Result) -> Iterator[Row]:
+    for case in result["cases"]:
+        B, NH, DHQK, DHHV, S, settings = case["case"].values()
+        what = f"{'gradient' if case['backward'] else 'prefill'} ({B}, {NH}, {DHQK}, {DHHV}), S {S:,}, queued"
+        if settings:
+            what += ", " + ", ".join(f"{name} {value}" for name, value in settings.items())
+        ms = case["median_ms"]
+        yield Row(what, f"{ms['queued']:.1f} ms", f"{ms['inductor']:.1f} ms, inductor", case["ratio"]["queued"])
+
+
+# 65,536 tokens, as the peers publish theirs.
+_PUBLISHED = ["32,8,256,512,2048", "8,8,256,512,8192", "1,8,256,512,65536",
+              "32,16,128,256,2048", "8,16,128,256,8192", "1,16,128,256,65536"]
+_TRAINED = ["8,8,256,512,8192", "8,16,128,256,8192"]
+_STEPPED = ["64,8,256,512,1", "64,16,128,256,1", "1,8,256,512,1", "1,16,128,256,1"]
+_BF16 = ["--dtype", "bfloat16"]
+
+
+def _mlstm_part(kind: str, cuda: list[str], quick: str) -> Part:
+    arguments = {"cpu": [kind], "mps": [kind], "cuda": [kind, *_BF16, *(["--shapes", *cuda] if cuda else [])]}
+    return Part("mlstm", arguments, ["--shapes", *quick.split(), "--seconds", "1"], _mlstm)
+
+
+SUITES: dict[str, list[Part]] = {
+    "mlstm_prefill": [
+        _mlstm_part("prefill", _PUBLISHED, "1,4,64,64,256"),
+        Part("mlstm", {"cpu": ["prefill", *_BF16]}, ["--shapes", "1,4,64,64,256", "--seconds", "1"], _mlstm),
+    ],
+    "mlstm_train": [_mlstm_part("train", _TRAINED, "1,4,64,64,256")],
+    "mlstm_step": [_mlstm_part("step", _STEPPED, "1,4,64,64,1")],
+    "slstm": [Part("slstm", {"cpu": [], "cuda": [], "mps": []}, ["--shapes", "1,4,64,64", "--seconds", "1"], _slstm)],
+    "model": [
+        Part("transformers_model", {"cpu": [], "mps": ["--device", "mps"], "cuda": ["--device", "cuda"]},
+             ["--hidden", "128", "--layers", "2", "--rounds", "2"], _patched),
+        Part("compiled_model", {"cpu": [], "cuda": ["--preset", "7b", "--kernel", "limit_chunk"]},
+             ["--hidden", "128", "--layers", "2", "--prompt", "64", "--seconds", "1"], _compiled),
+    ],
+    "scaling": [
+        _mlstm_part("scaling", [], "1,4,64,64,256 1,4,64,64,1024"),
+        Part("schedules", {"cpu": [], "cuda": [], "mps": []}, ["--cases", "1,4,64,64,256", "--rounds", "3"],
+             _schedules),
+    ],
+}

@@ -1,0 +1,97 @@
+"""Laws of the benchmarks: what was measured is what the report says, and what was not is said too."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import floors, mlstm, results, run
+from benchmarks.suites import SUITES, Part
+from benchmarks.timing import spread
+
+CASE = {
+    "kind": "prefill", "shape": {"B": 1, "NH": 4, "DHQK": 64, "DHHV": 64, "S": 2048}, "dtype": "float32",
+    "ms": {"ours": 1.5, "theirs 64": 3.0, "theirs 128": 4.0}, "spread": {"ours": 0.02}, "best_peer": "theirs 64",
+    "ratio": 0.5, "floor_ms": 1.0, "to_floor": 1.5, "tokens_per_s": 1365333, "no_part": {"triton": "needs CUDA"},
+}
+MACHINE = {"device": "cpu", "threads": 2}
+KEPT = {
+    "suite": "mlstm_prefill", "device": "cpu", "commit": "abc", "quick": False,
+    "parts": [{"module": "mlstm", "result": {"machine": MACHINE, "cases": [CASE]}},
+              {"module": "mlstm", "error": "it broke"}],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(results, "REPORT", tmp_path / "RESULTS.md")
+    return tmp_path
+
+
+def test_the_report_says_what_was_kept(folder):
+    pytest.importorskip("matplotlib")
+    results.keep(KEPT)
+    results.write()
+    text = (folder / "RESULTS.md").read_text()
+    assert text.startswith(results.INTRODUCTION)
+    assert text[len(results.INTRODUCTION):] == """
+
+## mlstm_prefill, cpu
+
+device cpu, threads 2; commit abc.
+
+| what | ours | spread | to the floor | best peer | ratio |
+| --- | --- | --- | --- | --- | --- |
+| prefill (1, 4, 64, 64), S 2,048, float32 | 1.500 ms, 1,365,333 tokens/s | 2.0% | 1.50 | 3.000 ms, theirs 64 | 0.500 |
+
+![Ratios to the best peer](results/mlstm_prefill.cpu.png)
+
+- mlstm: it broke
+- triton: needs CUDA
+"""
+    assert (folder / "results" / "mlstm_prefill.cpu.png").stat().st_size > 1000
+
+
+def test_a_part_that_fails_is_told(folder):
+    part = Part("mlstm", {"cpu": ["nothing-of-this-kind"]}, [], lambda result: [])
+    assert "nothing-of-this-kind" in run.run(part, "cpu", False)["error"]
+    assert run.run(part, "cuda", False)["error"] == "it does not run on cuda"
+
+
+def test_spread_is_half_the_quartiles_distance():
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((4.5 - 1.5) / 2 / 3)
+
+
+def test_a_floor_is_what_must_move_or_be_multiplied():
+    at = floors.Rates(bytes_per_ms=1e6, flops_per_ms=1e6)
+    shape = mlstm.Shape(2, 3, 8, 16, 100)
+    state, streams = 6 * (8 * 16 + 8 + 1) * 4, 6 * (8 + 8 + 16 + 16) * 2
+    assert floors.step_ms(shape, torch.bfloat16, at) == pytest.approx((2 * state + streams) / 1e6)
+    products = 600 * 2 * (32 * 8 + 32 * 16 + 2 * 8 * 16)
+    assert floors.sequence_ms(shape, torch.float32, 32, at) == pytest.approx(products / 1e6)
+    assert floors.sequence_ms(shape, torch.float32, 32, floors.Rates(1, 1e6)) == 600 * 48 * 4
+
+
+def test_what_is_wrong_takes_no_part():
+    wanted = torch.ones(1, 1, 4, 2, dtype=torch.float64)
+    contenders = {"right": lambda x: (x,), "wrong": lambda x: (2 * x,), "absent": "not installed"}
+    usable, out = mlstm.admitted(contenders, [torch.ones(1, 1, 4, 2)], [wanted], 1e-4)
+    assert list(usable) == ["right"]
+    assert out == {"wrong": "it is 1.0e+00 from the recurrence", "absent": "not installed"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_runs(suite, tmp_path):
+    file = tmp_path / "found.json"
+    command = [sys.executable, "-m", "benchmarks.run", suite, "--quick", "--device", "cpu", "--json", str(file)]
+    subprocess.run(command, check=True, cwd=run.ROOT)
+    (found,) = json.loads(file.read_text())
+    assert [*results._rows(found)]
