@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).parents[2]
-TIMEOUT_S = 240
+TIMEOUT_S = 500
 PARALLEL = min(2, os.cpu_count() or 1)
 
 
