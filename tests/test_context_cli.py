@@ -111,6 +111,11 @@ def test_a_state_of_another_prompt_is_one_line(write: Command, long: Command, tm
     assert error(write("--resume", tmp_path)).startswith("--resume must be a file that can be written")
 
 
+def test_a_pool_that_is_a_file_is_one_line(write: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert error(write("--pool", tmp_path / "file")).startswith("--pool must be a folder, or one to be made, got")
+
+
 def test_progress_tells_speed_and_time_left(
     long: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,8 @@ def read(parsed: argparse.Namespace) -> Request:
         raise BadInput(f"--no-patch must come without flags of our schedules, got {', '.join(idle)}")
     if values["prefill_workers"] is not None:
         _check_prefill_workers(parsed)
+    if parsed.pool is not None and Path(parsed.pool).exists() and not Path(parsed.pool).is_dir():
+        raise BadInput(f"--pool must be a folder, or one to be made, got {parsed.pool}, which is a file")
     prompt = _prompt(parsed)
     with bad_input():
         if values["stats_log"] is not None:
