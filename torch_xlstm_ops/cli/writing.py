@@ -52,7 +52,8 @@ def run(request: Request) -> int:
         compiling = time.perf_counter() - began
         ended = _write(request, loaded, prompt, meter, shown, kept, readers)
     about = _about(request, loaded, ran, meter)
-    about |= {"prompt tokens": len(prompt), **_resumed(kept, meter), "ended by": ended, "warm-up s": round(compiling, 3)}
+    about |= {"prompt tokens": len(prompt), **_resumed(kept, meter), "ended by": ended}
+    about["warm-up s"] = round(compiling, 3)
     _print_table(about)
     if readers is not None and readers.report is not None:
         print(readers.report)
