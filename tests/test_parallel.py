@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.oracle import TOLERANCE, assert_close
-from torch_xlstm_ops import mlstm_chunkwise, mlstm_step, slstm_sequence
+from torch_xlstm_ops import mlstm_chunkwise, mlstm_step, parallel, slstm_sequence
 from torch_xlstm_ops.parallel import stretches
 from torch_xlstm_ops.parallel.passing import Passing, check_splits
 
@@ -158,7 +158,7 @@ def test_sums_ahead_are_made_where_they_cost_less_than_waiting():
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 from torch_xlstm_ops.parallel import Workers, prefill  # noqa: E402
-from torch_xlstm_ops.schedules.ray import actors, wire  # noqa: E402
+from torch_xlstm_ops.schedules.ray import wire  # noqa: E402
 
 on_ray = pytest.mark.ray
 
@@ -270,7 +270,7 @@ def test_an_interrupt_ends_the_workers_and_nothing_else(two, accidents):
 
 @on_ray
 def test_workers_that_there_is_no_room_for_are_an_error_in_time(ray_cluster, monkeypatch):
-    monkeypatch.setattr(actors, "START_SECONDS", 2.0)
+    monkeypatch.setattr(parallel, "ROOM_SECONDS", 2.0)
     with pytest.raises(RuntimeError, match=r"room for 50 workers of 1 CPU within 2 s, got \d CPU free"):
         prefill(Toy(), tokens(60), 50, call=toy_call)
 

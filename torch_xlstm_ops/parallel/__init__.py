@@ -37,6 +37,7 @@ from torch_xlstm_ops.schedules.ray import actors, cluster, wire
 __all__ = ["Prefilled", "Report", "Workers", "prefill"]
 
 REPLAYS = 3  # times that the workers of one prompt may be lost
+ROOM_SECONDS = 15.0  # that a cluster has to find room for workers
 BEAT = 2.0  # seconds between two looks at workers that read
 
 _log = logging.getLogger("torch_xlstm_ops.ray")
@@ -219,10 +220,10 @@ class Workers:
         if cluster.room(resource) < workers * count:
             actors.release()  # of the ray schedule, which starts them again
         room = placement_group([self._bundle] * workers, strategy="SPREAD")
-        if not room.wait(actors.START_SECONDS):
+        if not room.wait(ROOM_SECONDS):
             remove_placement_group(room)
             raise RuntimeError(f"Ray must have room for {workers} workers of {count} {resource} within "
-                               f"{actors.START_SECONDS:g} s, got {cluster.room(resource)} {resource} free")
+                               f"{ROOM_SECONDS:g} s, got {cluster.room(resource)} {resource} free")
         return room
 
     def _worker(self, number: int) -> Any:
