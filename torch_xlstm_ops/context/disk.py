@@ -17,33 +17,12 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from torch_xlstm_ops.context import storage
+from torch_xlstm_ops.context.names import Name, check_name, name_of, parse
 from torch_xlstm_ops.context.storage import Damaged, Packed
 from torch_xlstm_ops.context.tiers import Usage
 from torch_xlstm_ops.context.tokens import Digest
 
 PATIENCE = 30.0  # seconds that a writer waits for the others
-PIN = ".pin"
-
-
-class Name(NamedTuple):
-    """What a file's name says."""
-
-    path: Path
-    position: int
-    digest: str
-    segment: int | None
-
-    @property
-    def pin(self) -> Path:
-        """Return the file that is there while this one is pinned."""
-        return self.path.with_suffix(PIN)
-
-    def set_pin(self, pinned: bool) -> None:
-        """Keep the file whatever room is needed, or let it go when its turn comes. Raises OSError."""
-        if pinned:
-            self.pin.touch()
-        else:
-            self.pin.unlink(missing_ok=True)
 
 
 class Entry(NamedTuple):
@@ -73,7 +52,7 @@ class Disk:
     def names(self, identity: str) -> list[Name]:
         """Return what is there of a model."""
         try:
-            found = [_parse(Path(entry.path)) for entry in os.scandir(self.folder / identity)]
+            found = [parse(Path(entry.path)) for entry in os.scandir(self.folder / identity)]
         except OSError:  # nothing yet, or nothing that we may see
             return []
         return [name for name in found if name is not None]
@@ -94,7 +73,7 @@ class Disk:
         """Return what a file holds; None if it is gone, or damaged, which a warning says before it is removed."""
         try:
             packed = storage.from_file(name.path)
-            _check_name(packed, name)
+            check_name(packed, name)
         except Damaged as error:
             warnings.warn(f"a state is read again from its tokens: {error}", RuntimeWarning, stacklevel=4)
             self.remove(name)
@@ -109,7 +88,7 @@ class Disk:
 
         Where that is impossible a warning says why.
         """
-        name = _name(self.folder, packed)
+        name = name_of(self.folder, packed)
         if not pin and _touched(name):
             return True
         try:
@@ -165,7 +144,7 @@ class Disk:
         """Yield every file with what is wrong with it; nothing is removed."""
         for entry in self.entries():
             try:
-                _check_name(storage.from_file(entry.name.path), entry.name)
+                check_name(storage.from_file(entry.name.path), entry.name)
             except FileNotFoundError:
                 continue
             except (Damaged, OSError) as error:
@@ -237,26 +216,6 @@ def _try_lock(file: IO[bytes]) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
-
-
-def _name(folder: Path, packed: Packed) -> Name:
-    about = packed.about
-    position, digest, segment = int(about["position"]), about["digest"], int(about["segment"])
-    stem = f"{position:012d}-{digest}-{segment}"
-    return Name(folder / about["identity"] / (stem + storage.SUFFIX), position, digest, segment or None)
-
-
-def _parse(path: Path) -> Name | None:
-    parts = path.stem.split("-")
-    if path.suffix != storage.SUFFIX or len(parts) != 3 or not (parts[0].isdecimal() and parts[2].isdecimal()):
-        return None
-    return Name(path, int(parts[0]), parts[1], int(parts[2]) or None)
-
-
-def _check_name(packed: Packed, name: Name) -> None:
-    if _name(name.path.parent.parent, packed) != name:
-        raise Damaged(f"{name.path} must hold what its name says, got the state of {packed.about['identity']} after "
-                      f"{packed.about['position']} tokens")
 
 
 def _say(reason: str, folder: Path) -> None:

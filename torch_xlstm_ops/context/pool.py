@@ -15,7 +15,8 @@ import torch
 from torch_xlstm_ops import devices
 from torch_xlstm_ops.context import states, storage
 from torch_xlstm_ops.context.batch import Batch
-from torch_xlstm_ops.context.disk import Disk, Name
+from torch_xlstm_ops.context.disk import Disk
+from torch_xlstm_ops.context.names import Name
 from torch_xlstm_ops.context.prefill import prefill
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.storage import Storage, packed_bytes
