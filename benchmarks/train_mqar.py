@@ -1,12 +1,17 @@
 """Train the small models of the recall benchmark: on one CPU core, in minutes, from a fixed seed.
 
+    W=benchmarks/quality/weights
+    MORE="--first 512 --pairs 512 --least 512 --stage-steps 0 --lr 2e-3"
     python -m benchmarks.train_mqar mlstm
+    python -m benchmarks.train_mqar mlstm --start $W/mqar_mlstm.safetensors $MORE --last-steps 300
     python -m benchmarks.train_mqar slstm
+    python -m benchmarks.train_mqar slstm --start $W/mqar_slstm.safetensors $MORE --last-steps 200
 
-The first is one mLSTM block with short convolutions before q and k, which is how a key meets the value that follows
-it; in the second there is no convolution, and an sLSTM block carries the key to its value. Rows begin with few pairs,
-and hold twice as many each time the answers are right; the last stage draws the number of pairs. The gradients are
-those of our own operators. What is written is in bfloat16, and the same on every run on one kind of machine.
+One is an mLSTM block with short convolutions before q and k, which is how a key meets the value that follows it; in the
+other an sLSTM stands in the place of the convolutions. Rows begin with few pairs, and hold twice as many each time the
+answers are right; at the end the rate falls, and the number of pairs is drawn. The second command of each goes on with
+rows of 512. The gradients are those of our own operators. What is written is in bfloat16, and the same on every run on
+one kind of machine.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.quality.mqar import load
 from benchmarks.quality.recall import Recall, Size, draw, loss_and_accuracy
 from benchmarks.timing import machine
 
@@ -75,10 +81,9 @@ def train(model: Recall, args: argparse.Namespace) -> list[dict[str, float]]:
             right = 0.9 * right + 0.1 * learn(P, args.lr)
             if right > args.enough:
                 break
-        else:
-            print(f"{P} pairs: {right:.3f} after {args.stage_steps} steps", flush=True)
     for index in range(args.last_steps):
-        P = int(2 ** (math.log2(args.pairs / 4) + 2 * torch.rand((), generator=generator).item()))  # a quarter to all
+        least = args.least or args.pairs / 4
+        P = int(2 ** (math.log2(least) + math.log2(args.pairs / least) * torch.rand((), generator=generator).item()))
         learn(P, args.lr * (0.5 + 0.5 * math.cos(math.pi * index / args.last_steps)))
     return curve
 
@@ -92,10 +97,11 @@ def save(model: Recall, curve: Sequence[dict[str, float]], args: argparse.Namesp
     file = args.out / f"mqar_{args.model}.safetensors"
     save_file(weights, file, metadata={"size": json.dumps(model.size._asdict())})
     file.chmod(0o644)
+    before = None if args.start is None else json.loads(args.start.with_suffix(".json").read_text(encoding="utf-8"))
     report = {
         "parameters": sum(t.numel() for t in weights.values()), "bytes": file.stat().st_size,
-        "arguments": {n: str(a) for n, a in vars(args).items() if n != "out"},
-        "machine": machine(torch.device(args.device)), "curve": curve,
+        "arguments": {n: str(a) for n, a in vars(args).items() if n not in ("out", "start")},
+        "machine": machine(torch.device(args.device)), "curve": curve, "before": before,
     }
     file.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"{file.name}: {file.stat().st_size:,} bytes", flush=True)
@@ -106,7 +112,8 @@ def save(model: Recall, curve: Sequence[dict[str, float]], args: argparse.Namesp
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     torch.manual_seed(args.seed)
-    model = Recall(SIZES[args.model]).to(args.device)
+    model = Recall(SIZES[args.model]) if args.start is None else load(args.start).train()
+    model = model.to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     save(model, train(model, args), args)
 
@@ -120,6 +127,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, default=6144, help="tokens a step (default %(default)s)")
     add("--enough", type=float, default=0.97, help="share of right answers that ends a stage (default %(default)s)")
     add("--stage-steps", type=int, default=1000, help="steps of a stage at most (default %(default)s)")
+    add("--least", type=int, help="fewest pairs in a row at the falling rate (default: a quarter of --pairs)")
+    add("--start", type=Path, help="trained weights to go on from (default: none)")
     add("--last-steps", type=int, default=600, help="steps at a falling rate (default %(default)s)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
     add("--every", type=int, default=20, help="steps between points of the curve (default %(default)s)")

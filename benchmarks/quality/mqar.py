@@ -43,17 +43,21 @@ class Way(NamedTuple):
                 yield
 
 
-def load(name: str, directory: Path = WEIGHTS) -> Recall:
+def load(file: Path) -> Recall:
     """Return a trained model in float32."""
     from safetensors import safe_open
 
-    file = directory / f"mqar_{name}.safetensors"
     if not file.exists():
-        raise SystemExit(f"{file} must be there: python -m benchmarks.train_mqar {name}")
+        raise SystemExit(f"{file} must be there: python -m benchmarks.train_mqar writes it")
     with safe_open(file, "pt") as opened:
         model = Recall(Size(**json.loads(opened.metadata()["size"])))
         model.load_state_dict({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
     return model.float().eval()
+
+
+def weights(name: str) -> Path:
+    """Return the file of a trained model's weights."""
+    return WEIGHTS / f"mqar_{name}.safetensors"
 
 
 def by_steps(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, *state: Tensor) -> Any:
@@ -156,5 +160,9 @@ def run(conditions: Conditions) -> dict[str, Any]:
     results = {}
     for name in MODELS:
         conditions.say(f"mqar: {name}")
-        results[name] = evaluate(load(name), pairs, answers, conditions)
+        file = weights(name)
+        training = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        results[name] = {
+            "trained_pairs": int(training["arguments"]["pairs"]), **evaluate(load(file), pairs, answers, conditions),
+        }
     return {"models": results}

@@ -25,8 +25,9 @@ def mqar(result: Mapping[str, Any], axes: Sequence[Any]) -> None:
             by_distance.plot([int(name.split()[0]) for name in buckets],
                              [bucket["accuracy"] for bucket in buckets.values()], marker=marker, markersize=4,
                              label=f"{model}, {P} pairs")
-    by_pairs.axvline(256, color="0.7", linewidth=1, zorder=0)
-    by_pairs.set(xlabel="pairs in a row (trained on up to 256)", ylabel="share of right answers", ylim=(0, 1.03))
+    trained = max(found["trained_pairs"] for found in result["models"].values())
+    by_pairs.axvline(trained, color="0.7", linewidth=1, zorder=0)
+    by_pairs.set(xlabel=f"pairs in a row (trained on up to {trained})", ylabel="share of right answers", ylim=(0, 1.03))
     by_distance.set(xlabel="tokens from pair to query, at least", ylabel="share of right answers", ylim=(0, 1.03))
     _powers_of_two(by_pairs, [int(P) for P in accuracy])
     by_distance.set_xscale("log", base=2)

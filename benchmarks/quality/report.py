@@ -41,8 +41,8 @@ def mqar(result: Result) -> list[str]:
     """Return the section on recall."""
     lines = [
         "Multi-query associative recall: P pairs of a key and a value, then every key once more in any order, each to "
-        "be answered by its value. The models were trained on at most 256 pairs (`python -m benchmarks.train_mqar`: "
-        "one CPU core, a fixed seed, our own backward); chance is 1 in 256.",
+        "be answered by its value. `python -m benchmarks.train_mqar` trains the models on one CPU core, from a fixed "
+        "seed, with our own backward. Chance is 1 in 256.",
     ]
     for model, found in result["models"].items():
         size = found["size"]
@@ -50,7 +50,8 @@ def mqar(result: Result) -> list[str]:
         before = f"an sLSTM of {heads} heads" if heads else f"convolutions of {size['conv']} tokens"
         lines += [
             "", f"**{model}**: an mLSTM block with {before} before q and k; {found['parameters']:,} parameters, a "
-            f"state of {size['NH']} x {size['DHQK']} x {size['DHHV']}. Right answers, by pairs in a row:", "",
+            f"state of {size['NH']} x {size['DHQK']} x {size['DHHV']}, trained on up to {found['trained_pairs']} "
+            "pairs. Right answers, by pairs in a row:", "",
             *table(["way", *found["answers"]], (
                 [way, *map(percent, accuracy.values())] for way, accuracy in found["accuracy"].items())),
             "", "Answers that are not the first way's, right or wrong:", "",
