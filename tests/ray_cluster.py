@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests import branches
+
 NODE = {"num_cpus": 3, "object_store_memory": 100 << 20}  # more CPUs than there are: actors mostly wait
 
 
@@ -22,7 +24,9 @@ def ray_cluster() -> Iterator[Any]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     cluster.add_node(**NODE)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    ray.cloudpickle.register_pickle_by_value(branches)  # workers have no tests
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR",
+             runtime_env={"worker_process_setup_hook": branches.choose})  # transformers is the same there
     yield cluster
     actors.close()
     ray.shutdown()
