@@ -269,6 +269,19 @@ def test_a_store_of_another_version_says_so(run: Command, tmp_path: Path, monkey
 
 
 @pytest.mark.slow
+def test_a_training_step_is_timed_with_its_gradients(run: Command, tmp_path: Path) -> None:
+    status, out, _ = run("tune", *SHAPE, "--phase", "train", "--trials", 3, "--trial-seconds", 0.05, "--out",
+                         tmp_path / "out")
+    assert status == 0
+    assert "train 40" in out
+    lines = [json.loads(line) for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
+    assert {line["outcome"] for line in lines} <= {"measured", "repeated"}
+    events = json.loads((tmp_path / "out" / lines[0]["trace"]).read_text())["traceEvents"]
+    assert {event["args"]["phase"] for event in events if "args" in event and "phase" in event["args"]} == {
+        "forward", "backward"}
+
+
+@pytest.mark.slow
 def test_a_model_is_searched_by_its_phases(run: Command, tmp_path: Path) -> None:
     status, out, _ = run("tune", "--phase", "prefill=0.6,first-token=0.2,decode=0.2", "--lengths", "64", "--trials", 3,
                          "--trial-seconds", 0.3, "--out", tmp_path / "out")

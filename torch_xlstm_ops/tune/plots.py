@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import accumulate
@@ -130,8 +131,6 @@ def explained(records: Sequence[Record]) -> dict[str, float]:
 
     What only the queue reads is judged among the queue's plans.
     """
-    import math
-
     found = {}
     for name in dict.fromkeys(name for record in records for name in record.params):
         groups: dict[Any, list[float]] = {}

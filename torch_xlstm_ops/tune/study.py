@@ -17,6 +17,7 @@ from torch_xlstm_ops.tune import bench, samplers
 from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.records import Files, Outcome, Record, Timing, from_json
 from torch_xlstm_ops.tune.space import Candidate, Key, Space
+from torch_xlstm_ops.tune.workloads import WrongResult
 
 STORE = "study.sqlite"  # in a folder of searches
 VERSION = 1  # of what a study holds
@@ -157,9 +158,9 @@ class Search:
         try:
             found = self._bench.measure(candidate, self.best, seconds)
         except Exception as error:  # a plan that does not run is a result
-            wrong = type(error).__name__ == "WrongResult"
+            outcome = Outcome.WRONG if isinstance(error, WrongResult) else Outcome.FAILED
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            record = dataclasses.replace(record, outcome=Outcome.WRONG if wrong else Outcome.FAILED, reason=reason)
+            record = dataclasses.replace(record, outcome=outcome, reason=reason)
         else:
             record = self._judge(record, found)
             if self._folder is not None:
