@@ -1,6 +1,7 @@
-"""Time the queued schedule against the inductor schedule on one mLSTM prefill, and print both plans.
+"""Time the queued schedule against the inductor schedule on one mLSTM prefill, and print their plans.
 
     python -m benchmarks.schedules --json result.json                 # this machine's first device
+    python -m benchmarks.schedules --schedules inductor queued ray
     python -m benchmarks.schedules --cases 1,2,256,512,4096:segment=1024,heads_per_band=2   # B,NH,DHQK,DHHV,S:settings
 
 A schedule is held to the other one, and on a short sequence to the recurrence, before it is timed; then they take
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.timing import machine, save, timed
 from torch_xlstm_ops import config, devices
+from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.functional import mlstm_chunkwise
 from torch_xlstm_ops.schedules import plan, tasks
 
@@ -76,7 +78,9 @@ def check(args: Sequence[Tensor], outputs: dict[str, Tensor]) -> dict[str, float
     return errors
 
 
-def measure(case: Case, dtype: torch.dtype, device: torch.device, rounds: int, learning: bool) -> dict[str, Any]:
+def measure(
+    case: Case, dtype: torch.dtype, device: torch.device, rounds: int, learning: bool, names: Sequence[str] = SCHEDULES
+) -> dict[str, Any]:
     """Return one case's medians, plans, and the ratio of each to inductor."""
     args = draw(case, dtype, device)
     if learning:
@@ -90,14 +94,15 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device, rounds: int, l
 
     with config.use(**case.settings), nullcontext() if learning else torch.inference_mode():
         plans = {}
-        for name in SCHEDULES:
+        for name in names:
             shape = plan.Shape(case.B * case.NH, case.S, case.DHQK, case.DHHV)
-            plans[name] = plan.make(shape, device.type, config.for_call(schedule=name), tasks.machine(device))
-        first = {name: timed(lambda name=name: call(name), device) / 1e3 for name in SCHEDULES}  # type: ignore[misc]
-        errors = check([t.detach() for t in args], {name: call(name) for name in SCHEDULES})
-        taken: dict[str, list[float]] = {name: [] for name in SCHEDULES}
+            plans[name] = plan.make(shape, device.type, config.for_call(schedule=name),
+                                    tasks.machine(device, Schedule(name)))
+        first = {name: timed(lambda name=name: call(name), device) / 1e3 for name in names}  # type: ignore[misc]
+        errors = check([t.detach() for t in args], {name: call(name) for name in names})
+        taken: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(rounds):
-            for name in SCHEDULES:
+            for name in names:
                 taken[name].append(timed(lambda name=name: call(name), device))  # type: ignore[misc]
     medians = {name: round(statistics.median(times), 2) for name, times in taken.items()}
     return {
@@ -116,13 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--cases", nargs="+", metavar="B,NH,DHQK,DHHV,S[:FIELD=VALUE,...]", default=CASES)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each schedule, default 15")
+    parser.add_argument("--schedules", nargs="+", choices=["inductor", "queued", "ray"], default=SCHEDULES)
     parser.add_argument("--backward", action="store_true", help="time the gradients too")
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
     device, dtype = devices.resolve_device(given.device), getattr(torch, given.dtype)
     cases = []
     for text in given.cases:
-        case = measure(Case.parse(text), dtype, device, given.rounds, given.backward)
+        case = measure(Case.parse(text), dtype, device, given.rounds, given.backward, given.schedules)
         print(json.dumps(case, indent=1), flush=True)
         cases.append(case)
     save({"machine": machine(device), "cases": cases}, given.json)
