@@ -11,7 +11,7 @@ import torch
 from torch_xlstm_ops import config, devices, schedules, winners
 
 PACKAGES = ("torch_xlstm_ops", "torch", "triton", "transformers", "safetensors", "rich", "xlstm", "mlstm_kernels",
-            "flashrnn", "tirex-ts", "ray")
+            "flashrnn", "tirex-ts", "ray", "optuna", "matplotlib")
 _UNSET = {"trace": "off", "ray_address": "none"}
 
 

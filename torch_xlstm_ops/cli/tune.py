@@ -49,7 +49,7 @@ _SCHEDULES = Kind("among inductor, queued, ray, with commas", lambda text: tuple
 OPTIONS = (
     Option("method", one_of(*METHODS), "NAME", "tpe", ", ".join(METHODS)),
     Option("trials", _TRIALS, "COUNT", 40, "plans to measure, the default among them"),
-    Option("time_budget", _SECONDS, "SECONDS", None, "begin no trial later"),
+    Option("time_budget", _SECONDS, "SECONDS", None, "for each length: begin no trial later"),
     Option("trial_seconds", _SECONDS, "SECONDS", 3.0, "for timing one plan"),
     Option("seed", COUNT, "SEED", 0, "of the search"),
     Option("phase", _PHASES, "PHASES", {"prefill": 1.0}, "what to be fast at: prefill, train, decode, first-token, "
