@@ -261,6 +261,20 @@ def test_every_trial_is_in_both_files_and_comes_back(tmp_path: Path) -> None:
     assert all((tmp_path / r.trace).exists() for r in measured if r.trace is not None)
 
 
+def test_the_files_of_a_folder_hold_all_its_searches(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "study.sqlite")
+    for name in ("a", "b"):
+        search(Table(), name=name, store=store, folder=tmp_path, trials=3).run()
+    lines = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    assert [line["study"] for line in lines if line["outcome"] == "measured"] == ["a"] * 3 + ["b"] * 3
+
+
+def test_a_search_killed_before_its_first_trial_goes_on(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "study.sqlite")
+    optuna.create_study(storage=store, study_name="study", direction="maximize")
+    assert search(Table(), store=store, resume=True, trials=3).run().best
+
+
 def test_a_search_goes_on_where_it_ended(tmp_path: Path) -> None:
     store = open_store(tmp_path / "study.sqlite")
     first, second = Table(), Table()

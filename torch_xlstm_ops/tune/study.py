@@ -81,7 +81,7 @@ def open_study(
     study = optuna.create_study(storage=store, study_name=name, sampler=sampler, direction="maximize",
                                 load_if_exists=True)
     wanted = {"version": VERSION, **about}
-    if not there:
+    if ABOUT not in study.user_attrs and not study.get_trials(deepcopy=False):  # new, or killed before this line
         study.set_user_attr(ABOUT, wanted)
     found = study.user_attrs.get(ABOUT, {})
     for key in {**wanted, **found}:
@@ -95,6 +95,11 @@ def names(store: optuna.storages.BaseStorage) -> list[str]:
     """Return the names of a store's studies."""
     found: list[str] = optuna.study.get_all_study_names(store)
     return found
+
+
+def everything(store: optuna.storages.BaseStorage) -> list[Record]:
+    """Return the trials of all a store's studies that are over."""
+    return [record for name in names(store) for record in records(optuna.load_study(study_name=name, storage=store))]
 
 
 def records(study: optuna.Study) -> list[Record]:
@@ -127,7 +132,7 @@ class Search:
         bests = [r for r in self.records if r.best]
         self.best = space.candidate(bests[-1].params) if bests else None
         self.best_reward = bests[-1].reward if bests else None
-        self._files = None if folder is None else Files(folder, self.records)
+        self._files = None if folder is None else Files(folder, everything(store))
 
     def run(self) -> Result:
         """Search, measure the best beside the default once more, and return what came of it.
