@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.quality.contenders import THEIRS
 
+FEWEST = 30  # answers; a share of fewer says little
 LEAST = 1e-9  # nats; a difference of zero is drawn here
 
 
@@ -21,7 +22,7 @@ def mqar(result: Mapping[str, Any], axes: Sequence[Any]) -> None:
             by_pairs.plot([int(P) for P in accuracy], list(accuracy.values()), style, marker=marker, markersize=4,
                           label=f"{model}, {way}")
         for P in list(found["by_distance"])[-3:]:
-            buckets = found["by_distance"][P]
+            buckets = {name: of for name, of in found["by_distance"][P].items() if of["answers"] >= FEWEST}
             by_distance.plot([int(name.split()[0]) for name in buckets],
                              [bucket["accuracy"] for bucket in buckets.values()], marker=marker, markersize=4,
                              label=f"{model}, {P} pairs")

@@ -57,18 +57,20 @@ def mqar(result: Result) -> list[str]:
             "", "Answers that are not the first way's, right or wrong:", "",
             *table(["way", *(f"{P}, of {count:,}" for P, count in found["answers"].items())], (
                 [way, *counts.values()] for way, counts in list(found["differing"].items())[1:])),
-            "", "Right answers by distance, in tokens from the pair to its query:", "",
+            "", f"Right answers by distance, in tokens from the pair to its query, where {drawing.FEWEST} or more were asked:", "",
             *_distances(found["by_distance"]),
         ]
     return lines
 
 
 def _distances(by_distance: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
-    buckets = dict.fromkeys(bucket for of in by_distance.values() for bucket in of)
-    ordered = sorted(buckets, key=lambda name: int(name.split()[0]))
-    return table(["distance", *(f"{P} pairs" for P in by_distance)], (
-        [bucket, *(percent(of[bucket]["accuracy"]) if bucket in of else "" for of in by_distance.values())]
-        for bucket in ordered))
+    shown = {
+        P: {name: percent(bucket["accuracy"]) for name, bucket in of.items() if bucket["answers"] >= drawing.FEWEST}
+        for P, of in by_distance.items()
+    }
+    ordered = sorted({name for of in shown.values() for name in of}, key=lambda name: int(name.split()[0]))
+    return table(["distance", *(f"{P} pairs" for P in shown)], (
+        [name, *(of.get(name, "") for of in shown.values())] for name in ordered))
 
 
 def perplexity(result: Result) -> list[str]:
