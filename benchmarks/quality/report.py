@@ -57,7 +57,8 @@ def mqar(result: Result) -> list[str]:
             "", "Answers that are not the first way's, right or wrong:", "",
             *table(["way", *(f"{P}, of {count:,}" for P, count in found["answers"].items())], (
                 [way, *counts.values()] for way, counts in list(found["differing"].items())[1:])),
-            "", f"Right answers by distance, in tokens from the pair to its query, where {drawing.FEWEST} or more were asked:", "",
+            "", "Right answers by distance, in tokens from the pair to its query, where there were "
+            f"{drawing.FEWEST} or more:", "",
             *_distances(found["by_distance"]),
         ]
     return lines
