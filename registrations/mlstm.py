@@ -86,9 +86,8 @@ def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:
         (h,) = _steps(contiguous, mlstm.step_, eps)(contiguous)
         for given, used in states:
             given.copy_(used)
-    for t in args[5:]:
-        if not t.is_inference():  # a compiled kernel writes behind autograd's back
-            torch.autograd.graph.increment_version(t)
+    # A compiled kernel writes behind autograd's back.
+    torch.autograd.graph.increment_version([t for t in args[5:] if not t.is_inference()])
     return h
 
 
