@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.timing import machine, save
 from torch_xlstm_ops import devices
+from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.schedules import tasks
 from torch_xlstm_ops.tune import bench, plots, samplers, space, study, workloads
 from torch_xlstm_ops.tune.bench import Measured
@@ -59,13 +60,15 @@ def search(
     return found, found.run()
 
 
-def case(text: str, seeds: int, live: str, seconds: float, device: torch.device, folder: Path) -> dict[str, Any]:
+def case(
+    text: str, seeds: int, live: str, seconds: float, device: torch.device, folder: Path, searched: Sequence[Schedule]
+) -> dict[str, Any]:
     """Return the figures of one shape."""
     B, NH, DHQK, DHHV, S = map(int, text.split(","))
     sizes = workloads.Sizes(B, NH, S, DHQK, DHHV)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     limits = space.Limits(bench.held_bytes(device), space.call_bytes(sizes.shape, dtype.itemsize, training=False))
-    place = space.Space(sizes.shape, device, tasks.machine(device), limits)
+    place = space.Space(sizes.shape, device, tasks.machine(device), limits, searched)
     timed = bench.Timed(place, [workloads.prefill(sizes, dtype, device)])
     name, trials = f"prefill {text}", len(place.plans) // PART
     every, ended = search(name, place, timed, "grid", 0, len(place.plans), seconds=seconds, folder=folder)
@@ -109,13 +112,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
     parser.add_argument("--cases", nargs="+", metavar="B,NH,DHQK,DHHV,S", default=CASES)
     parser.add_argument("--seeds", type=int, default=3, help="of each method, default 3")
+    parser.add_argument("--schedules", nargs="+", type=Schedule, metavar="NAME", default=space.SEARCHED,
+                        help="to choose among, default inductor queued; on CUDA the queue has thousands of plans")
     parser.add_argument("--live", choices=REPLAYED, default="tpe", help="the method that is run live, default tpe")
     parser.add_argument("--trial-seconds", type=float, default=0.5, help="for timing one plan, default 0.5")
     given = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     given.out.mkdir(parents=True)
     device = devices.resolve_device(given.device)
-    cases = [case(text, given.seeds, given.live, given.trial_seconds, device, given.out) for text in given.cases]
+    cases = [case(text, given.seeds, given.live, given.trial_seconds, device, given.out, given.schedules)
+             for text in given.cases]
     save({"machine": machine(device, "optuna"), "cases": cases}, given.out / "tuner.json")
 
 
