@@ -210,11 +210,13 @@ def test_a_worker_that_dies_while_it_reads_costs_its_stretch_alone(two, accident
     logits, states, report = two.prefill(ids)
     assert_close(flat(logits, states), wanted_of(ids), 5 * TOLERANCE[torch.float32])
     assert (report.replays, len(report.reads)) == (1, 2)
-    assert caplog.messages == ["tokens 50 to 100: their worker was lost, they are read again"]
+    ours = [record.getMessage() for record in caplog.records if record.name == "torch_xlstm_ops.ray"]
+    assert ours == ["tokens 50 to 100: their worker was lost, they are read again"]
     assert two.prefill(ids).report.replays == 0
 
 
 @on_ray
+@pytest.mark.slow
 def test_states_that_are_lost_with_their_worker_are_found_again(two, accidents):
     ids, first = tokens(100), two.pids()[0]
     accidents.file.write_text("halt")

@@ -149,7 +149,7 @@ class Workers:
     def _read(self, ids: Tensor, cuts: Sequence[Stretch], ahead: bool) -> tuple[list[Read], int]:
         """Have every stretch read, those again whose worker or whose states are lost."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
         found: dict[int, Read] = {}
         running: dict[Any, Stretch] = {}
@@ -172,7 +172,7 @@ class Workers:
                     found[stretch.number] = ray.get(reference)
                 except RayTaskError as error:
                     raise error.cause from error
-                except RayActorError as error:
+                except (RayActorError, ObjectLostError) as error:
                     if replays >= REPLAYS:
                         raise RuntimeError(f"workers must live through a prompt, got {replays + 1} lost") from error
                     replays += 1

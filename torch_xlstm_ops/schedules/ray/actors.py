@@ -81,7 +81,7 @@ class Pool:
         self.device = device
         self._hands: list[_Hand] = []
         self._count = 0  # of all that were ever there
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
 
     @property
     def size(self) -> int:
@@ -90,14 +90,14 @@ class Pool:
 
     def grow(self, size: int) -> None:
         """Have at least `size` actors."""
-        with self._changed:
+        with self._lock:
             while len(self._hands) < size:
                 self._hands.append(_Hand(self._count, self.device))
                 self._count += 1
 
     def close(self) -> None:
         """End the actors."""
-        with self._changed:
+        with self._lock:
             for hand in self._hands:
                 hand.end()
             self._hands.clear()
@@ -116,7 +116,7 @@ class Pool:
         return lambda tensors: self._call(pickled, wire.pack(tensors))
 
     def _call(self, work: bytes, packed: Sequence[wire.Packed]) -> Sequence[Tensor]:
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
         for _ in range(REPLAYS + 1):
             hand = self._take()
@@ -124,7 +124,7 @@ class Pool:
                 return wire.unpack(self._wait(hand, work, packed))
             except RayTaskError as error:
                 raise error.cause from error
-            except RayActorError as error:
+            except (RayActorError, ObjectLostError) as error:  # or its result, with its node
                 lost = error
                 _log.warning("%s: actor %d was lost, its work is done again", job.where(), hand.number)
                 self._replace(hand)
@@ -150,7 +150,7 @@ class Pool:
         """Return the actor with the least to do of those that have started."""
         import ray
 
-        with self._changed:
+        with self._lock:
             hands = list(self._hands)
         if not hands:
             raise RuntimeError("the actors were ended while they had work")
@@ -159,18 +159,18 @@ class Pool:
             raise RuntimeError(f"Ray must start an actor on {self.device} within {START_SECONDS:g} s, got none: "
                                f"{cluster.room('CPU')} CPUs and {cluster.room('GPU')} GPUs are free")
         there, _ = ray.wait([hand.started for hand in hands], num_returns=len(hands), timeout=0)
-        with self._changed:
+        with self._lock:
             hand = min((hand for hand in hands if hand.started in there), key=lambda hand: hand.depth)
             hand.depth += 1
             return hand
 
     def _leave(self, hand: _Hand) -> None:
-        with self._changed:
+        with self._lock:
             hand.depth -= 1
 
     def _replace(self, lost: _Hand) -> None:
         """Put a new actor in the place of one, unless another thread has."""
-        with self._changed:
+        with self._lock:
             if lost in self._hands:
                 lost.end()  # it may be cut off and alive
                 self._hands[self._hands.index(lost)] = _Hand(self._count, self.device)
