@@ -51,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.check_plots()
     out = args.out or (QUICK if args.quick else FULL)
     results = out / "quality" / "results"
-    results.mkdir(parents=True, exist_ok=True)
     device = devices.resolve_device(args.device)
     can = usable(device)
     if not set(args.schedules or can) <= set(can):
         parser.error(f"--schedules must be of {', '.join(can)}, got {' '.join(args.schedules)}")
+    results.mkdir(parents=True, exist_ok=True)
     conditions = Conditions(device, args.schedules or can, args.quick, partial(print, flush=True))
     for part in PARTS:
         if part in args.parts or "all" in args.parts:
