@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from torch_xlstm_ops import compiled
+from tests import oracle
+from torch_xlstm_ops import compiled, config, mlstm_chunkwise, slstm_sequence
 
 
 def scale(x, y, *, factor):
@@ -38,6 +39,25 @@ def test_free_sizes_share_one_compile(compiles):
         (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
         torch.testing.assert_close(found, scale(*args, factor=2.0)[0])
     assert len(compiles) == 1
+
+
+@pytest.mark.parametrize("schedule", ["inductor", "queued"])
+def test_lengths_and_batches_of_an_mlstm_share_its_compiles(compiles, schedule):
+    for B, S in [(2, 19), (1, 16), (3, 100), (2, 64), (1, 70)]:
+        args = [t.requires_grad_() for t in oracle.draw(oracle.Sizes(B=B, S=S))]
+        with config.use(segment=32, heads_per_band=2 if schedule == "inductor" else 9):
+            h, state = mlstm_chunkwise(*args, chunk_size=16, schedule=schedule)
+        torch.autograd.grad(oracle.weigh([h, *state]), args)
+    assert len(compiles) >= 2  # forth and back
+    assert all(compiles)  # with sizes left free
+
+
+def test_lengths_and_batches_of_an_slstm_share_its_compiles(compiles):
+    for B, S in [(1, 7), (2, 40), (3, 33)]:
+        x, r, b = torch.randn(B, S, 4, 2, 8), torch.randn(4, 2, 8, 8), torch.randn(4, 2, 8)
+        args = [t.requires_grad_() for t in (x, r, b)]
+        torch.autograd.grad(slstm_sequence(*args)[0].sum(), args)
+    assert len(compiles) <= 8
 
 
 def test_what_a_kernel_is_specialised_on_is_in_the_key(compiles):

@@ -42,6 +42,15 @@ def suffix(terms: Tensor) -> Tensor:
     return torch.where(causal(terms.shape[-1], terms).mT, terms[..., None, :], 0.0).sum(-1)
 
 
+def prefix_and_suffix(earlier: Tensor, later: Tensor) -> Tensor:
+    """Return, for each element of the last axis, the sum of `earlier` before it and of `later` from it on."""
+    if later.is_cuda:  # F.pad would fix the sizes that a compile leaves free
+        before = torch.cat([torch.zeros_like(earlier[..., :1]), earlier.cumsum(-1)[..., :-1]], -1)
+        return before + suffix(later)
+    ahead = causal(later.shape[-1], later).mT
+    return torch.where(ahead, later[..., None, :], earlier[..., None, :]).sum(-1)
+
+
 def span(after: Tensor, before: Tensor | None = None) -> Tensor:
     """Return the log decay between two of `prefixes`, -inf where a closed gate lies between them."""
     coarse, fine, closed = (after if before is None else after - before).unbind(0)

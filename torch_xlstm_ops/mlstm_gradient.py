@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from torch_xlstm_ops.decay import NEG_INF, causal, prefix, prefixes, span, suffix
+from torch_xlstm_ops.decay import NEG_INF, causal, prefix, prefix_and_suffix, prefixes, span
 from torch_xlstm_ops.mlstm import (
     FLOOR,
     STATE,
@@ -180,8 +179,7 @@ def _over_gates(E: Tensor, e: Tensor, alpha: Tensor, passing: Tensor) -> Tensor:
     over_chunk = torch.where(later[:, :, None] & earlier[:, None, :], passing[:, None], 0.0).sum((-1, -2))
     # A token's own weight passes over no gate, and left in it would drown the others where gates are nearly closed.
     others = torch.where(causal(L, E).mT, 0.0, E)
-    inside = suffix(others.sum(-1) - others.sum(-2) + e)
-    return inside + F.pad(prefix(alpha)[..., :-1], (1, 0)) + over_chunk[..., None]
+    return prefix_and_suffix(alpha, others.sum(-1) - others.sum(-2) + e) + over_chunk[..., None]
 
 
 def finish(
