@@ -19,7 +19,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from tests.oracle import TOLERANCE, Sizes, assert_close, draw, exact, weigh
+from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, weigh
 from torch_xlstm_ops import config, mlstm_chunkwise, schedules, trace
 from torch_xlstm_ops.config import Config, Schedule
 from torch_xlstm_ops.schedules.job import TaskError
@@ -49,7 +49,8 @@ def test_results_and_gradients_equal_inductors(ray_cluster, plan):
             found[name] = call(args, name)
             gradients[name] = torch.autograd.grad(weigh(found[name]), args)
     assert_close(found["ray"], found["inductor"], 1e-6)
-    assert_close(gradients["ray"], gradients["inductor"], 1e-6)
+    # An actor has one thread, the caller may have more: sums are cut elsewhere, and denominators near 0 magnify that.
+    assert_close(gradients["ray"], gradients["inductor"], GRADIENT_TOLERANCE[torch.float32])
     assert all(t.is_leaf or t.grad_fn is not None for t in found["ray"])
     for t in gradients["ray"]:
         t.add_(1)  # nothing that the object store holds
