@@ -75,7 +75,8 @@ def test_gradients_equal_inductors():
         with config.use(segment=2 * L, heads_per_band=2):
             h, state = mlstm_chunkwise(*args, chunk_size=L, schedule=schedule)
             found[schedule] = torch.autograd.grad(weigh([h, *state]), args)
-    assert_close(found["queued"], found["inductor"], 1e-6)
+    # Workers have a thread each, the caller three: sums are cut elsewhere, and denominators near 0 magnify that.
+    assert_close(found["queued"], found["inductor"], GRADIENT_TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("plan", [{"segment": 2 * L, "heads_per_band": 1}, ALONE], ids=["bands", "abreast"])
