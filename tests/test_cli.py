@@ -19,10 +19,12 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_xlstm_ops import cli, config, devices, schedules, trace
+from tests.conftest import Command
+from torch_xlstm_ops import config, devices, schedules, trace
 from torch_xlstm_ops.cli import generate, info, loading, meter, sampling
 from torch_xlstm_ops.context import allocation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = "def main(argv):\n"
 CPU = torch.device("cpu")
 
@@ -51,15 +53,6 @@ def loaded(model_directory: Path) -> loading.Loaded:
     return loading.load(model_directory, CPU)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Keep tiny products off other cores, where waiting for a busy one costs far more than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
@@ -69,20 +62,6 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     config.reload(flags={})
-
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process; return its status, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

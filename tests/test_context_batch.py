@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ pytest.importorskip("transformers")
 from tests.context_models import build, some_tokens
 from torch_xlstm_ops.context import Batch, ChatSession, StatePool, prefill, states
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:
@@ -24,14 +25,6 @@ def model() -> Any:
 @pytest.fixture
 def pool(model: Any) -> StatePool:
     return StatePool(model, host_bytes=1 << 24)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -9,23 +9,22 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from tests.conftest import Command
 from tests.test_cli import (  # the tiny model and the ways to run it
     PROMPT,
-    Command,
     _clean,
-    _one_thread,
     error,
     loaded,
     model_directory,
     reference,
-    run,
     text_and_table,
     write,
 )
 from torch_xlstm_ops.cli import loading, request, writing
 from torch_xlstm_ops.context import StatePool, allocation, prefill, states, storage, tokens
 
-__all__ = ["_clean", "_one_thread", "loaded", "model_directory", "run", "write"]
+__all__ = ["_clean", "loaded", "model_directory", "write"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 LONG = PROMPT * 8
 
 

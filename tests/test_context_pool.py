@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,12 @@ from torch_xlstm_ops.context.tokens import as_array, digest
 from torch_xlstm_ops.context.tree import RadixTree, shared
 from torch_xlstm_ops.patch import patch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     return build()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Counting:

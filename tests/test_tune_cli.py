@@ -12,6 +12,7 @@ import optuna
 import pytest
 import torch
 
+from tests.conftest import Command
 from torch_xlstm_ops import cli, config, trace, winners
 from torch_xlstm_ops.cli import tune as command
 from torch_xlstm_ops.cli import tuning
@@ -24,7 +25,6 @@ from torch_xlstm_ops.tune.space import Candidate
 
 CPU = torch.device("cpu")
 SHAPE = ("--shape", "2,3,8,16", "--lengths", "40")
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -40,17 +40,6 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     config.reload(flags={})
     winners.forget()
     registration.forget_routes()
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process; return its status, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
