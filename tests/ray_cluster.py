@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests import branches
+NODE = {"num_cpus": 5, "object_store_memory": 100 << 20}  # more CPUs than there are: actors mostly wait
 
-NODE = {"num_cpus": 3, "object_store_memory": 100 << 20}  # more CPUs than there are: actors mostly wait
+
+def hide_xlstm() -> None:
+    """Have transformers build its xLSTM in a worker as `branches` has it in tests, at no import's cost."""
+    if os.environ.get("XLSTM_TEST_BRANCH") != "xlstm":
+        sys.modules["xlstm"] = None  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +29,9 @@ def ray_cluster() -> Iterator[Any]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     cluster.add_node(**NODE)
-    ray.cloudpickle.register_pickle_by_value(branches)  # workers have no tests
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR",
-             runtime_env={"worker_process_setup_hook": branches.choose})  # transformers is the same there
+             runtime_env={"worker_process_setup_hook": hide_xlstm})
     yield cluster
     actors.close()
     ray.shutdown()

@@ -95,6 +95,7 @@ class Workers:
         self._keeper: Any = None
         self._room: Any = None
         self._prompts = 0
+        self._weights = [1.0] * workers  # of stretches
         wire.expect_read_only()
         self._ours = cluster.connect()
         try:
@@ -112,7 +113,10 @@ class Workers:
         if settings["schedule"] is Schedule.RAY:
             settings["schedule"] = Schedule.INDUCTOR
         self._bundle = {"CPU": threads} if self.device.type == "cpu" else {"GPU": 1}
-        self._arguments: tuple[Any, ...] = (ray.put(models.pack(model)), call, settings, self.device.type, threads)
+        parcel = models.pack(model)
+        with wire.room_for("the model", wire.nbytes(parcel.tensors)):
+            there = ray.put(parcel)
+        self._arguments: tuple[Any, ...] = (there, call, settings, self.device.type, threads)
         self._room = self._reserve(workers)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._keeper = ray.remote(Keeper).options(num_cpus=0, scheduling_strategy=here).remote()
@@ -125,7 +129,8 @@ class Workers:
         """Read a prompt.
 
         tokens: (B, S) or (S,), at least two of them.
-        weights: of the workers' stretches, default equal ones; the last report's `speeds` balance unequal workers.
+        weights: of the workers' stretches, this once; default equal ones, until the speeds measured with the last
+            prompt say that others would save a tenth of the time.
         ahead: whether to sum up stretches while waiting, default as `stretches.ahead` finds best.
 
         Raises ValueError for bad tokens and weights, RuntimeError where workers are lost again and again, and what a
@@ -135,7 +140,7 @@ class Workers:
 
         ids = torch.as_tensor(tokens).cpu()
         ids = ids if ids.dim() == 2 else ids[None]
-        cuts = stretches.cut(ids.shape[1], weights or [1.0] * len(self._workers))
+        cuts = stretches.cut(ids.shape[1], weights or self._weights)
         ahead = stretches.ahead(len(cuts), self._layers) if ahead is None else ahead
         self._prompts += 1
         try:
@@ -143,6 +148,8 @@ class Workers:
         finally:
             ray.get(self._keeper.end.remote(self._prompts))
         assert found[-1].result is not None
+        if len(found) == len(self._workers) and not any(read.cold for read in found):
+            self._weights = stretches.replan(self._weights, [read.speed for read in found])
         logits, cache = models.unpack(found[-1].result, self.device, owned=True)
         return Prefilled(logits, cache, Report(tuple(r._replace(result=None) for r in found), ahead, replays))
 
@@ -158,7 +165,8 @@ class Workers:
         def start(stretch: Stretch) -> None:
             (part,) = wire.pack([ids[:, stretch.start:stretch.stop]])
             read = self._workers[stretch.number].read
-            running[read.remote(self._keeper, self._prompts, part, stretch, ahead)] = stretch
+            with wire.room_for(f"tokens {stretch.start} to {stretch.stop}", wire.nbytes([part])):
+                running[read.remote(self._keeper, self._prompts, part, stretch, ahead)] = stretch
 
         for stretch in cuts:
             start(stretch)
@@ -169,7 +177,7 @@ class Workers:
             for reference in done:
                 stretch = running.pop(reference)
                 try:
-                    found[stretch.number] = ray.get(reference)
+                    found[stretch.number] = _whole(ray.get(reference))
                 except RayTaskError as error:
                     raise error.cause from error
                 except (RayActorError, ObjectLostError) as error:
@@ -260,3 +268,10 @@ class Workers:
         if missing:
             raise RuntimeError(f"Ray must start all {len(started)} workers within {actors.START_SECONDS:g} s, got "
                                f"{len(there)}")
+
+
+def _whole(read: Read) -> Read:
+    """Return what became of a stretch with the result that its worker left in the store."""
+    import ray
+
+    return read if read.result is None else read._replace(result=ray.get(read.result))

@@ -67,7 +67,7 @@ class Carry:
 
     def __init__(self, keeper: Any, prompt: int, stretch: int) -> None:
         self._keeper, self._prompt, self._stretch = keeper, prompt, stretch
-        self.waited = 0.0  # seconds
+        self.waits: list[float] = []  # seconds, layer by layer
         self.sent: list[int] = []  # bytes, layer by layer
 
     def find(self, layer: int) -> list[Tensor]:
@@ -83,7 +83,7 @@ class Carry:
             except ObjectLostError:  # with its owner or its node
                 lost += 1
                 continue
-            self.waited += time.perf_counter() - began
+            self.waits.append(time.perf_counter() - began)
             return found
 
     def keep(self, layer: int, state: Sequence[Tensor]) -> None:
@@ -92,4 +92,6 @@ class Carry:
 
         packed = wire.pack(state)
         self.sent.append(wire.nbytes(packed))
-        self._keeper.keep.remote(self._prompt, self._stretch, layer, [ray.put(packed)])
+        with wire.room_for(f"the state after layer {layer}", self.sent[-1]):
+            state_there = ray.put(packed)
+        self._keeper.keep.remote(self._prompt, self._stretch, layer, [state_there])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 LEAST = 2  # tokens of a stretch: a single one would be a decoding step
+SLACK = 1.1  # how many times as long as it must a prompt may take before its stretches are cut anew
 
 
 class Stretch(NamedTuple):
@@ -34,6 +35,15 @@ def cut(tokens: int, weights: Sequence[float]) -> list[Stretch]:
     starts = [0, *ends[:-1]]
     return [Stretch(number, start, stop, stop == tokens)
             for number, (start, stop) in enumerate(zip(starts, ends, strict=True))]
+
+
+def replan(weights: Sequence[float], speeds: Sequence[float]) -> list[float]:
+    """Return the weights of the next prompt's stretches, from those of the last and the workers' speeds.
+
+    They stay, and with them every bit of what is found, until other stretches would save a tenth of the time.
+    """
+    longest = max(weight / speed for weight, speed in zip(weights, speeds, strict=True))
+    return list(speeds) if longest * sum(speeds) > SLACK * sum(weights) else list(weights)
 
 
 def ahead(workers: int, layers: int | None) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch_xlstm_ops import config
 from torch_xlstm_ops.parallel import models
 from torch_xlstm_ops.parallel.keeper import Carry
-from torch_xlstm_ops.parallel.passing import MLSTM, Passing
+from torch_xlstm_ops.parallel.passing import SLSTM, Passing
 from torch_xlstm_ops.parallel.stretches import Stretch
 from torch_xlstm_ops.schedules.ray import wire
 
@@ -22,10 +22,21 @@ class Read(NamedTuple):
 
     stretch: Stretch
     seconds: float
-    waited: float  # seconds of those
-    sent: tuple[int, ...]  # bytes, layer by layer
-    waiting_layers: int  # that could not run ahead of the state before them
-    result: models.Parcel | None = None  # of the last: logits and cache
+    layers: tuple[str, ...]  # their operators
+    waits: tuple[float, ...]  # seconds of those, layer by layer; none in the first stretch
+    sent: tuple[int, ...]  # bytes, layer by layer; none in the last stretch
+    cold: bool  # whether the worker had read nothing before, and compiled
+    result: Any = None  # of the last: logits and cache as a parcel, in the store until the caller takes it
+
+    @property
+    def waited(self) -> float:
+        """Return the seconds of waiting for states."""
+        return sum(self.waits)
+
+    @property
+    def piped(self) -> float:
+        """Return the seconds of waiting in sLSTM layers, which nothing can be summed up ahead of."""
+        return sum(wait for layer, wait in zip(self.layers, self.waits, strict=False) if layer == SLSTM)
 
     @property
     def speed(self) -> float:
@@ -45,6 +56,7 @@ class Worker:
         torch.set_num_threads(threads)
         wire.expect_read_only()
         self._call, self._settings, self._device = call, settings, torch.device(device)
+        self._cold = True
         self._model = models.unpack(parcel, self._device, owned=False).eval()
         if call is models.transformers_call:
             models.prepare_transformers(self._model)
@@ -63,6 +75,14 @@ class Worker:
             logits, cache = self._call(self._model, ids.clone(), stretch.start)
         if not passing.calls:
             raise RuntimeError("a model to be read by several workers must call our operators, got none called")
-        result = models.pack((logits, cache)) if stretch.last else None
-        waiting = sum(name != MLSTM or not ahead for name in passing.calls) if stretch.number else 0
-        return Read(stretch, time.perf_counter() - began, carry.waited, tuple(carry.sent), waiting, result)
+        result = self._leave(models.pack((logits, cache))) if stretch.last else None
+        cold, self._cold = self._cold, False
+        return Read(stretch, time.perf_counter() - began, tuple(passing.calls), tuple(carry.waits), tuple(carry.sent),
+                    cold, result)
+
+    def _leave(self, parcel: models.Parcel) -> Any:
+        """Put what follows from the prompt into the store."""
+        import ray
+
+        with wire.room_for("the logits and states behind the prompt", wire.nbytes(parcel.tensors)):
+            return ray.put(parcel)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -33,6 +34,22 @@ def unpack(packed: Iterable[Packed], device: torch.device | None = None) -> list
 def nbytes(packed: Iterable[Packed]) -> int:
     """Return the bytes of packed tensors."""
     return sum(int(one.data.nbytes) for one in packed)
+
+
+@contextmanager
+def room_for(what: str, size: int) -> Iterator[None]:
+    """Say of what is put into the store, of `size` bytes, that there was no room for it.
+
+    Raises RuntimeError in the place of Ray's errors of a full store and of a full disk, where the store would spill.
+    """
+    from ray.exceptions import ObjectStoreFullError, OutOfDiskError
+
+    try:
+        yield
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        full = "it is full" if isinstance(error, ObjectStoreFullError) else "it and the disk it spills to are full"
+        raise RuntimeError(f"Ray's object store must have room for {what} ({size / 2**20:.1f} MB), got none: {full}"
+                           ) from error
 
 
 def _bytes(t: Tensor) -> Any:
