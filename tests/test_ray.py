@@ -10,9 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def call(args: Sequence[Tensor], name: str = "ray") -> list[Tensor]:
 def test_results_and_gradients_equal_inductors(ray_cluster, plan):
     args, found, gradients = [t.requires_grad_() for t in draw(Sizes(S=100))], {}, {}
     with config.use(**plan):
-        for name in ("ray", "inductor"):
+        for name in ("inductor", "ray"):  # what is compiled here first, actors take from the disk
             found[name] = call(args, name)
             gradients[name] = torch.autograd.grad(weigh(found[name]), args)
     assert_close(found["ray"], found["inductor"], 1e-6)
@@ -58,7 +58,7 @@ def test_results_and_gradients_equal_inductors(ray_cluster, plan):
 
 def test_streams_of_two_bytes_travel_as_they_are(ray_cluster):
     args = draw(Sizes(S=100), torch.bfloat16)
-    with config.use(**BANDS), torch.inference_mode():
+    with config.use(**BANDS, window=1), torch.inference_mode():  # one actor, which compiles
         found = call(args)
     assert found[0].dtype == torch.bfloat16
     assert_close(found, exact(args), TOLERANCE[torch.bfloat16])
@@ -87,14 +87,57 @@ def test_a_call_repeated_gives_the_same_bits_from_the_same_actors(ray_cluster):
 
 def test_a_trace_names_each_task_the_actor_that_did_it_and_what_else_that_had_to_do(ray_cluster):
     with config.use(**BANDS, window=4), trace.record() as recording:
+        trace.set_layer(3)
         call(draw(Sizes(S=100)))
+        trace.set_layer(None)
     tasks = {(b, s) for b in range(3) for s in range(4)}
     for schedule_s, op in ((True, "mlstm_chunkwise"), (False, "actor")):
         entries = [e for e in recording.entries() if e.op.startswith(op)]
         assert {(e.band, e.segment) for e in entries} == tasks, schedule_s
-        assert {e.schedule for e in entries} == {"ray"}
+        assert {(e.schedule, e.layer) for e in entries} == {("ray", 3)}
     assert {e.queue_depth for e in entries} <= {1, 2, 3, 4}
     assert all(e.bytes and e.bytes > 0 for e in entries)
+
+
+def test_an_actor_that_works_on_gives_signs_of_life_for_trace_and_log(ray_cluster, monkeypatch, caplog):
+    real = schedule._run
+
+    def slow(chunk_size: int, kernels: Any, args: list[Tensor]) -> list[Tensor]:
+        if bool((args[0] == 7).any()):
+            time.sleep(1)
+        return real(chunk_size, kernels, args)
+
+    monkeypatch.setattr(schedule, "_run", slow)
+    monkeypatch.setattr(actors, "BEAT", 0.1)
+    args = draw(Sizes(S=100))
+    args[0][0, 2, 40] = 7  # in band 1, segment 1
+    caplog.set_level(logging.INFO, "torch_xlstm_ops.ray")
+    with config.use(**BANDS, window=4), trace.record() as recording:
+        call(args)
+    entries = [e for e in recording.entries() if (e.band, e.segment) == (1, 1)]
+    (task,) = (e for e in entries if e.phase == "remote")
+    beats = [e for e in entries if e.phase == "heartbeat"]
+    assert beats
+    assert {(e.op, e.schedule) for e in beats} == {(task.op, "ray")}
+    assert all(task.start_us < e.start_us < task.start_us + task.duration_us for e in beats)
+    assert {e.queue_depth for e in beats} <= {1, 2, 3, 4}
+    assert any(line.startswith(f"band 1, segment 1: {task.op} works for") for line in caplog.messages)
+
+
+def test_an_actor_that_does_not_answer_is_told_of(ray_cluster, monkeypatch, caplog):
+    monkeypatch.setattr(actors, "BEAT", 0.2)
+    with config.use(**BANDS):
+        call(draw(Sizes(S=40)))
+        pids = actors.get("cpu", 2).pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        awake = threading.Timer(1.5, lambda: [os.kill(pid, signal.SIGCONT) for pid in pids])
+        awake.start()
+        args = draw(Sizes(S=40), seed=1)
+        found = call(args)
+    awake.join()
+    assert_close(found, exact(args), TOLERANCE[torch.float32])
+    assert any(line.endswith("gives no sign of life") for line in caplog.messages)
 
 
 def test_text_of_a_plan():
@@ -225,6 +268,11 @@ def test_more_than_the_object_store_holds_goes_through_it(ray_cluster):
     assert_close([h], [wanted], TOLERANCE[torch.float32])
 
 
+def test_a_gpu_that_no_node_has_is_an_error_at_once(ray_cluster):
+    with pytest.raises(RuntimeError, match="must have a GPU for tensors on cuda, got none: start it with --num-gpus"):
+        actors.get("cuda", 1)
+
+
 def test_without_ray_the_reason_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert schedules.unavailable(Schedule.RAY, torch.device("cpu")) == (
@@ -241,46 +289,119 @@ def test_a_cluster_that_is_not_there_is_an_error_in_time(monkeypatch):
         with pytest.raises(RuntimeError, match=r"ray_address must be .* got 127.0.0.1:\d+: .*refused"):
             cluster.check_reachable(f"127.0.0.1:{free.getsockname()[1]}")
         free.listen()  # and never answers
-        monkeypatch.setattr(cluster, "SECONDS", 3.0)
-        with pytest.raises(RuntimeError, match="did not answer in 3 s"):
+        monkeypatch.setattr(cluster, "SECONDS", 1.0)
+        with pytest.raises(RuntimeError, match="did not answer in 1 s"):
             cluster.check_reachable(f"127.0.0.1:{free.getsockname()[1]}")
     assert time.monotonic() - began < 15
 
 
-INTERRUPTED = """
+ALONE = """
 import sys, time, torch
-from tests.oracle import Sizes, draw
-from torch_xlstm_ops import config, mlstm_chunkwise
+from torch_xlstm_ops import mlstm_chunkwise
+from torch_xlstm_ops.parallel import Workers
+from torch_xlstm_ops.parallel.keeper import Carry
 from torch_xlstm_ops.schedules import ray as schedule
+from torch_xlstm_ops.schedules.job import TaskError
+from torch_xlstm_ops.schedules.ray import actors, cluster
 
-busy = sys.argv[1]
+MB = 2**18  # float32
+answers = []
 
-def endless(chunk_size, kernels, args):
-    open(busy, "w").close()
-    time.sleep(3600)
+def refused(call):
+    try:
+        call()
+    except RuntimeError as error:
+        answers.append(str(error))
+    else:
+        answers.append("taken")
 
-schedule._run = endless
-with config.use(workers=1):
-    mlstm_chunkwise(*draw(Sizes()), schedule="ray")
+def work(chunk_size, kernels, args):
+    q, k, v, *_, c, n, m = args
+    if torch.isnan(q[0, 0, 0]):
+        open("busy", "w").close()
+        time.sleep(3600)
+    return [torch.zeros(int(q[0, 0, 0]) * MB), c, n, m] if q[0, 0, 0] > 0 else [v.clone(), c, n, m]
+
+schedule._run = work
+
+def call(first, S=8, D=8):
+    q = torch.full((1, 1, S, D), float(first))
+    gates = torch.zeros(1, 1, S)
+    return mlstm_chunkwise(q, q, q, gates, gates, schedule="ray", chunk_size=8)
+
+for _ in range(3):
+    refused(lambda: call(0, S=65_536, D=128))
+    refused(lambda: call(100))
+refused(lambda: Workers(torch.nn.Linear(2048, 16_384, bias=False), 1, call=print))
+refused(lambda: Carry(None, 0, 0).keep(3, [torch.zeros(100 * MB)]))
+for _ in range(3):  # more than half of what there is
+    until = time.monotonic() + 20  # Ray frees what is not needed a little later
+    while True:
+        try:
+            call(0, S=32_768, D=128)
+            break
+        except TaskError:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+print(*answers, sep="\\n", file=open("answers", "w"), flush=True)
+call(float("nan"))
 """
 
 
-def test_an_interrupt_leaves_no_process(tmp_path):
-    mark = f"XLSTM_TEST_MARK={os.getpid()}-{time.time_ns()}"
-    environment = {**os.environ, **dict([mark.split("=")]), "RAY_AUTH_MODE": "disabled"}
+class Alone(NamedTuple):
+    """A process with a Ray of its own, whose store is small and spills nowhere."""
+
+    process: subprocess.Popen[str]
+    mark: str  # in the environment of all that it starts
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+    mark, folder = f"XLSTM_TEST_MARK={os.getpid()}-{time.time_ns()}", tmp_path_factory.mktemp("alone")
+    environment = {
+        **os.environ, **dict([mark.split("=")]), "PYTHONPATH": str(Path(__file__).parents[1]),
+        "XLSTM_OPS_WORKERS": "1", "XLSTM_OPS_SEGMENT": "65536", "RAY_AUTH_MODE": "disabled",
+        "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(80 << 20), "RAY_local_fs_capacity_threshold": "0",
+    }
     environment.pop("RAY_ADDRESS", None)
-    script = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path / "busy")], env=environment,
-                              cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
-    while not (tmp_path / "busy").exists():
-        assert script.poll() is None, script.communicate()[1]
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    script.send_signal(signal.SIGINT)
-    _, err = script.communicate(timeout=60)
+    process = subprocess.Popen([sys.executable, "-c", ALONE], env=environment, cwd=folder, stderr=subprocess.PIPE,
+                               text=True)
+    until = time.monotonic() + 240
+    try:
+        while not (folder / "busy").exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        yield Alone(process, mark, folder)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+
+
+def test_what_the_object_store_refuses_is_named_and_nothing_of_it_stays(alone):
+    answers = (alone.folder / "answers").read_text().splitlines()
+    said = "\n".join(dict.fromkeys(answers)).replace(", got", ",\ngot")
+    assert len(answers) == 8
+    assert_expected_inline(said, """\
+task (band 0, segment 0) of the ray schedule must run,
+got RuntimeError: Ray's object store must have room for the tensors of a task (96.6 MB),
+got none: it and the disk it spills to are full
+task (band 0, segment 0) of the ray schedule must run,
+got RuntimeError: Ray's object store must have room for the results of a task, beside its tensors (0.0 MB),
+got none: it and the disk it spills to are full
+Ray's object store must have room for the model (128.0 MB),
+got none: it and the disk it spills to are full
+Ray's object store must have room for the state after layer 3 (100.0 MB),
+got none: it and the disk it spills to are full""")
+
+
+def test_an_interrupt_leaves_no_process(alone):
+    alone.process.send_signal(signal.SIGINT)
+    _, err = alone.process.communicate(timeout=60)
     assert "KeyboardInterrupt" in err
     until = time.monotonic() + 30
-    while (left := processes(mark)) and time.monotonic() < until:
+    while (left := processes(alone.mark)) and time.monotonic() < until:
         time.sleep(0.2)
     assert not left
 

@@ -107,6 +107,7 @@ class Job:
 
     def _help(self) -> None:
         """Work on a thread that has its own modes."""
+        trace.set_layer(self._layer)
         with torch.inference_mode(self._inference), torch.no_grad():
             self._work()
 
@@ -218,7 +219,7 @@ class Job:
             return nullcontext()
         return trace.span(
             self._op, schedule=str(self._plan.schedule), phase=self._phase, band=place.band, segment=task.segment,
-            layer=self._layer, device=self._device, queue_depth=depth,
+            device=self._device, queue_depth=depth,
         )
 
 

@@ -2,6 +2,9 @@
 
 The caller keeps every state between segments and sends it with the slice of the streams that a task reads. A segment
 that was summed up ahead is computed again from the state before it: its chunks' summaries are larger than its streams.
+
+What is on a GPU is copied to the host by the calling thread, once, and the results back: no thread that hands out tasks
+touches the device, which on MPS can crash the process where two do.
 """
 
 from __future__ import annotations
@@ -21,20 +24,24 @@ from torch_xlstm_ops.schedules.plan import Machine, Plan, Shape, make
 from torch_xlstm_ops.schedules.ray import actors
 from torch_xlstm_ops.schedules.tasks import Kernels, Rows, Run
 
+HOST = torch.device("cpu")
+
 
 def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
     """Return h (R, S, DHHV) and the last state; arguments as of `inductor.forward`."""
     if queued.in_line(streams[0].device):
         return inductor.forward(plan, kernels, streams, state)
-    pool = actors.get(streams[0].device.type, plan.workers)
+    device = streams[0].device
+    pool = actors.get(device.type, plan.workers)
     run = pool.remote(partial(_run, plan.chunk_size, kernels))
     summarize = pool.remote(partial(_summarize, kernels))
+    streams, state = _to(streams, HOST), _to(state, HOST)
     rows = Rows(plan, streams)
     h = streams[2].new_empty(plan.rows, plan.tokens, streams[2].shape[-1])
     lanes = [queued.lane(plan, _steps(plan, kernels, rows, h, band, run, summarize), band, state)
              for band in plan.bands]
-    Job(plan, lanes, h.device, OP, "forward", pool.close).run()
-    return h, state
+    Job(plan, lanes, HOST, OP, "forward", pool.close).run()
+    return h.to(device), _to(state, device)
 
 
 def backward(
@@ -45,17 +52,15 @@ def backward(
         return inductor.backward(plan, kernels, streams, state, dh, dstate)
     device = dh.device
     pool = actors.get(device.type, plan.workers)
-    remote = kernels._replace(
-        after=_owned(pool.remote(kernels.after), device), backward=_owned(pool.remote(kernels.backward), device)
-    )
-    return queued.backward(plan, remote, streams, state, dh, dstate, pool.close)
+    remote = kernels._replace(after=_owned(pool.remote(kernels.after)), backward=_owned(pool.remote(kernels.backward)))
+    gradients, first = queued.backward(plan, remote, _to(streams, HOST), _to(state, HOST), dh.to(HOST),
+                                       _to(dstate, HOST), pool.close)
+    return _to(gradients, device), _to(first, device)
 
 
 def _steps(
     plan: Plan, kernels: Kernels, rows: Rows, h: Tensor, band: slice, run: Run, summarize: Run
 ) -> Steps:
-    device = h.device
-
     def streams(number: int) -> list[Tensor]:
         segment = plan.segments[number]
         return [t[band, segment.start:segment.stop] for t in rows.streams]
@@ -64,11 +69,11 @@ def _steps(
         found, *new = run([*streams(number), *state])
         segment = plan.segments[number]
         h[band, segment.start:segment.stop] = found
-        return [_own(t, device) for t in new]
+        return [t.clone() for t in new]  # what is found lies in the store
 
     def sum_up(number: int) -> Summary | None:
         found = summarize(rows.take_all(band, plan.segments[number])[1:])
-        return [_own(t, device) for t in found] or None
+        return [t.clone() for t in found] or None
 
     def answer(number: int, summary: Summary, state: State) -> None:
         emit(number, state)
@@ -76,13 +81,13 @@ def _steps(
     return Steps(emit, sum_up, lambda summary, state: list(kernels.absorb([*summary, *state])), answer)
 
 
-def _own(t: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of ours from one that lies in the store."""
-    return t.to(device, copy=True)
+def _to(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    return [t.to(device) for t in tensors]
 
 
-def _owned(run: Run, device: torch.device) -> Run:
-    return lambda tensors: [_own(t, device) for t in run(tensors)]
+def _owned(run: Run) -> Run:
+    """Return a remote function whose results are ours, not the store's."""
+    return lambda tensors: [t.clone() for t in run(tensors)]
 
 
 def _run(chunk_size: int, kernels: Kernels, args: list[Tensor]) -> list[Tensor]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch_xlstm_ops.schedules.ray import cluster, wire
 from torch_xlstm_ops.schedules.tasks import Run
 
 START_SECONDS = 120.0  # that a cluster has for starting an actor
-PATIENCE = 10.0  # seconds between two log lines about an actor that works on
+BEAT = 5.0  # seconds between two signs of life of an actor that works on, and that it has for giving one
 REPLAYS = 3  # times that one piece of work may lose its actor
 
 _log = logging.getLogger("torch_xlstm_ops.ray")
@@ -41,6 +43,9 @@ class Actor:
     def ready(self) -> int:
         """Return the process's id, once it is there."""
         return os.getpid()
+
+    def beat(self) -> None:
+        """Give a sign of life, while the actor works."""
 
     def call(self, work: bytes, packed: Sequence[wire.Packed]) -> list[wire.Packed]:
         """Do a pickled piece of work."""
@@ -63,7 +68,7 @@ class _Hand:
         threads = 1 if device == "cpu" else torch.get_num_threads()
         options = {**resources, "scheduling_strategy": "SPREAD", "max_restarts": 0}
         self.number, self.depth = number, 0
-        self.actor = ray.remote(Actor).options(**options).remote(device, threads)
+        self.actor = ray.remote(concurrency_groups={"beat": 1})(Actor).options(**options).remote(device, threads)
         self.started = self.actor.ready.remote()
 
     def end(self) -> None:
@@ -135,16 +140,35 @@ class Pool:
     def _wait(self, hand: _Hand, work: bytes, packed: Sequence[wire.Packed]) -> Any:
         import ray
 
+        size = wire.nbytes(packed)
+        with self._span(hand, "remote", size):
+            began = time.monotonic()
+            with wire.room_for("the tensors of a task", size):
+                found = hand.actor.call.remote(work, packed)
+            while not ray.wait([found], timeout=BEAT)[0]:
+                self._beat(hand, time.monotonic() - began)
+            with wire.room_for("the results of a task, beside its tensors", size):
+                return ray.get(found)
+
+    def _beat(self, hand: _Hand, worked: float) -> None:
+        """Have an actor that works on give a sign of life, for the trace and the log."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        try:
+            with self._span(hand, "heartbeat"):
+                ray.get(hand.actor.beat.options(concurrency_group="beat").remote(), timeout=BEAT)
+        except GetTimeoutError:
+            _log.warning("%s: actor %d, after %.0f s, gives no sign of life", job.where(), hand.number, worked)
+        except RayActorError:  # which its work tells too
+            return
+        else:
+            _log.info("%s: actor %d works for %.0f s, has %d to do", job.where(), hand.number, worked, hand.depth)
+
+    def _span(self, hand: _Hand, phase: str, size: int | None = None) -> AbstractContextManager[object]:
         band, segment = job.where()
-        span = trace.span(f"actor {hand.number}", schedule="ray", phase="remote", band=band, segment=segment,
-                          nbytes=wire.nbytes(packed), queue_depth=hand.depth)
-        with span:
-            found = hand.actor.call.remote(work, packed)
-            waited = 0.0
-            while not ray.wait([found], timeout=PATIENCE)[0]:
-                waited += PATIENCE
-                _log.info("%s: actor %d has worked for %g s", job.where(), hand.number, waited)
-            return ray.get(found)
+        return trace.span(f"actor {hand.number}", schedule="ray", phase=phase, band=band, segment=segment, nbytes=size,
+                          queue_depth=hand.depth)
 
     def _take(self) -> _Hand:
         """Return the actor with the least to do of those that have started."""
@@ -191,11 +215,20 @@ def get(device: str, size: int) -> Pool:
             _pool = None  # its actors went with the connection
             cluster.connect()
         if _pool is None or _pool.device != device:
+            _check_gpu(device)
             if _pool is not None:
                 _pool.close()
             _pool = Pool(device)
         _pool.grow(size)
         return _pool
+
+
+def _check_gpu(device: str) -> None:
+    """Raise RuntimeError for tensors on a GPU where no node of the cluster has one."""
+    import ray
+
+    if device != "cpu" and not ray.cluster_resources().get("GPU"):
+        raise RuntimeError(f"Ray must have a GPU for tensors on {device}, got none: start it with --num-gpus")
 
 
 def free(device: str) -> int:
