@@ -14,7 +14,14 @@ from torch_xlstm_ops import compiled, config, devices, mlstm, mlstm_gradient, sc
 from torch_xlstm_ops.packing import Packing
 from torch_xlstm_ops.schedules import inductor, plan, tuned
 from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state, machine
-from torch_xlstm_ops.shapes import check_mlstm_sequence, check_mlstm_step, check_not_negative, check_shape, state_dtype
+from torch_xlstm_ops.shapes import (
+    EPS,
+    check_mlstm_sequence,
+    check_mlstm_step,
+    check_not_negative,
+    check_shape,
+    state_dtype,
+)
 
 from .dispatch import autocast, autograd, fake, implement, overload, step_threads, vmap
 from .schemas import LIBRARY
@@ -283,6 +290,7 @@ for _name, (_implementation, _fake) in _OPERATORS.items():
     implement(_name, _implementation)
     fake(_name, _fake)
 autograd("mlstm_step", _step_learning)
+compiled.INLINED[overload("mlstm_step")] = functools.partial(mlstm.step, eps=EPS)
 autograd("mlstm_step_", _step_refuses)
 autograd("mlstm_chunkwise_backward", _no_double_backward)
 torch.library.register_autograd("xlstm::mlstm_chunkwise", _gradients, setup_context=_save, lib=LIBRARY)

@@ -37,7 +37,7 @@ ONLY = {
     "compiled": set(),
     "schedules": {"shapes", "config", "devices", "trace", "winners"},
     "functional": {"shapes"},
-    "patch": {"shapes", "functional"},
+    "patch": {"shapes", "compiled", "functional"},
     "context": {"shapes", "config", "devices", "trace"},
     "explain": {"config", "schedules", "registrations"},
 }

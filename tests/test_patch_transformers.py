@@ -90,8 +90,8 @@ def owners() -> list[type]:
     if peer.external_xlstm:
         from mlstm_kernels.torch.backend_module import mLSTMBackend
 
-        return [peer.xLSTMCache, mLSTMBackend]
-    return [peer.xLSTMCache, peer.xLSTMBackend]
+        return [peer.xLSTMCache, mLSTMBackend, peer.xLSTMBlock]
+    return [peer.xLSTMCache, peer.xLSTMBackend, peer.xLSTMBlock]
 
 
 @pytest.mark.parametrize("S", [1, 2, 63, 64, 65, 200])
@@ -151,7 +151,7 @@ def test_models_built_before_and_after_agree() -> None:
         assert torch.equal(decode_from(build(), ids, 33), decode_from(before, ids, 33))
 
 
-def test_a_prompt_of_any_length_is_one_op_call_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_and_a_token_with_gradients_are_one_op_call_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = build(), []
 
     def counting(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +164,8 @@ def test_a_prompt_of_any_length_is_one_op_call_a_layer(monkeypatch: pytest.Monke
     for name in ("mlstm_chunkwise", "mlstm_step"):
         monkeypatch.setattr(kernels, name, counting(name, getattr(kernels, name)))
     with patch("transformers"):
-        decode(model, prompt(1), prefill(model, prompt(333)).cache_params)
+        cache = prefill(model, prompt(333)).cache_params
+        model(prompt(1), cache_params=cache, use_cache=True)
     assert calls == ["mlstm_chunkwise"] * LAYERS + ["mlstm_step"] * LAYERS
 
 

@@ -30,6 +30,8 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
         "realize_reads_threshold": 2,  # write the gates' factors down once: no other kernel then reads m
     },
 }
+# Operators that are computed within a graph where one calls them: filled by registrations/.
+INLINED: dict[Any, PureFunction] = {}
 
 
 def get(
@@ -178,7 +180,8 @@ def _compile_raw(
     mode = FakeTensorMode(shape_env=env)
     with mode:
         examples = [example(names, t) for names, t in zip(axes, args, strict=True)]
-        graph = make_fx(fn, decomposition_table=select_decomp_table(), tracing_mode="real")(*examples)
+        table = {**select_decomp_table(), **INLINED}
+        graph = make_fx(fn, decomposition_table=table, tracing_mode="real")(*examples)
     with config.patch(options), V.set_choices_handler(_choices()), tracing(TracingContext(mode)):
         code = compile_fx_inner(graph, examples, cpp_wrapper="cpp_wrapper" in options)
         call = code.current_callable  # type: ignore[attr-defined]

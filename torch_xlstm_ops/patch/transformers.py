@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.patch import mlstm_kernels
+from torch_xlstm_ops.patch import decoding, mlstm_kernels
 from torch_xlstm_ops.patch.kernels import mlstm, returns_states
 from torch_xlstm_ops.patch.ledger import Change
 from torch_xlstm_ops.shapes import state_dtype
@@ -34,7 +34,8 @@ def changes(compat: bool) -> Sequence[Change]:
     from transformers.models.xlstm import modeling_xlstm as peer
 
     states = Change(peer.xLSTMCache, "__init__", _with_wide_states, "states stay float32 between calls")
-    kept = [] if compat else [states]
+    token = Change(peer.xLSTMBlock, "__call__", decoding.call_or, decoding.EFFECT)
+    kept = [token] if compat else [states, token]
     if peer.external_xlstm:
         return [*kept, *mlstm_kernels.changes(compat)]
     effect = "sequences of any length and steps are one op call"

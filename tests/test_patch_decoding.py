@@ -1,0 +1,241 @@
+"""Laws of a token as one compiled call a block: what a trace cannot see runs, and is seen, as without it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("transformers")
+
+from tests import test_patch_transformers as laws
+from tests.test_patch_transformers import LAYERS, decode, decode_from, logits, prefill, prompt
+from torch_xlstm_ops.patch import decoding, patch
+
+IDS = prompt(6)
+CLOSE = 1e-3  # of logits about 2, where a gate's rounding is amplified by a small denominator
+
+
+def build(**options: Any) -> Any:
+    """Return a model none of whose weights is zero, as some are in a new one."""
+    model = laws.build(**options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.05)
+    return model
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Note for each block that was looked at whether a compiled call took it."""
+    found: list[bool] = []
+
+    def noting(module: nn.Module) -> Any:
+        block = original(module)
+        found.append(block is not None)
+        return block
+
+    original = decoding._look_at
+    monkeypatch.setattr(decoding, "_look_at", noting)
+    return found
+
+
+def after(model: Any, change: Callable[[Any], object] = lambda model: None) -> Tensor:
+    """Decode a token, change the model, and return the logits of the tokens after that."""
+    cache = prefill(model, IDS[:, :3]).cache_params
+    decode(model, IDS[:, 3:4], cache)
+    change(model)
+    return decode(model, IDS[:, 4:], cache)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=CLOSE)
+
+
+def first(model: Any) -> Any:
+    return model.backbone.blocks[0]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_token_is_one_compiled_call_a_block(taken: list[bool], biased: bool) -> None:
+    model = build(use_bias=biased)
+    unpatched = after(model)
+    with patch("transformers"):
+        close(after(model), unpatched)
+    assert taken == [True] * LAYERS * 3
+    assert len({id(known._forward) for known in map(decoding._look_at, model.backbone.blocks) if known}) == 1
+
+
+def test_one_model_is_patched_alone(taken: list[bool]) -> None:
+    model, other = build(), build()
+    unpatched = after(other)
+    with patch(model):
+        assert torch.equal(after(other), unpatched)
+        assert not taken
+        close(after(model), unpatched)
+    assert taken == [True] * LAYERS * 3
+
+
+def rescale(model: Any) -> None:
+    first(model).ffn.proj_up.weight.mul_(2)
+
+
+def replace_weight(model: Any) -> None:
+    linear = first(model).mlstm_layer.out_proj
+    linear.weight = nn.Parameter(linear.weight * 2)
+
+
+def change_eps(model: Any) -> None:
+    first(model).norm_ffn.eps = 1.0
+
+
+def change_config(model: Any) -> None:
+    for module in first(model).modules():
+        if hasattr(module, "config"):
+            module.config.gate_soft_cap = 1.0
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def replace_module(model: Any) -> None:
+    linear = first(model).ffn.proj_down
+    doubled = Doubled(linear.in_features, linear.out_features, bias=False)
+    doubled.weight = linear.weight
+    first(model).ffn.proj_down = doubled
+
+
+def replace_forward(model: Any) -> None:
+    linear = first(model).mlstm_layer.v
+    original = linear.forward
+    linear.forward = lambda x: 2 * original(x)
+
+
+def hook(model: Any) -> None:
+    first(model).ffn.proj_up.register_forward_hook(lambda module, args, result: 2 * result)
+
+
+def pre_hook(model: Any) -> None:
+    first(model).norm_mlstm.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+
+def transpose(model: Any) -> None:
+    linear = first(model).mlstm_layer.out_proj
+    linear.weight = nn.Parameter(linear.weight.T.contiguous().T * 2)
+
+
+CHANGES = {
+    True: [rescale, replace_weight, change_eps, change_config],
+    False: [replace_module, replace_forward, hook, pre_hook],
+}
+
+
+@pytest.mark.parametrize(("change", "compiled"), [(c, known) for known, all_ in CHANGES.items() for c in all_])
+def test_a_change_between_tokens_counts(change: Callable[[Any], None], compiled: bool, taken: list[bool]) -> None:
+    model = build()
+    with torch.no_grad():
+        unpatched, untouched = after(copy.deepcopy(model), change), after(copy.deepcopy(model))
+        with patch("transformers"):
+            close(after(model, change), unpatched)
+    assert (unpatched - untouched).abs().max() > 10 * CLOSE
+    assert taken[-2 * LAYERS:] == [compiled, *[True] * (LAYERS - 1)] * 2
+
+
+def test_weights_in_another_order_are_left_to_the_peer() -> None:
+    model = build()
+    with torch.no_grad():
+        unpatched = after(copy.deepcopy(model), transpose)
+        with patch("transformers"):
+            close(after(model, transpose), unpatched)
+
+
+@contextmanager
+def everywhere() -> Iterator[None]:
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, result: seen.append(module))
+    try:
+        yield
+    finally:
+        handle.remove()
+    assert any(isinstance(module, nn.Linear) for module in seen)
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    with FlopCounterMode(display=False) as counter:
+        yield
+    assert counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("observer", [everywhere, counted, lambda: torch.autocast("cpu"), torch.enable_grad])
+def test_whoever_is_to_see_the_computation_sees_it(
+    observer: Callable[[], Any], taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    with patch("transformers"), torch.no_grad():
+        cache = prefill(model, IDS[:, :3]).cache_params
+        twin = copy.deepcopy(cache)
+        with observer():
+            found = model(IDS[:, 3:4], cache_params=cache).logits
+        assert not taken
+        monkeypatch.setattr(decoding, "_decodes", lambda x, state: False)
+        with observer():
+            assert torch.equal(model(IDS[:, 3:4], cache_params=twin).logits, found)
+
+
+def test_hidden_states_equal_unpatched() -> None:
+    model = build()
+
+    def states() -> list[Tensor]:
+        cache = prefill(model, IDS[:, :3]).cache_params
+        with torch.no_grad():
+            out = model(IDS[:, 3:4], cache_params=cache, output_hidden_states=True)
+        return list(out.hidden_states)
+
+    unpatched = states()
+    with patch("transformers"):
+        torch.testing.assert_close(states(), unpatched, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_checkpointed_as_without() -> None:
+    model = build(mode="train").train()
+    calls: list[object] = []
+
+    def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+        calls.append(function)
+        return function(*args)
+
+    for block in model.backbone.blocks:
+        block.gradient_checkpointing, block._gradient_checkpointing_func = True, checkpoint
+    with patch("transformers"):
+        model(prompt(64), use_cache=False)
+    assert len(calls) == LAYERS
+
+
+def test_a_decoded_model_can_be_forgotten() -> None:
+    model = build()
+    with patch("transformers"):
+        decode_from(model, IDS, 3)
+    block = weakref.ref(first(model))
+    del model
+    gc.collect()
+    assert block() is None
+
+
+def test_another_batch_and_another_model_are_served() -> None:
+    model, wider = build(), build(num_heads=4)
+    unpatched = [logits(m, ids) for m in (model, wider) for ids in (prompt(4, 1), prompt(4, 3))]
+    with patch("transformers"):
+        found = [decode_from(m, ids, 2) for m in (model, wider) for ids in (prompt(4, 1), prompt(4, 3))]
+    for a, b in zip(found, unpatched, strict=True):
+        close(a, b)

@@ -1,0 +1,159 @@
+"""Decoding: one token through a transformers block is one compiled call.
+
+At one token a block spends a third of its time between its Linear layers. So the peer's own forward is traced, with
+the weights as arguments, and compiled once for all layers alike. A trace has no guards: it serves a block of the peer's
+own modules that nobody hooked into, until one of them, or an attribute that its trace read, becomes another object.
+Every other call runs as it would without this.
+
+The class's ``__call__`` is replaced and not its ``forward``, which transformers compares with its own to decide whether
+to checkpoint gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
+from torch.autograd import forward_ad
+from torch.nn.modules import module as every_module
+
+from torch_xlstm_ops import compiled
+
+EFFECT = "on the CPU a token without gradients is one compiled call, in a block of the peer's own modules without hooks"
+Result = tuple[Tensor, Sequence[Tensor]]
+PLAIN = (nn.Linear, nn.SiLU, nn.Sigmoid)  # which a trace reads nothing from but tensors
+PEERS = ("transformers.models.xlstm.", "xlstm.xlstm_large.", "mlstm_kernels.torch.backend_module")
+
+
+def call_or(theirs: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a block's ``__call__`` for a token without gradients, on the CPU; all other calls are left to `theirs`."""
+
+    @functools.wraps(theirs)
+    def call(self: nn.Module, *args: Any, **options: Any) -> Result:
+        if len(args) == 2 and not options and not self.training and _decodes(*args) and not _observed():
+            block = _look_at(self)
+            tensors = [] if block is None else [args[0], *args[1], *block.weights()]
+            run = None if block is None else block.compiled_for(tensors)
+            if run is not None:
+                h, *state = run(tensors)
+                return h, tuple(state)
+        return theirs(self, *args, **options)
+
+    return call
+
+
+def _decodes(x: Tensor, state: Sequence[Tensor] | None) -> bool:
+    """Say whether this is a token after others that nobody differentiates."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or state is None or type(x) is not Tensor:
+        return False
+    return x.is_cpu and x.dim() == 3 and x.shape[1] == 1 and not torch.is_autocast_enabled("cpu")
+
+
+def _observed() -> bool:
+    """Say whether a mode, a transform, a tracer or a hook on all modules is to see what is computed."""
+    return bool(
+        torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing()
+        or every_module._global_forward_hooks or every_module._global_forward_pre_hooks
+    )
+
+
+class _Block:
+    """What a block consisted of when it was traced.
+
+    The weights of a layer flush the CPU's caches, so looking at a block again touches few objects: dicts of its
+    modules, not the modules.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], forward: _Forward) -> None:
+        configs = {id(c): c for c in map(_config, parts)}.values()
+        read = [vars(owner) for owner in (*parts, *configs) if not isinstance(owner, PLAIN)]
+        self._held = [(d, tuple(d.values())) for d in (*read, *(m._modules for m in parts if m._modules))]
+        self._sizes = [(d, len(d)) for d in (vars(m) for m in parts if isinstance(m, PLAIN))]
+        self._hooks = [hooks for m in parts for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._classes = [(kind, kind.forward) for kind in {type(m) for m in parts}]
+        self._weights = [m._parameters for m in parts if m._parameters]
+        self._forward = forward
+        self._latest: tuple[int, Callable[..., bool], compiled.RawCallable] | None = None
+
+    def stands(self) -> bool:
+        """Say whether it still is what it was, and nobody hooked into it."""
+        return (
+            not any(self._hooks)
+            and all(kind.forward is forward for kind, forward in self._classes)
+            and all(len(d) == size for d, size in self._sizes)  # a forward put on an instance is one more
+            and all(len(d) == len(held) and all(map(operator.is_, d.values(), held)) for d, held in self._held)
+        )
+
+    def weights(self) -> list[Tensor]:
+        """Return the weights as they are now."""
+        return [w for d in self._weights for w in d.values() if w is not None]
+
+    def compiled_for(self, tensors: list[Tensor]) -> compiled.RawCallable | None:
+        """Return the callable for x, the state and the weights, or None if they are not plain tensors in order."""
+        threads = torch.get_num_threads()
+        if self._latest is None or self._latest[0] != threads or not self._latest[1](*tensors):
+            if not all(t.is_cpu and type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in tensors):
+                return None
+            run = compiled.get(self._forward, [" ".join("abcd"[:t.dim()]) for t in tensors], tensors)
+            like = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+            self._latest = threads, like, run
+        return self._latest[2]
+
+
+_blocks: weakref.WeakKeyDictionary[nn.Module, _Block] = weakref.WeakKeyDictionary()
+_forwards: dict[tuple[object, ...], _Forward] = {}  # by kind: layers and models share what is compiled
+
+
+def _look_at(module: nn.Module) -> _Block | None:
+    """Return what is known of a block, or None for one that is hooked into or has more than the peer's own modules."""
+    block = _blocks.get(module)
+    if block is not None and block.stands():
+        return block
+    _blocks.pop(module, None)
+    parts = list(module.modules())
+    if not all(map(_traceable, parts)):
+        return None
+    kind = tuple(map(_kind, parts))
+    forward = _forwards.get(kind) or _forwards.setdefault(kind, _Forward(module))
+    return _blocks.setdefault(module, _Block(parts, forward))
+
+
+def _traceable(module: nn.Module) -> bool:
+    peers = type(module) in PLAIN or type(module).__module__.startswith(PEERS)
+    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return peers and not watched and not module._buffers
+
+
+def _config(module: nn.Module) -> Any:
+    return vars(module).get("config", module)
+
+
+def _kind(module: nn.Module) -> tuple[object, ...]:
+    """Return what a trace takes from a module beside the sizes of its weights."""
+    read = [] if isinstance(module, PLAIN) else [*vars(module).items(), *vars(_config(module)).items()]
+    values = [(name, value) for name, value in read if value is None or type(value) in (bool, int, float, str)]
+    weights = [(name, weight is None) for name, weight in module._parameters.items()]
+    return type(module), type(module).forward.__code__, *module._modules, *weights, *values
+
+
+class _Forward:
+    """The forward of all blocks of a kind, as a function of x, the state and the weights."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._names = [f"{path}.{name}" for path, m in block.named_modules() for name in m._parameters
+                       if m._parameters[name] is not None]
+        bare: dict[int, Any] = {id(w): nn.Parameter(w.to("meta"), requires_grad=False) for w in block.parameters()}
+        self._block = copy.deepcopy(block, bare)
+
+    def __call__(self, x: Tensor, c: Tensor, n: Tensor, m: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(self._names, weights, strict=True))
+        h, state = torch.func.functional_call(self._block, named, (x, (c, n, m)), tie_weights=False)
+        return h, *state
