@@ -1,7 +1,7 @@
 """Time the queued schedule against the inductor schedule on one mLSTM prefill, and print their plans.
 
     python -m benchmarks.schedules --json result.json                 # this machine's first device
-    python -m benchmarks.schedules --schedules inductor queued ray
+    python -m benchmarks.schedules --schedules inductor queued ray --sweep    # at which lengths each pays
     python -m benchmarks.schedules --cases 1,2,256,512,4096:segment=1024,heads_per_band=2   # B,NH,DHQK,DHHV,S:settings
 
 A schedule is held to the other one, and on a short sequence to the recurrence, before it is timed; then they take
@@ -11,6 +11,7 @@ turns call by call, so that whatever else the machine does meets both.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -32,6 +33,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # 
 SCHEDULES = ("inductor", "queued")
 # The shape of a 7B model; one band that two workers share by summaries; and two heads, a band each.
 CASES = ["1,8,256,512,8192", "1,2,256,512,4096:segment=1024,heads_per_band=2", "1,2,256,512,4096:segment=1024"]
+SWEEP = [f"1,8,256,512,{S}" for S in (512, 2048, 8192, 32_768, 65_536)]
 CHECKED_TOKENS = 96  # by the recurrence
 
 
@@ -115,11 +117,30 @@ def measure(
     }
 
 
+def table(cases: Sequence[dict[str, Any]]) -> str:
+    """Return a line a case, and at which of them each schedule was faster than each other."""
+    names = list(cases[0]["median_ms"])
+    lines = ["  ".join(["B,NH,DHQK,DHHV,S".ljust(40), *(f"{name + ' ms':>12}" for name in names)])]
+    for case in cases:
+        lines.append("  ".join([_size(case).ljust(40), *(f"{case['median_ms'][name]:>12.2f}" for name in names)]))
+    for name, other in itertools.permutations(names, 2):
+        faster = [_size(case) for case in cases if case["median_ms"][name] < case["median_ms"][other]]
+        lines.append(f"{name} faster than {other}: {'; '.join(faster) or 'at none of these'}")
+    return "\n".join(lines)
+
+
+def _size(case: dict[str, Any]) -> str:
+    *sizes, settings = case["case"].values()
+    return ",".join(map(str, sizes)) + "".join(f" {field}={value}" for field, value in settings.items())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--cases", nargs="+", metavar="B,NH,DHQK,DHHV,S[:FIELD=VALUE,...]", default=CASES)
+    parser.add_argument("--sweep", action="store_const", const=SWEEP, dest="cases",
+                        help="one shape over lengths, in the place of --cases")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each schedule, default 15")
     parser.add_argument("--schedules", nargs="+", choices=["inductor", "queued", "ray"], default=SCHEDULES)
     parser.add_argument("--backward", action="store_true", help="time the gradients too")
@@ -131,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case = measure(Case.parse(text), dtype, device, given.rounds, given.backward, given.schedules)
         print(json.dumps(case, indent=1), flush=True)
         cases.append(case)
+    print(table(cases))
     save({"machine": machine(device), "cases": cases}, given.json)
 
 
