@@ -73,16 +73,24 @@ def _kernels(eps: float, release_gil: bool = False) -> Kernels:
 def _find_step(args: list[Tensor], fn: compiled.PureFunction, eps: float) -> compiled.RawCallable:
     check_mlstm_step(*args)
     check_not_negative("eps", eps)
-    return compiled.get(fn, AXES[fn], args, threads=step_threads(args[5].numel()), eps=eps)
+    run = compiled.get(fn, AXES[fn], args, threads=step_threads(args[5].numel()), eps=eps)
+    return run if args[0].device.type != "mps" else functools.partial(_submit, run)
+
+
+def _submit(run: compiled.RawCallable, args: list[Tensor]) -> Sequence[Tensor]:
+    with devices.submission(args[0].device):
+        return run(args)
 
 
 _steps = Seen(_find_step)
 
 
 def _step(*args: Tensor, eps: float = 1e-6) -> _Results:
-    contiguous = [t.contiguous() for t in args]
-    with devices.submission(args[0].device):
-        h, c, n, m = _steps(contiguous, mlstm.step, eps)(contiguous)
+    given, run = list(args), _steps.again(args, mlstm.step, eps)
+    if run is None:  # what is found again was found for contiguous tensors: no need to look at each
+        given = [t.contiguous() for t in args]
+        run = _steps(given, mlstm.step, eps)
+    h, c, n, m = run(given)
     return h, c, n, m
 
 

@@ -41,12 +41,19 @@ class Seen(Generic[_Found]):
         self._entries.clear()
         self._latest = None
 
+    def again(self, tensors: _Arguments, *how: Hashable) -> _Found | None:
+        """Return what was found for the latest kind of call if this one is like its first, strides and all."""
+        latest = self._latest
+        if latest is not None and latest.kind == _kind(tensors, how) and latest.like(*tensors):
+            return latest.found
+        return None
+
     def __call__(self, tensors: _Arguments, *how: Hashable) -> _Found:
         """Return what was found for a call like this one, finding it if there was none."""
-        kind = (how, len(tensors), torch.get_num_threads())  # a CPU kernel is compiled for so many threads
-        latest = self._latest
-        if latest is not None and latest.kind == kind and latest.like(*tensors):
-            return latest.found
+        found = self.again(tensors, *how)
+        if found is not None:
+            return found
+        kind = _kind(tensors, how)
         key = (kind, *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
         entry = self._entries.get(key)
         if entry is None:
@@ -56,6 +63,10 @@ class Seen(Generic[_Found]):
             self._entries[key] = entry
         self._latest = entry
         return entry.found
+
+
+def _kind(tensors: _Arguments, how: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    return how, len(tensors), torch.get_num_threads()  # a CPU kernel is compiled for so many threads
 
 
 def _guards(tensors: _Arguments) -> Callable[..., bool]:

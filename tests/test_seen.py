@@ -41,6 +41,15 @@ def test_a_kind_of_call_is_found_once():
     assert seen(*KINDS["how"]) == 7
 
 
+def test_the_latest_kind_is_known_again_by_its_strides_too():
+    seen = Seen(lambda tensors, how: how)
+    assert seen.again((one, two), "a") is None
+    assert seen((one, two), "a") == "a"
+    assert seen.again((two.t().contiguous(), two), "a") == "a"
+    assert seen.again((two.t(), two), "a") is None
+    assert seen.again((one, two), "b") is None
+
+
 def test_a_number_of_threads_is_a_kind():
     seen = Seen(lambda tensors: torch.get_num_threads())
     before = torch.get_num_threads()
