@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.oracle import TOLERANCE, assert_close
-from torch_xlstm_ops import mlstm_chunkwise, mlstm_step, parallel, slstm_sequence
+from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, parallel, slstm_sequence
 from torch_xlstm_ops.parallel import stretches
 from torch_xlstm_ops.parallel.passing import Passing, check_splits
 
@@ -394,15 +394,14 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def two(model: Any, ray_cluster: Any) -> Iterator[Workers]:
-    one_process(model, tokens(60))  # what is compiled here first, workers take from the disk
-    with Workers(model, 2) as workers:
+    with config.use(chunk_size=L), Workers(model, 2) as workers:
         yield workers
 
 
 def one_process(model: Any, ids: Tensor) -> tuple[Tensor, Any]:
     from torch_xlstm_ops.patch import patch
 
-    with patch(model), torch.inference_mode():
+    with config.use(chunk_size=L), patch(model), torch.inference_mode():
         out = model(input_ids=ids, use_cache=True)
     return out.logits[:, -1], out.cache_params
 
@@ -417,7 +416,7 @@ def test_logits_and_every_layers_state_are_those_of_one_process(model, two, weig
 @on_ray
 @pytest.mark.slow
 def test_five_workers_find_what_one_process_does(model, ray_cluster):
-    with Workers(model, 5) as workers:
+    with config.use(chunk_size=L), Workers(model, 5) as workers:
         for weights in ([5, 1, 3, 0.5, 2], [1] * 5, [1], [1, 1], [3, 1, 2]):
             for ahead in (False, True):
                 check_transformers(model, workers, weights, ahead)
@@ -425,8 +424,8 @@ def test_five_workers_find_what_one_process_does(model, ray_cluster):
 
 def check_transformers(model: Any, workers: Workers, weights: Sequence[float], ahead: bool) -> None:
     ids = tokens(150)
+    wanted_logits, wanted = one_process(model, ids)  # what is compiled here first, workers take from the disk
     logits, cache, report = workers.prefill(ids, weights, ahead)
-    wanted_logits, wanted = one_process(model, ids)
     found_states = [cache.rnn_state[layer] for layer in range(3)]
     wanted_states = [wanted.rnn_state[layer] for layer in range(3)]
     assert_close(flat(logits, found_states), flat(wanted_logits, wanted_states), 5 * TOLERANCE[torch.float32])

@@ -44,6 +44,7 @@ def call(args: Sequence[Tensor], name: str = "ray") -> list[Tensor]:
 @PLANS
 def test_results_and_gradients_equal_inductors(ray_cluster, plan):
     args, found, gradients = [t.requires_grad_() for t in draw(Sizes(S=100))], {}, {}
+    actors.get("cpu", 2)  # they start meanwhile
     with config.use(**plan):
         for name in ("inductor", "ray"):  # what is compiled here first, actors take from the disk
             found[name] = call(args, name)
