@@ -274,6 +274,52 @@ def test_a_gpu_that_no_node_has_is_an_error_at_once(ray_cluster):
         actors.get("cuda", 1)
 
 
+ON_A_GPU = """
+from tests.mps import emulator
+emulator.start()
+import torch
+from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, weigh
+from torch_xlstm_ops import config, mlstm_chunkwise
+from torch_xlstm_ops.schedules.ray import actors
+
+class Pool:  # does what actors are asked for here, on the host
+    def remote(self, work):
+        def run(tensors):
+            assert {t.device.type for t in tensors} == {"cpu"}
+            return work(list(tensors))
+        return run
+
+    def close(self):
+        pass
+
+asked = []
+actors.get = lambda device, size: asked.append(device) or Pool()
+actors.free = lambda device: 1
+found, gradients = {}, {}
+for device, name in (("cpu", "inductor"), ("mps", "ray")):
+    args = [t.to(device).requires_grad_() for t in draw(Sizes(S=100))]
+    with config.use(segment=32, heads_per_band=2):
+        h, state = mlstm_chunkwise(*args, chunk_size=16, schedule=name)
+    found[device] = [h, *state]
+    gradients[device] = torch.autograd.grad(weigh([t.cpu() for t in found[device]]), args)
+for results, tolerance in ((found, TOLERANCE), (gradients, GRADIENT_TOLERANCE)):
+    assert {t.device.type for t in results["mps"]} == {"mps"}
+    assert_close([t.cpu() for t in results["mps"]], results["cpu"], tolerance[torch.float32])
+assert asked == ["mps", "mps"]
+"""
+
+
+@pytest.mark.slow
+def test_threads_that_hand_out_a_gpus_tasks_see_the_host_alone():
+    from tests.mps.emulator import missing
+
+    if reason := missing():
+        pytest.skip(reason)
+    environment = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    subprocess.run([sys.executable, "-c", ON_A_GPU], env=environment, cwd=Path(__file__).parents[1], check=True,
+                   timeout=500)
+
+
 def test_without_ray_the_reason_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert schedules.unavailable(Schedule.RAY, torch.device("cpu")) == (

@@ -219,7 +219,7 @@ def test_chrome_trace_is_what_perfetto_reads(tmp_path: Path) -> None:
     assert_expected_inline("\n".join(json.dumps(event) for event in content["traceEvents"]), """\
 {"name": "model", "cat": "prefill", "ph": "X", "ts": 0.0, "dur": 1500.0, "pid": 0, "tid": 0, "args": {"phase": "prefill"}}
 {"name": "mlstm", "cat": "forward", "ph": "X", "ts": 10.0, "dur": 500.0, "pid": 1, "tid": 0, "args": {"phase": "forward", "schedule": "inductor", "layer": 0, "band": 0, "segment": 1, "bytes": 1000}}
-{"name": "queue depth", "ph": "C", "ts": 10.0, "pid": 1, "tid": 0, "args": {"tasks": 2}}
+{"name": "queue depth", "id": "mlstm", "ph": "C", "ts": 10.0, "pid": 1, "tid": 0, "args": {"tasks": 2}}
 {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "cuda:0"}}
 {"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "main"}}
 {"name": "process_name", "ph": "M", "pid": 1, "args": {"name": "cpu"}}

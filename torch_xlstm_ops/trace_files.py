@@ -75,7 +75,7 @@ def _write_chrome(file: TextIO, entries: Sequence[Entry], dropped: int) -> None:
         events.append({"name": entry.op, "cat": entry.phase, "ph": "X", "ts": entry.start_us,
                        "dur": entry.duration_us, **place, "args": known})
         if entry.queue_depth is not None:
-            events.append({"name": "queue depth", "ph": "C", "ts": entry.start_us, **place,
+            events.append({"name": "queue depth", "id": entry.op, "ph": "C", "ts": entry.start_us, **place,
                            "args": {"tasks": entry.queue_depth}})
     for pid, (device, threads) in enumerate(rows.items()):
         events.append({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": device}})
