@@ -189,7 +189,7 @@ class Accidents:
             self.file.unlink()
             os._exit(1)
         if kind == "straggler" and not before:
-            time.sleep(0.02 * ids.shape[1])
+            time.sleep(0.05 * ids.shape[1])
         model.delay = 1.0 if kind == "late sLSTM" and not before else 0.0
         if kind == "error":
             raise ArithmeticError("a cosmic ray")
@@ -240,8 +240,8 @@ def test_the_report_states_what_it_costs_that_slstm_layers_are_done_one_after_an
     accidents.file.write_text("late sLSTM")  # in the first stretch
     report = three.prefill(ids, [1, 1, 1]).report
     accidents.file.unlink()
-    assert 0.3 < report.piped < min(read.waited for read in report.reads[1:]) + 0.3
-    assert [read.piped > 0.3 for read in report.reads] == [False, True, True]
+    assert [0.1 < read.piped <= read.waited for read in report.reads] == [False, True, True]
+    assert report.piped == max(read.piped for read in report.reads)
     assert str(report).splitlines()[-1] == (
         f"sLSTM layers: 1, done by one worker after another, for which one waited {report.piped:.2f} s"
     )
@@ -253,7 +253,8 @@ def test_the_next_prompt_has_stretches_as_long_as_workers_were_fast(three, accid
         return [read.stretch.stop - read.stretch.start for read in three.prefill(tokens(60)).report.reads]
 
     accidents.file.write_text("straggler")  # the first
-    lengths()
+    for _ in range(2):  # a worker's first prompt tells nothing: it compiles
+        lengths()
     late = lengths()
     accidents.file.unlink()
     assert sum(late) == 60

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,13 +100,17 @@ def test_a_trace_names_each_task_the_actor_that_did_it_and_what_else_that_had_to
     assert all(e.bytes and e.bytes > 0 for e in entries)
 
 
-def test_an_actor_that_works_on_gives_signs_of_life_for_trace_and_log(ray_cluster, monkeypatch, caplog):
-    real = schedule._run
+def test_an_actor_that_works_on_gives_signs_of_life_for_trace_and_log(ray_cluster, monkeypatch, caplog, tmp_path):
+    real, enough = schedule._run, tmp_path / "enough"
 
     def slow(chunk_size: int, kernels: Any, args: list[Tensor]) -> list[Tensor]:
-        if bool((args[0] == 7).any()):
-            time.sleep(1)
+        while bool((args[0] == 7).any()) and not enough.exists():
+            time.sleep(0.05)
         return real(chunk_size, kernels, args)
+
+    def release() -> None:
+        wait_for(lambda: any(e.phase == "heartbeat" and e.segment == 1 for e in recording.entries()))
+        enough.touch()
 
     monkeypatch.setattr(schedule, "_run", slow)
     monkeypatch.setattr(actors, "BEAT", 0.1)
@@ -114,7 +118,10 @@ def test_an_actor_that_works_on_gives_signs_of_life_for_trace_and_log(ray_cluste
     args[0][0, 2, 40] = 7  # in band 1, segment 1
     caplog.set_level(logging.INFO, "torch_xlstm_ops.ray")
     with config.use(**BANDS, window=4), trace.record() as recording:
+        releasing = threading.Thread(target=release)
+        releasing.start()
         call(args)
+        releasing.join()
     entries = [e for e in recording.entries() if (e.band, e.segment) == (1, 1)]
     (task,) = (e for e in entries if e.phase == "remote")
     beats = [e for e in entries if e.phase == "heartbeat"]
@@ -127,18 +134,34 @@ def test_an_actor_that_works_on_gives_signs_of_life_for_trace_and_log(ray_cluste
 
 def test_an_actor_that_does_not_answer_is_told_of(ray_cluster, monkeypatch, caplog):
     monkeypatch.setattr(actors, "BEAT", 0.2)
+
+    def told() -> bool:
+        return any(line.endswith("gives no sign of life") for line in caplog.messages)
+
+    def wake(pids: Sequence[int]) -> None:
+        wait_for(told)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
     with config.use(**BANDS):
         call(draw(Sizes(S=40)))
         pids = actors.get("cpu", 2).pids()
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        awake = threading.Timer(1.5, lambda: [os.kill(pid, signal.SIGCONT) for pid in pids])
-        awake.start()
+        waking = threading.Thread(target=wake, args=(pids,))
+        waking.start()
         args = draw(Sizes(S=40), seed=1)
         found = call(args)
-    awake.join()
+        waking.join()
     assert_close(found, exact(args), TOLERANCE[torch.float32])
-    assert any(line.endswith("gives no sign of life") for line in caplog.messages)
+    assert told()
+
+
+def wait_for(law: Callable[[], bool]) -> None:
+    """Return when a law holds, or after a minute."""
+    until = time.monotonic() + 60
+    while not law() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def test_text_of_a_plan():
