@@ -156,7 +156,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     model = build(args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ray.init(num_cpus=max(cores, args.workers), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=max(cores, args.workers), include_dashboard=False, log_to_driver=False,
+             logging_level="ERROR")
     ids = torch.randint(0, 256, (1, args.tokens), generator=torch.Generator().manual_seed(0))
     with patch("transformers"), torch.inference_mode(), Workers(model, args.workers) as workers:
         calls: dict[str, Callable[[], Any]] = {"one process": lambda: model(input_ids=ids, use_cache=True)}
