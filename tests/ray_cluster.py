@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-NODE = {"num_cpus": 5, "object_store_memory": 100 << 20}  # more CPUs than there are: actors mostly wait
+NODE = {"num_cpus": 5, "num_gpus": 0, "object_store_memory": 100 << 20}  # more CPUs than there are: actors mostly wait
 
 
 def hide_xlstm() -> None:

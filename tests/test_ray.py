@@ -109,7 +109,7 @@ def test_an_actor_that_works_on_gives_signs_of_life_for_trace_and_log(ray_cluste
         return real(chunk_size, kernels, args)
 
     def release() -> None:
-        wait_for(lambda: any(e.phase == "heartbeat" and e.segment == 1 for e in recording.entries()))
+        wait_for(lambda: ("heartbeat", 1, 1) in {(e.phase, e.band, e.segment) for e in recording.entries()})
         enough.touch()
 
     monkeypatch.setattr(schedule, "_run", slow)
