@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 from tests import test_patch_transformers as laws
 from tests.test_patch_transformers import LAYERS, decode, decode_from, logits, prefill, prompt
-from torch_xlstm_ops.patch import decoding, patch
+from torch_xlstm_ops.patch import decoding, kernels, patch
 
 IDS = prompt(6)
 CLOSE = 1e-3  # of logits about 2, where a gate's rounding is amplified by a small denominator
@@ -82,6 +82,17 @@ def test_one_model_is_patched_alone(taken: list[bool]) -> None:
         assert not taken
         close(after(model), unpatched)
     assert taken == [True] * LAYERS * 3
+
+
+def test_one_model_patched_again_is_traced_on_our_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = build(), []
+    step = kernels.mlstm_step
+    monkeypatch.setattr(kernels, "mlstm_step", lambda *args, **options: calls.append(args) or step(*args, **options))
+    for B in (2, 3):
+        before = len(calls)
+        with patch(model):
+            decode_from(model, prompt(4, B), 3)
+        assert len(calls) == before + 1
 
 
 def rescale(model: Any) -> None:

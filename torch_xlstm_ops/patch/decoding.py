@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 
 from torch_xlstm_ops import compiled
+from torch_xlstm_ops.patch.ledger import MARK
 
 EFFECT = "on the CPU a token without gradients is one compiled call, in a block of the peer's own modules without hooks"
 Result = tuple[Tensor, Sequence[Tensor]]
@@ -141,7 +142,8 @@ def _kind(module: nn.Module) -> tuple[object, ...]:
     read = [] if isinstance(module, PLAIN) else [*vars(module).items(), *vars(_config(module)).items()]
     values = [(name, value) for name, value in read if value is None or type(value) in (bool, int, float, str)]
     weights = [(name, weight is None) for name, weight in module._parameters.items()]
-    return type(module), type(module).forward.__code__, *module._modules, *weights, *values
+    marks = vars(module).get(MARK)  # a copy that is traced runs on our operators while its handle holds
+    return type(module), type(module).forward.__code__, marks, *module._modules, *weights, *values
 
 
 class _Forward:
