@@ -60,10 +60,14 @@ def _kernels(x: Tensor, product: Product, masked: bool, floor: float) -> schedul
         axes = slstm.axes(fn, product, masked)
         return lambda args: compiled.get(fn, axes, args, threads=threads, floor=floor, **static)
 
+    def activate(args: list[Tensor]) -> object:
+        fn = slstm.activate_
+        return compiled.get(fn, slstm.axes(fn, product, False), args)(args)
+
     wide, threads = state_dtype(x.dtype), step_threads(x[:, 0, 0].numel())
     return schedule.Kernels(
         lengths=_HABITS[x.device.type].lengths, block=lookup(slstm.block_, product=product),
-        replay=lookup(slstm.replay_), backward=lookup(slstm.block_backward_, product=product),
+        activate=activate, replay=lookup(slstm.replay_), backward=lookup(slstm.block_backward_, product=product),
         products=slstm.recurrent_products, weight_gradients=slstm.weight_gradients,
         operand_gradient=lambda gates, r: slstm.operand_gradient(gates, r, wide, product),
     )

@@ -86,8 +86,9 @@ def eager_kernels(product, lengths, floor):
         return lambda args: lambda args: fn(*args, floor=floor, **static)
 
     return schedule.Kernels(
-        lengths=lengths, block=lookup(slstm.block_, product=product), replay=lookup(slstm.replay_),
-        backward=lookup(slstm.block_backward_, product=product), products=slstm.recurrent_products,
+        lengths=lengths, block=lookup(slstm.block_, product=product), activate=lambda args: slstm.activate_(*args),
+        replay=lookup(slstm.replay_), backward=lookup(slstm.block_backward_, product=product),
+        products=slstm.recurrent_products,
         operand_gradient=lambda gates, r: slstm.operand_gradient(gates, r, torch.float64, product),
         weight_gradients=slstm.weight_gradients,
     )

@@ -23,10 +23,13 @@ CAPACITY = 1024  # entries a cache keeps; the oldest leaves first
 # Axes that stay symbolic, with the size to trace them at: large enough for Inductor to parallelise over.
 FREE_AXES = {"G": 11, "NC": 13}
 RELEASE_GIL: dict[str, Any] = {"cpp_wrapper": True}
+# Keep an update in the order of the sum that follows, so that they are one kernel.
+_AS_WRITTEN = {"pick_loop_orders": False}
 DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
+    "cuda": _AS_WRITTEN,
     "mps": {
+        **_AS_WRITTEN,
         "max_fusion_unique_io_buffers": 28,  # Metal allows 31 buffers a kernel, and Inductor does not split on it
-        "pick_loop_orders": False,  # keep an update in the order of the sum that follows, so that they are one kernel
         "realize_reads_threshold": 2,  # write the gates' factors down once: no other kernel then reads m
     },
 }

@@ -46,10 +46,10 @@ def step(
 
 def _update(c: Tensor, forget: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``forget c + k v^T`` and its product with q."""
-    if c.device.type != "mps":
+    if c.device.type == "cpu":
         c = forget[..., None] * c + k[..., :, None] * v[..., None, :]
         return c, (c * q[..., :, None]).sum(-2)
-    # In Metal, Inductor writes c and sums it in one kernel only along the last axis.
+    # In Metal and Triton, Inductor writes c and sums it in one kernel only along the last axis.
     c = forget[..., None] * c.mT + k[..., None, :] * v[..., :, None]  # (..., DHHV, DHQK)
     return c.mT, (c * q[..., None, :]).sum(-1)
 
@@ -59,7 +59,7 @@ def step_(
 ) -> tuple[Tensor]:
     """Do a `step` and write the new state over c, n, m; return h."""
     h, *new = step(q, k, v, igate, fgate, c, n, m, eps=eps)
-    if c.device.type == "mps":
+    if c.device.type != "cpu":
         c, new[0] = c.mT, new[0].mT  # in the order in which `_update` computes it
         # The kernel that updates n also stores m: as a reduction's result, after all its threads have read m.
         new[2] = new[2].expand_as(n).amax(-1, keepdim=True)
@@ -162,7 +162,7 @@ def segment(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return h (G, NC, L, DHHV) and the state after a segment; shapes as in `operands`. A pure form of the two."""
     P, q_gated, W, dC, c_after, n_after, m_after = operands(q, k, v, igate, fgate, scores(q, k), c, n, m, eps=eps)
-    sources = with_state(dC, c)
+    sources = dC.slice_scatter(c.to(dC.dtype)[:, None], 1, dC.shape[1] - 1, dC.shape[1])
     C_before = torch.bmm(W, sources.flatten(2)).view(-1, *c.shape[1:])
     h = torch.bmm(q_gated, C_before).to(v.dtype) + torch.bmm(P, v.flatten(0, 1))
     return h.view(v.shape), c_after, n_after, m_after
@@ -271,12 +271,6 @@ def reaches(F_: Tensor, across: Tensor, M: Tensor, m: Tensor) -> Reach:
     m_before = torch.maximum(from_chunk.amax(-1), from_state)
     W = torch.exp(from_chunk - m_before[..., None])
     return Reach(W, torch.exp(from_state - m_before), m_before, from_chunk, from_state)
-
-
-def with_state(dC: Tensor, c: Tensor) -> Tensor:
-    """Return dC (G, NC, DHQK, DHHV) with the incoming state in its last slot, as `Reach.with_state` expects it."""
-    NC = dC.shape[1]
-    return dC.slice_scatter(c.to(dC.dtype)[:, None], 1, NC - 1, NC)
 
 
 class Look(NamedTuple):

@@ -29,7 +29,6 @@ from torch_xlstm_ops.mlstm import (
     product_dtype,
     reaches,
     summaries,
-    with_state,
 )
 from torch_xlstm_ops.shapes import state_dtype
 
@@ -53,7 +52,7 @@ def gradient(
     reach = reaches(within[..., -1], across, chunks.M, m)
     look = looks(igate, within, reach.m_before)
     n_before = torch.bmm(reach.W, chunks.dn) + reach.w_state[..., None] * n[:, None]
-    sources = with_state(chunks.dC, c)
+    sources = _put(chunks.dC, -1, c)
     C_before = torch.bmm(reach.with_state().to(product), sources.flatten(2)).view(G * NC, DHQK, -1)
 
     seen = torch.bmm(dh_flat, v.flatten(0, 1).mT).view(G, NC, L, L).to(wide)
@@ -67,7 +66,7 @@ def gradient(
     dC_before = torch.bmm(tokens.q_gated.to(product).flatten(0, 1).mT, dh_flat.to(product)).view(G, NC, DHQK, -1)
     dc_in = (reach.w_state[..., None, None] * dC_before.to(wide)).sum(1) + end.w_state[..., None] * dc
     dn_in = (reach.w_state[..., None] * tokens.dn_before).sum(1) + end.w_state * dn
-    targets = dC_before.slice_scatter(dc.to(product)[:, None], 1, 0, 1).flatten(2)
+    targets = _put(dC_before, 0, dc).flatten(2)
     n_targets = torch.where(first[:, None], dn[:, None], tokens.dn_before)
     n_sources = torch.where(last[:, None], n[:, None], chunks.dn)
     W = torch.where(first[:, None], end.W[:, None], reach.W)  # (G, target, source)
@@ -93,6 +92,16 @@ def gradient(
         (gate[..., None] * k_wide, product),
     )]
     return *factors, ddC, digate, dfgate, dc_in, dn_in, dm_in[:, None]
+
+
+def _put(summaries: Tensor, chunk: int, state: Tensor) -> Tensor:
+    """Return `summaries` (G, NC, ...), contiguous, with `state` (G, ...) in the place of one chunk's.
+
+    As a strided scatter, which Inductor does in place: for a slice it would read and write every summary.
+    """
+    (G, NC, *sizes), (row, slot, *strides) = summaries.shape, summaries.stride()
+    offset = slot * (chunk if chunk >= 0 else NC + chunk)
+    return torch.as_strided_scatter(summaries, state.to(summaries.dtype), (G, *sizes), (row, *strides), offset)
 
 
 class _Tokens(NamedTuple):

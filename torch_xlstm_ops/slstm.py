@@ -5,8 +5,8 @@ Gates are pre-activations in the order i f z o: ``g = x_t + R y + b`` per head. 
 x (T, B, 4, NH, DH). Source: Beck et al. 2024, "xLSTM" (sLSTM, stabilised form).
 
 The backward pass knows y (it is h), so it finds every R y with one large product over time (`recurrent_products`), what
-the cells did with them element by element (`replay_`), and runs back through time without an exponential
-(`block_backward_`); the gradients of R and b are again sums over time (`weight_gradients`).
+they do to the cells, all at once (`activate_`) and then step by step (`replay_`), and runs back through time without an
+exponential (`block_backward_`); the gradients of R and b are again sums over time (`weight_gradients`).
 
 A function whose name ends in _ writes its results into its arguments; those are what is compiled (`axes`). None writes
 over what a product reads or follows: in a kernel that reduces, other threads may still be reading it.
@@ -45,7 +45,7 @@ def step(
     """
     wide = state_dtype(x.dtype)
     igate, fgate, zgate, ogate = _preactivations(x, b, _recur(y.to(x.dtype), r, wide, product), wide)
-    keep, add, m = _weigh(igate, fgate, n, m)
+    keep, add, m = _weigh(igate, F.logsigmoid(fgate), n, m)
     c, n = _accumulate(keep, add, torch.tanh(zgate), c, n, floor)
     return torch.sigmoid(ogate) * c / _nonzero(n), c, n, m
 
@@ -115,27 +115,34 @@ def recurrent_products(h_before: Tensor, r: Tensor) -> Tensor:
     return out.view(N, NH, 4, DH)
 
 
-def replay_(
-    x: Tensor, products: Tensor, b: Tensor, c_before: Tensor, n_before: Tensor, m: Tensor,
-    keep: Tensor, add: Tensor, z: Tensor, o: Tensor, not_f: Tensor, c: Tensor, n: Tensor, reset: Tensor | None = None,
-    *, floor: float,
+def activate_(
+    x: Tensor, products: Tensor, b: Tensor, log_f: Tensor, igate: Tensor, z: Tensor, o: Tensor, not_f: Tensor,
 ) -> tuple[()]:
-    """Repeat the cells of a block whose recurrent products are known, and write down what the gradient needs.
+    """Find what tokens do to their cells, whose recurrent products are known: all of it that needs no state.
 
-    x: (T, B, 4, NH, DH); products: (T, B, NH, 4, DH); reset: (T, B); m: (B, NH, DH), updated.
-    keep, add, z, o, not_f, c, n: (T, B, NH, DH), to hold the factors of the old state and of the token, tanh(z),
-    sigmoid(o), sigmoid(-f), and the state after each step.
+    x: (N, 4, NH, DH); products: (N, NH, 4, DH). Writes the logarithm of the forget gate, the input gate, tanh(z),
+    sigmoid(o) and sigmoid(-f), (N, NH, DH).
     """
-    wide = state_dtype(x.dtype)
+    gates = _preactivations(x, b, products.unbind(2), state_dtype(x.dtype))
+    found = F.logsigmoid(gates[1]), gates[0], torch.tanh(gates[2]), torch.sigmoid(gates[3]), torch.sigmoid(-gates[1])
+    return _write((log_f, igate, z, o, not_f), found)
+
+
+def replay_(
+    log_f: Tensor, igate: Tensor, z: Tensor, c_before: Tensor, n_before: Tensor, m: Tensor, c: Tensor, n: Tensor,
+    reset: Tensor | None = None, *, floor: float,
+) -> tuple[()]:
+    """Repeat the cells of a block of tokens, and write down what the gradient needs.
+
+    log_f, igate, z: (T, B, NH, DH), of `activate_`; the first two become keep and add, the factors of the old state and
+    of the token. m: (B, NH, DH), updated. c, n: (T, B, NH, DH), to hold the state after each step. reset: (T, B).
+    """
     state = c_before, n_before, m
-    for t in range(x.shape[0]):
+    for t in range(z.shape[0]):
         c_last, n_last, m_last = state if reset is None else (_unless(reset[t], s) for s in state)
-        igate, fgate, zgate, ogate = _preactivations(x[t], b, products[t].unbind(2), wide)
-        kept, added, m_new = _weigh(igate, fgate, n_last, m_last)
-        value = torch.tanh(zgate)
-        c_new, n_new = _accumulate(kept, added, value, c_last, n_last, floor)
-        factors = kept, added, value, torch.sigmoid(ogate), torch.sigmoid(-fgate)
-        _write([into[t] for into in (keep, add, z, o, not_f, c, n)], (*factors, c_new, n_new))
+        keep, add, m_new = _weigh(igate[t], log_f[t], n_last, m_last)
+        c_new, n_new = _accumulate(keep, add, z[t], c_last, n_last, floor)
+        _write([into[t] for into in (log_f, igate, c, n)], (keep, add, c_new, n_new))
         state = c_new, n_new, m_new
     return _write((m,), state[2:])
 
@@ -147,8 +154,8 @@ def block_backward_(
 ) -> tuple[()]:
     """Run back through a block: its gradient, linear in dh and in those that come from after it.
 
-    dh: (T, B, NH, DH), wide; keep, add, z, o, not_f, c, n: as `replay_` writes them; c_before, n_before: as c, n but
-    before each step; r: as `weights_backward` lays it out.
+    dh: (T, B, NH, DH), wide; keep, add, z, o, not_f, c, n: as `activate_` and `replay_` write them; c_before, n_before:
+    as c, n but before each step; r: as `weights_backward` lays it out.
     gradients: of the token after the block, its gates i f z o, then c, n, m after the block, (B, NH, DH); to hold what
     is found, the gates' (T, B, NH, DH), then those of c, n, m before the block; and last, if a row is ever reset,
     the mask (T + 1, B), that token's too.
@@ -191,9 +198,9 @@ def _preactivations(x: Tensor, b: Tensor, products: Sequence[Tensor], wide: torc
     return [x[:, gate].to(wide) + b[gate].to(wide) + products[gate] for gate in range(4)]
 
 
-def _weigh(igate: Tensor, fgate: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _weigh(igate: Tensor, log_f: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the factors of the old state and of the new token, neither above 1, and the stabiliser after the step."""
-    carried = F.logsigmoid(fgate) + m
+    carried = log_f + m
     m = torch.where(n == 0, igate, torch.maximum(igate, carried))
     m = torch.where(m == NEG_INF, 0.0, m)  # nothing kept, nothing added: the cell is fresh, and -inf - -inf no number
     return torch.exp((carried - m).clamp(max=0)), torch.exp(igate - m), m
@@ -278,7 +285,8 @@ _WEIGHTS = {  # by what AXES has in their place
 AXES = {
     step: ("G 4 NH DH", "R", _BIAS, *[_CELLS] * 4),
     block_: (_GATES, "R", _BIAS, *[_CELLS] * 4, _TOKENS, *[_CELLS] * 4),
-    replay_: (_GATES, "T G NH 4 DH", _BIAS, *[_CELLS] * 3, *[_TOKENS] * 7),
+    activate_: ("G 4 NH DH", "G NH 4 DH", _BIAS, *[_CELLS] * 5),
+    replay_: (*[_TOKENS] * 3, *[_CELLS] * 3, *[_TOKENS] * 2),
     block_backward_: (*[_TOKENS] * 10, "R backward", *[_CELLS] * 7, *[_TOKENS] * 4, *[_CELLS] * 3),
 }
 

@@ -23,7 +23,7 @@ MAX_GROUP = 1024
 SIZES = {"B": 2, "NH": 2, "G": 4, "NC": 3, "L": 64, "DHQK": 40, "DHHV": 72}
 SLSTM_SIZES = {"G": 3, "NH": 2, "DH": 40, "K": 40, "N": 160}
 _LENGTHS = registered._HABITS["mps"].lengths
-STEPS = {slstm.step: 1, slstm.block_: _LENGTHS.block, slstm.replay_: _LENGTHS.replay,
+STEPS = {slstm.step: 1, slstm.activate_: 1, slstm.block_: _LENGTHS.block, slstm.replay_: _LENGTHS.replay,
          slstm.block_backward_: _LENGTHS.backward}  # of a call
 VARIANTS = {  # of an sLSTM's loops: how they multiply, and whether rows are reset
     "": (Product.FUSED, False), " with resets": (Product.FUSED, True), " with products": (Product.MATMUL, True),
@@ -36,7 +36,7 @@ RANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "reset": lambda t: t > 0,
     **dict.fromkeys(("n", "n_before"), lambda t: t.abs() + 1),
     **dict.fromkeys(("keep", "add", "o", "not_f"), torch.sigmoid),
-    "z": torch.tanh,
+    "z": torch.tanh, "log_f": torch.nn.functional.logsigmoid,
 }
 GATES = {
     "usual": lambda igate, fgate: (igate, fgate + 3),
@@ -86,6 +86,7 @@ EXPECTED = {
     "slstm.block_": Expected(STEP, {}, per_token=True),
     "slstm.block_ with resets": Expected(STEP, {}, per_token=True),
     "slstm.block_ with products": Expected(STEP, {"aten::bmm.out": 4}, per_token=True),
+    "slstm.activate_": Expected(4, {}),  # of all tokens at once
     "slstm.replay_": Expected(STEP, {}, per_token=True),
     "slstm.replay_ with resets": Expected(STEP, {}, per_token=True),
     "slstm.block_backward_": Expected(STEP, {}, per_token=True),
@@ -126,7 +127,8 @@ def functions() -> dict[str, Function]:
     for fn in slstm.AXES:
         parameters, sizes = inspect.signature(fn).parameters, {**SLSTM_SIZES, "T": STEPS[fn]}
         for variant, (product, reset) in VARIANTS.items():
-            if variant and (fn is slstm.step or (product is Product.MATMUL and "product" not in parameters)):
+            loops = fn not in (slstm.step, slstm.activate_)
+            if variant and (not loops or (product is Product.MATMUL and "product" not in parameters)):
                 continue
             axes = slstm.axes(fn, product, reset)
             found[f"slstm.{fn.__name__}{variant}"] = _function(fn, axes, "slstm", sizes, {"product": product})

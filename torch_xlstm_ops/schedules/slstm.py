@@ -34,7 +34,8 @@ class Kernels(NamedTuple):
 
     lengths: Lengths
     block: Lookup  # x r b h_before c n m (h y c_after n_after m_after) reset?
-    replay: Lookup  # x products b c_before n_before m (keep add z o not_f c n) reset?
+    activate: Run  # x products b (log_f igate z o not_f), of all tokens at once
+    replay: Lookup  # log_f igate (which become keep add) z c_before n_before (m c n) reset?
     backward: Lookup  # dh keep add z o not_f c_before n_before c n r (gradients after) (gradients before) reset?
     products: Callable[[Tensor, Tensor], Tensor]
     operand_gradient: Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -70,13 +71,12 @@ def backward(
     r: laid out for the block; r_dense: (4, NH, DH, DH), for the product over all tokens.
     """
     dh, dy, dc, dn, dm = gradients
-    S, B, _, NH, DH = x.shape
+    S = x.shape[0]
     operands = h_before.flatten(0, 1)
-    factors = c.new_empty(5, S, *c.shape).unbind(0)
+    factors = keep, add, z, _, _ = c.new_empty(5, S, *c.shape).unbind(0)
     c_all, n_all = (torch.cat([s[None], s.new_empty(S, *s.shape)]) for s in (c, n))
-    products = kernels.products(operands, r_dense).view(S, B, NH, 4, DH)
-    _replay(kernels, x, products, b, c_all, n_all, m.clone(), factors, reset)
-    del products  # as large as x in float32
+    kernels.activate([x.flatten(0, 1), kernels.products(operands, r_dense), b, *(t.flatten(0, 1) for t in factors)])
+    _replay(kernels, keep, add, z, c_all, n_all, m.clone(), reset)
 
     dgates = x.new_empty(4, S, *c.shape)
     dh = torch.cat([dh[:-1], dh[-1:] + dy])
@@ -97,18 +97,16 @@ def backward(
 
 
 def _replay(
-    kernels: Kernels, x: Tensor, products: Tensor, b: Tensor, c: Tensor, n: Tensor, m: Tensor,
-    factors: Sequence[Tensor], reset: Tensor | None,
+    kernels: Kernels, keep: Tensor, add: Tensor, z: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None
 ) -> None:
-    """Fill factors, and c, n (S + 1, B, NH, DH) after their first entries."""
-    lengths = _lengths(x.shape[0], kernels.lengths.replay)
+    """Turn log_f and igate into keep and add, and fill c, n (S + 1, B, NH, DH) after their first entries."""
+    lengths = _lengths(z.shape[0], kernels.lengths.replay)
     before = [[block[0] for block in torch.split(t[:-1], lengths)] for t in (c, n)]
-    inputs = [torch.split(t, lengths) for t in (x, products)]
-    written = [torch.split(t, lengths) for t in (*factors, c[1:], n[1:])]
+    factors, states = ([torch.split(t, lengths) for t in both] for both in ((keep, add, z), (c[1:], n[1:])))
     _run_all(kernels.replay, (
-        [*both, b, c_before, n_before, m, *into, *mask]
-        for both, c_before, n_before, into, mask
-        in zip(zip(*inputs, strict=True), *before, zip(*written, strict=True), _masks(reset, lengths), strict=True)
+        [*parts, c_before, n_before, m, *after, *mask]
+        for parts, c_before, n_before, after, mask
+        in zip(zip(*factors, strict=True), *before, zip(*states, strict=True), _masks(reset, lengths), strict=True)
     ))
 
 
