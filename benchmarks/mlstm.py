@@ -3,10 +3,12 @@
     python -m benchmarks.mlstm --json result.json
     python -m benchmarks.mlstm prefill --shapes 1,8,256,512,2048      # B,NH,DHQK,DHHV,S
 
-Kinds: prefill, train (forward and backward), step, scaling (ours alone, at lengths up to 131,072), and compile (seconds
-of a first call). Every contender is held to the float64 recurrence before it is timed (a gradient to our own in
-float64, which the tests hold to the recurrence's); one that is not there, or wrong, is named with the reason; the
-others take turns call by call. The peers run at each of their chunk sizes, and the best one counts.
+Kinds: prefill, train (forward and backward), step, captured (a step in a CUDA graph), scaling (ours alone, at lengths
+up to 131,072), and compile (seconds of a first call). Every contender is held to the float64 recurrence before it is
+timed (a gradient to our own in float64, which the tests hold to the recurrence's), in the first and last heads of the
+first and last batch entries; one that is not there, or wrong, is named with the reason; the others take turns call by
+call. The peers run at each of their chunk sizes, and the best one counts. A reference computes less than an mLSTM, and
+counts as no peer.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ SHAPES = {
     "prefill": ["1,8,256,512,2048", "1,4,128,128,2048", "1,4,64,64,2048", "1,4,64,64,64"],
     "train": ["1,8,256,512,2048", "1,4,64,64,2048"],
     "step": ["1,4,64,64,1", "1,8,256,512,1"],
+    "captured": ["1,8,256,512,1", "1,16,128,256,1"],
     "scaling": [f"1,4,128,128,{S}" for S in (2048, 8192, 32768, 131072)],
     "compile": ["1,4,128,128,2048", "1,4,64,64,1000"],
 }
@@ -88,28 +91,41 @@ def admitted(
     return usable, out
 
 
+def checked(t: Tensor) -> Tensor:
+    """Return what of a tensor (B, NH, ...) is held to the recurrence: its first and last rows, in float64."""
+    B, NH = t.shape[:2]
+    return t[::max(1, B - 1), ::max(1, NH - 1)].double().cpu()
+
+
 def _distance(found: Tensor, wanted: Tensor) -> float:
-    found = found.double().cpu()[:, :, :wanted.shape[2]] if found.dim() > 2 else found.double().cpu()
-    return float((found - wanted).norm() / wanted.norm())
+    rows = checked(found)
+    if rows.dim() > 2:
+        rows = rows[:, :, :wanted.shape[2]]
+    return float((rows - wanted).norm() / wanted.norm())
 
 
-def measure(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, Any]:
+def measure(
+    kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float,
+    chunk_sizes: Sequence[int] = peers.CHUNK_SIZES,
+) -> dict[str, Any]:
     """Return the medians of one case, our ratios to the best peer and to the floor, and who took no part."""
     args = draw(shape, dtype, device)
-    cut = [t[:, :, :CHECKED_TOKENS].double().cpu() for t in args]
+    rows = [checked(t) for t in args]
     zeros = [torch.zeros(size, device=device) for size in (
         (shape.B, shape.NH, shape.DHQK, shape.DHHV), (shape.B, shape.NH, shape.DHQK), (shape.B, shape.NH, 1))]
     at, tolerance = floors.rates(device, dtype, torch.get_num_threads()), TOLERANCE[dtype]
     contenders: Contenders = {OURS: mlstm_chunkwise}
+    if kind in ("prefill", "train"):
+        contenders |= peers.sequences(device, dtype, chunk_sizes)
     if kind == "train":
-        contenders = {name: run if isinstance(run, str) else partial(_train, run) for name, run in (
-            contenders | peers.sequences(device, dtype)).items()}
-        wanted = list(_train(mlstm_chunkwise, *(t.double().cpu() for t in args)))
+        contenders = {name: run if isinstance(run, str) else partial(_train, run) for name, run in contenders.items()}
+        wanted = list(_train(mlstm_chunkwise, *rows))
         tolerance = GRADIENT_TOLERANCE[dtype]
     else:
+        empty = [torch.zeros(*rows[0].shape[:2], *t.shape[2:], dtype=torch.float64) for t in zeros]
         with torch.inference_mode():
-            wanted = [mlstm.recurrent(*cut, *(t.double().cpu() for t in zeros), eps=1e-6)[0]]
-    if kind == "step":
+            wanted = [mlstm.recurrent(*(t[:, :, :CHECKED_TOKENS] for t in rows), *empty, eps=1e-6)[0]]
+    if kind in ("step", "captured"):
         args = [*(t[:, :, 0] for t in args[:3]), *args[3:], *zeros]
         wanted = [wanted[0][:, :, 0]]
         contenders = {OURS: mlstm_step, **peers.steps(device)}
@@ -118,15 +134,24 @@ def measure(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, s
         sizes = plan.Shape(shape.B * shape.NH, shape.S, shape.DHQK, shape.DHHV)
         L = plan.make(sizes, device.type, config.current()).chunk_size
         floor = floors.sequence_ms(shape, dtype, L, at, backward=kind == "train")
-    if kind == "prefill":
-        contenders |= peers.sequences(device, dtype)
     with nullcontext() if kind == "train" else torch.inference_mode():
         usable, out = admitted(contenders, args, wanted, tolerance)
         if OURS not in usable:
             raise SystemExit(f"ours is wrong at {shape}: {out[OURS]}")
-        taken = turns({name: partial(run, *args) for name, run in usable.items()}, device, seconds)
+        if kind == "captured":
+            calls = {name: _captured(run, args) for name, run in usable.items()}
+        else:
+            calls = {name: partial(run, *args) for name, run in usable.items()}
+        references = peers.references(device, args, train=kind == "train") if kind in ("prefill", "train") else {}
+        for name, reference in references.items():
+            if isinstance(reference, str):
+                out[name] = reference
+            else:
+                reference()
+                calls[name] = reference
+        taken = turns(calls, device, seconds)
     medians = {name: round(statistics.median(times), 4) for name, times in taken.items()}
-    best = min((name for name in medians if name != OURS), key=medians.__getitem__, default=None)
+    best = min((name for name in usable if name != OURS), key=medians.__getitem__, default=None)
     return {
         "kind": kind, "shape": shape._asdict(), "dtype": str(dtype).removeprefix("torch."), "ms": medians,
         "spread": {name: spread(times) for name, times in taken.items()},
@@ -134,6 +159,14 @@ def measure(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, s
         "floor_ms": round(floor, 4), "to_floor": round(medians[OURS] / floor, 2),
         "tokens_per_s": round(shape.B * shape.S / medians[OURS] * 1e3), "no_part": out,
     }
+
+
+def _captured(run: Run, args: Sequence[Tensor]) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of one call."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(*args)
+    return graph.replay
 
 
 def _train(run: Run, *args: Tensor) -> tuple[Tensor, ...]:
@@ -172,10 +205,13 @@ def compile_seconds(shape: Shape, device: torch.device) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", default=list(SHAPES), help=f"{', '.join(SHAPES)}; default all")
+    parser.add_argument("kinds", nargs="*", default=[kind for kind in SHAPES if kind != "captured"],
+                        help=f"{', '.join(SHAPES)}; default all but captured, which needs CUDA")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the streams")
     parser.add_argument("--shapes", nargs="+", metavar="B,NH,DHQK,DHHV,S", help="default those of the kind")
+    parser.add_argument("--chunk-sizes", nargs="+", type=int, default=peers.CHUNK_SIZES, metavar="L",
+                        help="of the peers, default 32 64 128 256")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each case, default 10")
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
@@ -187,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if kind == "compile":
                 cases.append(compile_seconds(shape, device))
             else:
-                cases.append(measure(kind, shape, dtype, device, given.seconds))
+                cases.append(measure(kind, shape, dtype, device, given.seconds, given.chunk_sizes))
             print(json.dumps(cases[-1], indent=1), flush=True)
     save({"machine": machine(device), "cases": cases}, given.json)
 

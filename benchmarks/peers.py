@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ _TRITON_STEPS = {"mlstm_kernels triton": ("mlstm_kernels.torch.recurrent", "mlst
 _NO_CUDA = "Triton kernels need CUDA"
 
 
-def sequences(device: torch.device, dtype: torch.dtype) -> Contenders:
+def sequences(device: torch.device, dtype: torch.dtype, chunk_sizes: Sequence[int] = CHUNK_SIZES) -> Contenders:
     """Return the functions over a sequence, q k v igate fgate -> (h, state), once for each of their chunk sizes."""
     found: Contenders = {}
     for name, place in (_NATIVE | _TRITON).items():
@@ -39,8 +39,26 @@ def sequences(device: torch.device, dtype: torch.dtype) -> Contenders:
             found[name] = run
         else:
             how = {"autocast_kernel_dtype": dtype} if name in _TRITON else {}
-            found |= {f"{name} {size}": _sized(run, size, how) for size in CHUNK_SIZES}
+            found |= {f"{name} {size}": _sized(run, size, how) for size in chunk_sizes}
     return found
+
+
+def references(device: torch.device, args: Sequence[Tensor], *, train: bool) -> dict[str, Callable[[], Any] | str]:
+    """Return calls on q k v igate fgate that show how fast a simpler layer is: the same products, no normaliser.
+
+    They get their layout (B, S, NH, D) for nothing. train: with the gradients of all of their arguments.
+    """
+    name = "fla simple_gla (no normaliser, no input gate)"
+    run = _find("fla.ops.simple_gla", "chunk_simple_gla") if device.type == "cuda" else _NO_CUDA
+    if isinstance(run, str):
+        return {name: run}
+    q, k, v, fgate = (args[i].transpose(1, 2).contiguous().requires_grad_(train) for i in (0, 1, 2, 4))
+
+    def call() -> Any:
+        h = run(q, k, v, torch.nn.functional.logsigmoid(fgate.float()), output_final_state=True)[0]
+        return torch.autograd.grad(h, (q, k, v, fgate), torch.ones_like(h)) if train else h
+
+    return {name: call}
 
 
 def steps(device: torch.device) -> Contenders:

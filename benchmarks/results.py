@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.report import check_plots, table
-from benchmarks.suites import SUITES, Row
+from benchmarks.suites import SUITES, Row, on
 
 FOLDER = Path(__file__).parent / "results"
 REPORT = Path(__file__).parent / "RESULTS.md"
@@ -66,7 +66,7 @@ def _place(found: Kept) -> Path:
 
 
 def _rows(found: Kept) -> Iterator[Row]:
-    for part, kept in zip(SUITES[found["suite"]], found["parts"], strict=True):
+    for part, kept in zip(on(found["suite"], found["device"]), found["parts"], strict=True):
         if "result" in kept:
             yield from part.rows(kept["result"])
 

@@ -184,7 +184,9 @@ def training(contender: Contender, leaves: Sequence[Tensor], dh: Tensor) -> None
         torch.autograd.grad(contender.forward(*leaves), leaves, dh)
 
 
-def measure(shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, Any]:
+def measure(
+    shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float, without: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the medians of one case, the step's microseconds, and who took no part."""
     args = draw(shape, dtype, device)
     dh = torch.randn(shape.B, shape.S, shape.NH, shape.DH, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -192,7 +194,8 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, seconds: flo
     start, everyone = time.perf_counter(), contenders(device)
     reasons = {OURS: rejected(OURS, everyone[OURS], args, dh, wanted)}
     first_seconds = time.perf_counter() - start
-    reasons |= {name: rejected(name, one, args, dh, wanted) for name, one in everyone.items() if name != OURS}
+    reasons |= {name: "left out" if name in without else rejected(name, one, args, dh, wanted)
+                for name, one in everyone.items() if name != OURS}
     usable = {name: one for name, one in everyone.items() if not reasons[name]}
     leaves = [t.detach().requires_grad_() for t in args]
     forward_ms = alternate({name: partial(inference, one, args) for name, one in usable.items()}, device, seconds)
@@ -238,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default float32, on CUDA bfloat16")
     parser.add_argument("--shapes", nargs="+", metavar="B,NH,DH,S", help="default those of the device")
+    parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="contenders to leave out")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each measurement, default 5")
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
@@ -246,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     cases = []
     for text in given.shapes or SHAPES[device.type]:
-        case = measure(Shape(*map(int, text.split(","))), dtype, device, given.seconds)
+        case = measure(Shape(*map(int, text.split(","))), dtype, device, given.seconds, given.without)
         print(json.dumps(case, indent=1), flush=True)
         cases.append(case)
     save({"machine": machine(device), "cases": cases}, given.json)

@@ -86,10 +86,12 @@ _PUBLISHED = ["32,8,256,512,2048", "8,8,256,512,8192", "1,8,256,512,65536",
 _TRAINED = ["8,8,256,512,8192", "8,16,128,256,8192"]
 _STEPPED = ["64,8,256,512,1", "64,16,128,256,1", "1,8,256,512,1", "1,16,128,256,1"]
 _BF16 = ["--dtype", "bfloat16"]
+_ON_CUDA = [*_BF16, "--seconds", "4"]
+_NO_LOOPS = ["--without", "xlstm vanilla", "flashrnn vanilla", "--seconds", "3"]  # which take seconds a call there
 
 
 def _mlstm_part(kind: str, cuda: list[str], quick: str) -> Part:
-    arguments = {"cpu": [kind], "mps": [kind], "cuda": [kind, *_BF16, *(["--shapes", *cuda] if cuda else [])]}
+    arguments = {"cpu": [kind], "mps": [kind], "cuda": [kind, *_ON_CUDA, *(["--shapes", *cuda] if cuda else [])]}
     return Part("mlstm", arguments, ["--shapes", *quick.split(), "--seconds", "1"], _mlstm)
 
 
@@ -99,12 +101,17 @@ SUITES: dict[str, list[Part]] = {
         Part("mlstm", {"cpu": ["prefill", *_BF16]}, ["--shapes", "1,4,64,64,256", "--seconds", "1"], _mlstm),
     ],
     "mlstm_train": [_mlstm_part("train", _TRAINED, "1,4,64,64,256")],
-    "mlstm_step": [_mlstm_part("step", _STEPPED, "1,4,64,64,1")],
-    "slstm": [Part("slstm", {"cpu": [], "cuda": [], "mps": []}, ["--shapes", "1,4,64,64", "--seconds", "1"], _slstm)],
+    "mlstm_step": [
+        _mlstm_part("step", _STEPPED, "1,4,64,64,1"),
+        Part("mlstm", {"cuda": ["captured", *_ON_CUDA]}, ["--shapes", "1,4,64,64,1", "--seconds", "1"], _mlstm),
+    ],
+    "slstm": [
+        Part("slstm", {"cpu": [], "cuda": _NO_LOOPS, "mps": []}, ["--shapes", "1,4,64,64", "--seconds", "1"], _slstm),
+    ],
     "model": [
         Part("transformers_model", {"cpu": [], "mps": ["--device", "mps"], "cuda": ["--device", "cuda"]},
              ["--hidden", "128", "--layers", "2", "--rounds", "2"], _patched),
-        Part("compiled_model", {"cpu": [], "cuda": ["--preset", "7b", "--kernel", "limit_chunk"]},
+        Part("compiled_model", {"cpu": [], "cuda": ["--preset", "7b", "--kernel", "limit_chunk", "--seconds", "10"]},
              ["--hidden", "128", "--layers", "2", "--prompt", "64", "--seconds", "1"], _compiled),
     ],
     "scaling": [
@@ -113,3 +120,8 @@ SUITES: dict[str, list[Part]] = {
              _schedules),
     ],
 }
+
+
+def on(suite: str, device: str) -> list[Part]:
+    """Return the parts of a suite that run on a type of device."""
+    return [part for part in SUITES[suite] if device in part.arguments]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import floors, mlstm, results, run
-from benchmarks.suites import SUITES, Part
+from benchmarks.suites import SUITES, Part, on
 from benchmarks.timing import spread
 
 CASE = {
@@ -61,7 +61,11 @@ device cpu, threads 2; commit abc.
 def test_a_part_that_fails_is_told(folder):
     part = Part("mlstm", {"cpu": ["nothing-of-this-kind"]}, [], lambda result: [])
     assert "nothing-of-this-kind" in run.run(part, "cpu", False)["error"]
-    assert run.run(part, "cuda", False)["error"] == "it does not run on cuda"
+
+
+def test_a_suite_has_the_parts_that_a_device_can_run():
+    assert [part.arguments["cuda"][0] for part in on("mlstm_step", "cuda")] == ["step", "captured"]
+    assert [part.arguments["cpu"][0] for part in on("mlstm_step", "cpu")] == ["step"]
 
 
 def test_spread_is_half_the_quartiles_distance():
