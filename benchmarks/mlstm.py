@@ -5,16 +5,17 @@
 
 Kinds: prefill, train (forward and backward), step, captured (a step in a CUDA graph), scaling (ours alone, at lengths
 up to 131,072), and compile (seconds of a first call). Every contender is held to the float64 recurrence before it is
-timed (a gradient to our own in float64, which the tests hold to the recurrence's), in the first and last heads of the
-first and last batch entries; one that is not there, or wrong, is named with the reason; the others take turns call by
-call. The peers run at each of their chunk sizes, and the best one counts. A reference computes less than an mLSTM, and
-counts as no peer.
+timed (a gradient to that of the pure segments, which the tests hold to the recurrence's), in the first and last heads
+of the first and last batch entries; one that is not there, or wrong, is named with the reason; the others take turns
+call by call. The peers run at each of their chunk sizes, and the best one counts. A reference computes less than an
+mLSTM, and counts as no peer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -70,31 +71,37 @@ def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]
 
 
 def admitted(
-    contenders: Contenders, args: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float
+    contenders: Contenders, args: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float,
+    without: Sequence[str] = (),
 ) -> tuple[dict[str, Run], dict[str, str]]:
     """Return the contenders whose results are right, and why the others take no part."""
     usable, out = {}, {}
     for name, run in contenders.items():
-        if isinstance(run, str):
+        if name.startswith(tuple(without)):
+            out[name] = "left out"
+        elif isinstance(run, str):
             out[name] = run
-            continue
-        try:
-            found = run(*args)
-        except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
-            out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        distance = max(_distance(a, b) for a, b in zip(found, wanted, strict=False))
-        if distance <= tolerance:
-            usable[name] = run
+        elif reason := _rejected(run, args, wanted, tolerance):
+            out[name] = reason
         else:
-            out[name] = f"it is {distance:.1e} from the recurrence"
+            usable[name] = run
     return usable, out
+
+
+def _rejected(run: Run, args: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> str | None:
+    try:
+        found = run(*args)
+    except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    distance = max(_distance(a, b) for a, b in zip(found, wanted, strict=False))
+    return None if distance <= tolerance else f"it is {distance:.1e} from the recurrence"
 
 
 def checked(t: Tensor) -> Tensor:
     """Return what of a tensor (B, NH, ...) is held to the recurrence: its first and last rows, in float64."""
     B, NH = t.shape[:2]
-    return t[::max(1, B - 1), ::max(1, NH - 1)].double().cpu()
+    rows = t[::max(1, B - 1), ::max(1, NH - 1)]
+    return (rows.cpu() if t.device.type == "mps" else rows).double()
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
@@ -106,7 +113,7 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
 
 def measure(
     kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float,
-    chunk_sizes: Sequence[int] = peers.CHUNK_SIZES,
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the medians of one case, our ratios to the best peer and to the floor, and who took no part."""
     args = draw(shape, dtype, device)
@@ -116,13 +123,13 @@ def measure(
     at, tolerance = floors.rates(device, dtype, torch.get_num_threads()), TOLERANCE[dtype]
     contenders: Contenders = {OURS: mlstm_chunkwise}
     if kind in ("prefill", "train"):
-        contenders |= peers.sequences(device, dtype, chunk_sizes)
+        contenders |= peers.sequences(device, dtype)
     if kind == "train":
         contenders = {name: run if isinstance(run, str) else partial(_train, run) for name, run in contenders.items()}
-        wanted = list(_train(mlstm_chunkwise, *rows))
+        wanted = list(_train(_segments, *rows))
         tolerance = GRADIENT_TOLERANCE[dtype]
     else:
-        empty = [torch.zeros(*rows[0].shape[:2], *t.shape[2:], dtype=torch.float64) for t in zeros]
+        empty = [torch.zeros_like(checked(t)) for t in zeros]
         with torch.inference_mode():
             wanted = [mlstm.recurrent(*(t[:, :, :CHECKED_TOKENS] for t in rows), *empty, eps=1e-6)[0]]
     if kind in ("step", "captured"):
@@ -135,7 +142,7 @@ def measure(
         L = plan.make(sizes, device.type, config.current()).chunk_size
         floor = floors.sequence_ms(shape, dtype, L, at, backward=kind == "train")
     with nullcontext() if kind == "train" else torch.inference_mode():
-        usable, out = admitted(contenders, args, wanted, tolerance)
+        usable, out = admitted(contenders, args, wanted, tolerance, without)
         if OURS not in usable:
             raise SystemExit(f"ours is wrong at {shape}: {out[OURS]}")
         if kind == "captured":
@@ -159,6 +166,18 @@ def measure(
         "floor_ms": round(floor, 4), "to_floor": round(medians[OURS] / floor, 2),
         "tokens_per_s": round(shape.B * shape.S / medians[OURS] * 1e3), "no_part": out,
     }
+
+
+def _segments(*streams: Tensor) -> tuple[Tensor]:
+    """Return h (B, NH, S, DHHV) by pure segments of 16 chunks, for autograd to differentiate."""
+    B, NH, S, DHQK = streams[0].shape
+    state = [streams[0].new_zeros(B * NH, *sizes) for sizes in ((DHQK, streams[2].shape[-1]), (DHQK,), (1,))]
+    h = []
+    for part in zip(*(t.flatten(0, 1).split(1024, 1) for t in streams), strict=True):
+        L = math.gcd(part[0].shape[1], 64)
+        out, *state = mlstm.segment(*(t.unflatten(1, (-1, L)) for t in part), *state, eps=1e-6)
+        h.append(out.flatten(1, 2))
+    return (torch.cat(h, 1).view(B, NH, S, -1),)
 
 
 def _captured(run: Run, args: Sequence[Tensor]) -> Callable[[], None]:
@@ -210,8 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the streams")
     parser.add_argument("--shapes", nargs="+", metavar="B,NH,DHQK,DHHV,S", help="default those of the kind")
-    parser.add_argument("--chunk-sizes", nargs="+", type=int, default=peers.CHUNK_SIZES, metavar="L",
-                        help="of the peers, default 32 64 128 256")
+    parser.add_argument("--without", nargs="*", default=[], metavar="NAME",
+                        help="peers to leave out, by the beginnings of their names: one that breaks a GPU breaks all")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each case, default 10")
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
@@ -223,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if kind == "compile":
                 cases.append(compile_seconds(shape, device))
             else:
-                cases.append(measure(kind, shape, dtype, device, given.seconds, given.chunk_sizes))
+                cases.append(measure(kind, shape, dtype, device, given.seconds, given.without))
             print(json.dumps(cases[-1], indent=1), flush=True)
     save({"machine": machine(device), "cases": cases}, given.json)
 

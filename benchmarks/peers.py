@@ -30,7 +30,7 @@ _TRITON_STEPS = {"mlstm_kernels triton": ("mlstm_kernels.torch.recurrent", "mlst
 _NO_CUDA = "Triton kernels need CUDA"
 
 
-def sequences(device: torch.device, dtype: torch.dtype, chunk_sizes: Sequence[int] = CHUNK_SIZES) -> Contenders:
+def sequences(device: torch.device, dtype: torch.dtype) -> Contenders:
     """Return the functions over a sequence, q k v igate fgate -> (h, state), once for each of their chunk sizes."""
     found: Contenders = {}
     for name, place in (_NATIVE | _TRITON).items():
@@ -39,7 +39,7 @@ def sequences(device: torch.device, dtype: torch.dtype, chunk_sizes: Sequence[in
             found[name] = run
         else:
             how = {"autocast_kernel_dtype": dtype} if name in _TRITON else {}
-            found |= {f"{name} {size}": _sized(run, size, how) for size in chunk_sizes}
+            found |= {f"{name} {size}": _sized(run, size, how) for size in CHUNK_SIZES}
     return found
 
 
