@@ -173,7 +173,7 @@ def _segments(*streams: Tensor) -> tuple[Tensor]:
     B, NH, S, DHQK = streams[0].shape
     state = [streams[0].new_zeros(B * NH, *sizes) for sizes in ((DHQK, streams[2].shape[-1]), (DHQK,), (1,))]
     h = []
-    for part in zip(*(t.flatten(0, 1).split(1024, 1) for t in streams), strict=True):
+    for part in zip(*(torch.split(t.flatten(0, 1), 1024, 1) for t in streams), strict=True):
         L = math.gcd(part[0].shape[1], 64)
         out, *state = mlstm.segment(*(t.unflatten(1, (-1, L)) for t in part), *state, eps=1e-6)
         h.append(out.flatten(1, 2))

@@ -38,7 +38,9 @@ def sequences(device: torch.device, dtype: torch.dtype) -> Contenders:
         if isinstance(run, str):
             found[name] = run
         else:
-            how = {"autocast_kernel_dtype": dtype} if name in _TRITON else {}
+            how: dict[str, Any] = {"autocast_kernel_dtype": dtype} if name in _TRITON else {}
+            if name != "mlstm_kernels xl_chunk":  # whose kernels do not compile with it, in Triton 3.6
+                how["return_last_states"] = True
             found |= {f"{name} {size}": _sized(run, size, how) for size in CHUNK_SIZES}
     return found
 
@@ -73,7 +75,8 @@ def _sized(function: Run, size: int, how: dict[str, Any]) -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Any:
         if q.shape[2] % size:
             raise ValueError(f"S must be a multiple of {size}")
-        return function(q, k, v, i, f, return_last_states=True, chunk_size=size, **how)
+        found = function(q, k, v, i, f, chunk_size=size, **how)
+        return found if isinstance(found, tuple) else (found,)
 
     return run
 
