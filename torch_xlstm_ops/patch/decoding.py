@@ -30,6 +30,7 @@ from torch_xlstm_ops.patch.ledger import MARK
 EFFECT = "on the CPU a token without gradients is one compiled call, in a block of the peer's own modules without hooks"
 Result = tuple[Tensor, Sequence[Tensor]]
 PLAIN = (nn.Linear, nn.SiLU, nn.Sigmoid)  # which a trace reads nothing from but tensors
+KINDS = 64  # whose traces are shared, the oldest leave first
 PEERS = ("transformers.models.xlstm.", "xlstm.xlstm_large.", "mlstm_kernels.torch.backend_module")
 
 
@@ -124,6 +125,8 @@ def _look_at(module: nn.Module) -> _Block | None:
         return None
     kind = tuple(map(_kind, parts))
     forward = _forwards.get(kind) or _forwards.setdefault(kind, _Forward(module))
+    while len(_forwards) > KINDS:  # blocks that are in use keep theirs
+        _forwards.pop(next(iter(_forwards)), None)
     return _blocks.setdefault(module, _Block(parts, forward))
 
 

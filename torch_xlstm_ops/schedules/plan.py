@@ -138,7 +138,7 @@ _HABITS = {
     "mps": _Habit(64, state_bytes=512 << 20, task_tokens=1 << 16, segment_tokens=1 << 16,
                   chunk_counts=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32)),
 }
-_WORKER = _Habit(64, state_bytes=4 << 20, task_tokens=1024, segment_tokens=1024)  # of the queue: one thread, its cache
+_WORKER = _Habit(64, state_bytes=4 << 20, task_tokens=1024, segment_tokens=1024)  # of one thread, with its cache
 MAX_CHUNKS = 64  # the product over chunks is quadratic in their number
 _ANY = 1 << 62
 CUDA_WORKERS = 2  # one fills the gaps that the other's small kernels leave
@@ -149,7 +149,7 @@ def make(shape: Shape, device: str, config: Config, machine: Machine = Machine()
     """Return the plan for a call on a device of type `device`; sizes in `config` come before the habitual ones."""
     habit = _HABITS.get(device, _HABITS["cpu"])
     schedule = config.schedule
-    if schedule is Schedule.QUEUED and device == "cpu":
+    if schedule in (Schedule.QUEUED, Schedule.RAY) and device == "cpu":
         habit = _WORKER
     if schedule is Schedule.RAY:  # an actor cuts its task up again
         habit = habit._replace(state_bytes=_ANY, task_tokens=_ANY, segment_tokens=_ANY)
