@@ -145,17 +145,11 @@ def measure(
         usable, out = admitted(contenders, args, wanted, tolerance, without)
         if OURS not in usable:
             raise SystemExit(f"ours is wrong at {shape}: {out[OURS]}")
-        if kind == "captured":
-            calls = {name: _captured(run, args) for name, run in usable.items()}
-        else:
-            calls = {name: partial(run, *args) for name, run in usable.items()}
-        references = peers.references(device, args, train=kind == "train") if kind in ("prefill", "train") else {}
-        for name, reference in references.items():
-            if isinstance(reference, str):
-                out[name] = reference
-            else:
-                reference()
-                calls[name] = reference
+        calls = {name: _captured(run, args) if kind == "captured" else partial(run, *args)
+                 for name, run in usable.items()}
+        if kind in ("prefill", "train"):
+            simpler, absent = _references(args, device, train=kind == "train")
+            calls, out = calls | simpler, out | absent
         taken = turns(calls, device, seconds)
     medians = {name: round(statistics.median(times), 4) for name, times in taken.items()}
     best = min((name for name in usable if name != OURS), key=medians.__getitem__, default=None)
@@ -166,6 +160,20 @@ def measure(
         "floor_ms": round(floor, 4), "to_floor": round(medians[OURS] / floor, 2),
         "tokens_per_s": round(shape.B * shape.S / medians[OURS] * 1e3), "no_part": out,
     }
+
+
+def _references(
+    args: Sequence[Tensor], device: torch.device, *, train: bool
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Return the references, called once, and why others take no part."""
+    calls, out = {}, {}
+    for name, reference in peers.references(device, args, train=train).items():
+        if isinstance(reference, str):
+            out[name] = reference
+        else:
+            reference()
+            calls[name] = reference
+    return calls, out
 
 
 def _segments(*streams: Tensor) -> tuple[Tensor]:
