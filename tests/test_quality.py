@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+import types
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,6 +110,21 @@ def test_training_learns_and_repeats_itself(name: str) -> None:
         weights.append(model.state_dict())
     assert curves[0][-1]["loss"] < 0.9 * curves[0][0]["loss"]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_way_that_is_not_there_is_named_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers builds its xLSTM on the package xlstm, it has no mLSTM of its own."""
+    monkeypatch.setitem(sys.modules, "transformers.models.xlstm.modeling_xlstm", types.ModuleType("built on xlstm"))
+    names, left_out = mqar.ways(SMALL, ["inductor"])
+    assert contenders.THEIRS not in [way.name for way in names]
+    assert list(left_out) == [contenders.THEIRS]
+    found = {
+        "size": SMALL._asdict(), "parameters": 1, "trained_pairs": 1, "answers": {"4": 60},
+        "accuracy": {"inductor": {"4": 1.0}}, "differing": {"inductor": {"4": 0}}, "left_out": left_out,
+        "by_distance": {},
+    }
+    why = "transformers builds its xLSTM on the package xlstm where that is installed"
+    assert f"transformers is left out: {why}." in "\n".join(report.mqar({"models": {"mlstm": found}})).splitlines()
 
 
 @pytest.mark.parametrize("name", mqar.MODELS)

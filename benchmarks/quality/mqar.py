@@ -66,11 +66,17 @@ def by_steps(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, *sta
     return h[:, :, None], after
 
 
-def theirs(size: Size) -> Mix:
-    """Return transformers' own mLSTM, or ours where its classes are patched, as a stand-in for `mlstm_chunkwise`."""
-    from transformers import xLSTMConfig
-    from transformers.models.xlstm.modeling_xlstm import xLSTMBackend
+def theirs(size: Size) -> Mix | str:
+    """Return transformers' own mLSTM, or ours where its classes are patched, as a stand-in for `mlstm_chunkwise`.
 
+    Returns why where there is none.
+    """
+    from transformers import xLSTMConfig
+
+    try:
+        from transformers.models.xlstm.modeling_xlstm import xLSTMBackend
+    except ImportError:
+        return "transformers builds its xLSTM on the package xlstm where that is installed"
     width = size.NH * size.DHHV
     backend = xLSTMBackend(xLSTMConfig(
         hidden_size=width, num_heads=size.NH, qk_dim_factor=size.DHQK / size.DHHV, num_hidden_layers=1,
@@ -83,17 +89,19 @@ def theirs(size: Size) -> Mix:
     return mix
 
 
-def ways(size: Size, schedules: Sequence[str]) -> list[Way]:
-    """Return every way to answer that can run here; the reference is first."""
+def ways(size: Size, schedules: Sequence[str]) -> tuple[list[Way], dict[str, str]]:
+    """Return every way to answer that can run here, the reference first, and why others cannot."""
+    own = theirs(size)
     half = [Way(str(d).removeprefix("torch."), dtype=d) for d in (torch.bfloat16, torch.float16, torch.float64)]
-    return [
+    found = [
         *(Way(name, name) for name in schedules),
         Way("step by step", mix=by_steps, pieces=(1,)),
         Way("in pieces", pieces=SPLIT),
         *half,
-        Way(f"{THEIRS}, patched", mix=theirs(size), patched=True),
-        Way(THEIRS, mix=theirs(size)),
     ]
+    if isinstance(own, str):
+        return found, {THEIRS: own}
+    return [*found, Way(f"{THEIRS}, patched", mix=own, patched=True), Way(THEIRS, mix=own)], {}
 
 
 @torch.inference_mode()
@@ -134,7 +142,8 @@ def evaluate(model: Recall, pairs: Sequence[int], answers: int, conditions: Cond
     accuracy: dict[str, dict[str, float]] = {}
     differing: dict[str, dict[str, int]] = {}
     reference: dict[int, Tensor] = {}
-    for way in ways(model.size, conditions.schedules):
+    possible, left_out = ways(model.size, conditions.schedules)
+    for way in possible:
         copied = copy.deepcopy(model).to(conditions.device, way.dtype)
         with way.active():
             found = {P: answer(copied, batch, way, conditions.device) for P, batch in rows.items()}
@@ -147,7 +156,7 @@ def evaluate(model: Recall, pairs: Sequence[int], answers: int, conditions: Cond
     return {
         "size": model.size._asdict(), "parameters": sum(p.numel() for p in model.parameters()),
         "answers": {str(P): batch.answers.numel() for P, batch in rows.items()},
-        "accuracy": accuracy, "differing": differing,
+        "accuracy": accuracy, "differing": differing, "left_out": left_out,
         "by_distance": {
             str(P): by_distance([batch], [reference[P]]) for P, batch in rows.items()
         },

@@ -54,6 +54,7 @@ def mqar(result: Result) -> list[str]:
             "pairs. Right answers, by pairs in a row:", "",
             *table(["way", *found["answers"]], (
                 [way, *map(percent, accuracy.values())] for way, accuracy in found["accuracy"].items())),
+            *(f"\n{way} is left out: {why}." for way, why in found.get("left_out", {}).items()),
             "", "Answers that are not the first way's, right or wrong:", "",
             *table(["way", *(f"{P}, of {count:,}" for P, count in found["answers"].items())], (
                 [way, *counts.values()] for way, counts in list(found["differing"].items())[1:])),
