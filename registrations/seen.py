@@ -70,6 +70,9 @@ def _kind(tensors: _Arguments, how: tuple[Hashable, ...]) -> tuple[Hashable, ...
 
 
 def _guards(tensors: _Arguments) -> Callable[..., bool]:
-    if any(t is None for t in tensors):
-        return lambda *tensors: False  # the guards know tensors only
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    given = [t for t in tensors if t is not None]  # the guards know tensors only
+    like: Callable[..., bool] = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    if len(given) == len(tensors):
+        return like
+    absent = [t is None for t in tensors]
+    return lambda *tensors: [t is None for t in tensors] == absent and like(*[t for t in tensors if t is not None])

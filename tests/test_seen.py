@@ -48,6 +48,12 @@ def test_the_latest_kind_is_known_again_by_its_strides_too():
     assert seen.again((two.t().contiguous(), two), "a") == "a"
     assert seen.again((two.t(), two), "a") is None
     assert seen.again((one, two), "b") is None
+    assert seen((one, None, two), "a") == "a"
+    assert seen.again((one, None, two), "a") == "a"
+    assert seen.again((one, two, None), "a") is None
+    assert seen.again((one, one, two), "a") is None
+    assert seen.again((one, None, None), "a") is None
+    assert seen.again((one.t().contiguous().t(), None, two), "a") is None
 
 
 def test_a_number_of_threads_is_a_kind():
