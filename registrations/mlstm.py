@@ -40,12 +40,13 @@ def _run(fn: compiled.PureFunction, **static: Any) -> Run:
     return run
 
 
-def _kernels(eps: float, release_gil: bool = False) -> Kernels:
+def _kernels(eps: float, *, closed: bool = True, release_gil: bool = False) -> Kernels:
+    """Return the kernels of a call; closed: whether a state is known before its segment's h is (see `operands`)."""
     def run(fn: compiled.PureFunction, **static: Any) -> Run:
         return _run(fn, release_gil=release_gil, **static)
 
-    def with_scores(fn: compiled.PureFunction) -> Run:
-        scored = run(fn, eps=eps)
+    def with_scores(fn: compiled.PureFunction, **static: Any) -> Run:
+        scored = run(fn, eps=eps, **static)
         return lambda args: scored([*args[:5], mlstm.scores(args[0], args[1]), *args[5:]])
 
     after_scores = run(mlstm.answers, eps=eps)
@@ -62,9 +63,10 @@ def _kernels(eps: float, release_gil: bool = False) -> Kernels:
         return *mlstm_gradient.finish(P, dS, dq, dk, k_gated, ddC, q, k, v, dh), *rest
 
     return Kernels(
-        operands=with_scores(mlstm.operands), emit=mlstm.emit, step=_run(mlstm.step, eps=eps), after=run(mlstm.after),
-        backward=backward, summarize=run(mlstm.summarize), answers=answers,
-        absorb=run(mlstm.absorb),
+        operands=with_scores(mlstm.operands, closed=closed), emit=mlstm.emit,
+        close=(lambda state, C_before: state) if closed else mlstm.close,
+        step=_run(mlstm.step, eps=eps), after=run(mlstm.after), backward=backward,
+        summarize=run(mlstm.summarize), answers=answers, absorb=run(mlstm.absorb),
     )
 
 
@@ -151,7 +153,9 @@ def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float
     shape = plan.Shape(B * NH, S, DHQK, v.shape[-1])
     cfg = tuned.settle(cfg, shape, q.device, q.dtype, training=training)
     planned = plan.make(shape, q.device.type, cfg, machine(q.device, cfg.schedule))
-    kernels = _kernels(eps, release_gil=q.device.type == "cpu" and planned.threaded)
+    kind = q.device.type
+    leave_open = mlstm.leaves_open(kind, q.dtype, len(planned.segments), fresh=c is None)
+    kernels = _kernels(eps, closed=not leave_open, release_gil=kind == "cpu" and planned.threaded)
     return _Route(planned, schedules.load(planned.schedule, q.device), kernels)
 
 

@@ -26,7 +26,8 @@ RELEASE_GIL: dict[str, Any] = {"cpp_wrapper": True}
 # Keep an update in the order of the sum that follows, so that they are one kernel.
 _AS_WRITTEN = {"pick_loop_orders": False}
 DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
-    "cuda": _AS_WRITTEN,
+    # However much arithmetic a row takes, compute it again: else the gradient's passes over scores are two, not one.
+    "cuda": {**_AS_WRITTEN, "realize_opcount_threshold": 400},
     "mps": {
         **_AS_WRITTEN,
         "max_fusion_unique_io_buffers": 28,  # Metal allows 31 buffers a kernel, and Inductor does not split on it

@@ -23,12 +23,15 @@ from torch_xlstm_ops.mlstm import (
     STREAMS,
     Look,
     Reach,
+    Summaries,
+    before,
+    contributions,
     floor,
+    gated,
     input_weights,
     looks,
     product_dtype,
     reaches,
-    summaries,
 )
 from torch_xlstm_ops.shapes import state_dtype
 
@@ -48,10 +51,12 @@ def gradient(
     fgate, igate, k_wide, dh_flat = fgate.to(wide), igate.to(wide), k.to(wide), dh.flatten(0, 1)
     within = prefixes(fgate)
     across = prefix(within[..., -1])
-    chunks = summaries(k, v, igate, within)
+    gate, M = input_weights(igate, within)
+    k_gated, dn_chunk = gated(k, gate)
+    chunks = Summaries(M, contributions(k_gated, v), dn_chunk)
     reach = reaches(within[..., -1], across, chunks.M, m)
     look = looks(igate, within, reach.m_before)
-    n_before = torch.bmm(reach.W, chunks.dn) + reach.w_state[..., None] * n[:, None]
+    n_before = before(reach, chunks.dn, n)
     sources = _put(chunks.dC, -1, c)
     C_before = torch.bmm(reach.with_state().to(product), sources.flatten(2)).view(G * NC, DHQK, -1)
 
@@ -76,7 +81,6 @@ def gradient(
     w_state = torch.where(first, end.w_state, reach.w_state)
     passing = inner * torch.where(last, w_state[..., None], W)
 
-    gate, _ = input_weights(igate, within)
     dk = gate[..., None] * (torch.bmm(v.flatten(0, 1).to(product), ddC.mT).view(k.shape).to(wide) + ddn[..., None, :])
     alpha = (k_wide * dk).sum(-1)  # all that a token gives to after its chunk
     dm_end = dm[:, 0] - passing[:, 0].sum(-1) - alpha[:, -1].sum(-1)
@@ -88,8 +92,7 @@ def gradient(
     digate = tokens.E.sum(-2) + alpha
     dfgate = _over_gates(tokens.E, tokens.e, alpha, passing) * torch.sigmoid(-fgate)
     factors = [t.to(dtype).flatten(0, 1) for t, dtype in (
-        (tokens.P, q.dtype), (tokens.dS, q.dtype), (tokens.dq, q.dtype), (dk, k.dtype),
-        (gate[..., None] * k_wide, product),
+        (tokens.P, q.dtype), (tokens.dS, q.dtype), (tokens.dq, q.dtype), (dk, k.dtype), (k_gated.mT, product),
     )]
     return *factors, ddC, digate, dfgate, dc_in, dn_in, dm_in[:, None]
 

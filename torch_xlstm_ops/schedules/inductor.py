@@ -47,8 +47,8 @@ def run(
     P, q_gated, W, dC, *new = kernels.operands([*streams, *state])
     if h.device.type == "cpu" and not math.isfinite(new[0].sum().item()):
         return step_through(kernels, rows, h, band, segment, state)
-    emit(kernels, rows, h, band, segment, (P, q_gated, W, dC, state[0], v))
-    return new
+    C_before = emit(kernels, rows, h, band, segment, (P, q_gated, W, dC, state[0], v))
+    return kernels.close(new, C_before)
 
 
 def summaries(plan: Plan, kernels: Kernels, streams: Sequence[Tensor]) -> Iterator[Iterator[Summary]]:
@@ -65,14 +65,15 @@ def _element(found: Sequence[Tensor]) -> Summary:
 
 def emit(
     kernels: Kernels, rows: Rows, h: Tensor, band: slice, segment: Segment, factors: Factors
-) -> None:
-    """Multiply a task's factors, in the order of `mlstm.emit`, into its slice of h."""
+) -> Tensor:
+    """Multiply a task's factors, in the order of `mlstm.emit`, into its slice of h; return what that returns."""
     P, v = factors[0], factors[-1]
     slot = rows.slot(h, band, segment)
     out = v.new_empty(P.shape[0], *v.shape[2:]) if slot is None else slot
-    kernels.emit(*factors, out)
+    C_before = kernels.emit(*factors, out)
     if slot is None:
         rows.put(h, band, segment, out.view(v.shape))
+    return C_before
 
 
 def step_through(

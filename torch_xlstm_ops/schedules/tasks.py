@@ -25,7 +25,8 @@ class Kernels(NamedTuple):
     """The compiled functions of an op, each called with one list of contiguous tensors; shapes as in `mlstm`."""
 
     operands: Run  # q k v igate fgate c n m -> P q_gated W dC c n m
-    emit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # P q_gated W dC c v, h written
+    emit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # P q_gated W dC c v h -> C_before
+    close: Callable[[list[Tensor], Tensor], list[Tensor]]  # c n m, and what else `operands` returns, C_before -> c n m
     step: Run  # q k v igate fgate c n m -> h c n m
     after: Run  # k v igate fgate c n m -> c n m
     backward: Run  # q k v igate fgate c n m dh dc dn dm -> their gradients
