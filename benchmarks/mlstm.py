@@ -61,13 +61,15 @@ class Shape(NamedTuple):
 
 
 def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Return q, k, v, igate, fgate as a trained model has them: most of the past is kept."""
-    g = torch.Generator().manual_seed(0)
+    """Return q, k, v in `dtype` and igate, fgate as a trained model has them: most of the past is kept.
+
+    The gates are float32: with bfloat16 ones Triton 3.6 aborts on the xl_chunk kernels, chunks of 64 and more.
+    """
+    g = torch.Generator(device).manual_seed(0)
     B, NH, DHQK, DHHV, S = shape
-    sizes = [(B, NH, S, DHQK), (B, NH, S, DHQK), (B, NH, S, DHHV), (B, NH, S), (B, NH, S)]
-    drawn = [torch.randn(size, generator=g).to(device, dtype) for size in sizes]
-    drawn[4] += 3.0
-    return drawn
+    q, k, v = (torch.randn((B, NH, S, D), generator=g, device=device).to(dtype) for D in (DHQK, DHQK, DHHV))
+    igate, fgate = (torch.randn((B, NH, S), generator=g, device=device) for _ in range(2))
+    return [q, k, v, igate, fgate + 3.0]
 
 
 def admitted(
@@ -170,8 +172,12 @@ def _references(
     for name, reference in peers.references(device, args, train=train).items():
         if isinstance(reference, str):
             out[name] = reference
-        else:
+            continue
+        try:
             reference()
+        except RuntimeError as error:
+            out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
             calls[name] = reference
     return calls, out
 
