@@ -47,6 +47,7 @@ SHAPES = {
     "compile": ["1,4,128,128,2048", "1,4,64,64,1000"],
 }
 OURS = "ours"
+LEFT_OUT = "left out"
 CHECKED_TOKENS = 2048  # of a longer sequence, by the recurrence
 
 
@@ -80,7 +81,7 @@ def admitted(
     usable, out = {}, {}
     for name, run in contenders.items():
         if name.startswith(tuple(without)):
-            out[name] = "left out"
+            out[name] = LEFT_OUT
         elif isinstance(run, str):
             out[name] = run
         elif reason := _rejected(run, args, wanted, tolerance):
@@ -150,7 +151,7 @@ def measure(
         calls = {name: _captured(run, args) if kind == "captured" else partial(run, *args)
                  for name, run in usable.items()}
         if kind in ("prefill", "train"):
-            simpler, absent = _references(args, device, train=kind == "train")
+            simpler, absent = _references(args, device, without, train=kind == "train")
             calls, out = calls | simpler, out | absent
         taken = turns(calls, device, seconds)
     medians = {name: round(statistics.median(times), 4) for name, times in taken.items()}
@@ -165,13 +166,13 @@ def measure(
 
 
 def _references(
-    args: Sequence[Tensor], device: torch.device, *, train: bool
+    args: Sequence[Tensor], device: torch.device, without: Sequence[str], *, train: bool
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """Return the references, called once, and why others take no part."""
     calls, out = {}, {}
     for name, reference in peers.references(device, args, train=train).items():
-        if isinstance(reference, str):
-            out[name] = reference
+        if isinstance(reference, str) or name.startswith(tuple(without)):
+            out[name] = reference if isinstance(reference, str) else LEFT_OUT
             continue
         try:
             reference()
@@ -244,7 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the streams")
     parser.add_argument("--shapes", nargs="+", metavar="B,NH,DHQK,DHHV,S", help="default those of the kind")
     parser.add_argument("--without", nargs="*", default=[], metavar="NAME",
-                        help="peers to leave out, by the beginnings of their names: one that breaks a GPU breaks all")
+                        help="peers and references to leave out, by the beginnings of their names: one that breaks a "
+                             "GPU breaks all")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each case, default 10")
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
@@ -258,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 cases.append(measure(kind, shape, dtype, device, given.seconds, given.without))
             print(json.dumps(cases[-1], indent=1), flush=True)
-    save({"machine": machine(device), "cases": cases}, given.json)
+            save({"machine": machine(device), "cases": cases}, given.json)  # now: a later case may end the process
 
 
 if __name__ == "__main__":

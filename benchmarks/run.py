@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(part: Part, device: str, quick: bool) -> dict[str, Any]:
-    """Return a part's result, or why there is none."""
+    """Return a part's result, and where it ended early, why."""
     arguments = [*part.arguments[device], *(part.quick if quick else [])]
     if "--device" not in arguments:
         arguments += ["--device", device]
@@ -35,9 +35,12 @@ def run(part: Part, device: str, quick: bool) -> dict[str, Any]:
         file = Path(room, "result.json")
         command = [sys.executable, "-m", f"benchmarks.{part.module}", *arguments, "--json", str(file)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        found: dict[str, Any] = {"module": part.module, "arguments": arguments}
         if done.returncode:
-            return {"module": part.module, "error": (done.stderr.strip().splitlines() or ["no reason given"])[-1]}
-        return {"module": part.module, "arguments": arguments, "result": json.loads(file.read_text())}
+            found["error"] = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        if file.exists():
+            found["result"] = json.loads(file.read_text())
+        return found
 
 
 def commit() -> str:

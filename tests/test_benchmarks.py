@@ -63,6 +63,14 @@ def test_a_part_that_fails_is_told(folder):
     assert "nothing-of-this-kind" in run.run(part, "cpu", False)["error"]
 
 
+def test_a_part_that_ends_early_keeps_what_it_measured():
+    arguments = ["step", "--seconds", "0.1", "--shapes", "1,4,64,64,1", "1,4,64"]
+    part = Part("mlstm", {"cpu": arguments}, [], lambda result: [])
+    found = run.run(part, "cpu", False)
+    assert "Shape" in found["error"]
+    assert [case["shape"]["DHQK"] for case in found["result"]["cases"]] == [64]
+
+
 def test_a_suite_has_the_parts_that_a_device_can_run():
     assert [part.arguments["cuda"][0] for part in on("mlstm_step", "cuda")] == ["step", "captured"]
     assert [part.arguments["cpu"][0] for part in on("mlstm_step", "cpu")] == ["step"]
