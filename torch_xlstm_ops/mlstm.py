@@ -273,9 +273,10 @@ def gated(k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     if k.device.type != "mps":
         k_gated = k.to(gate.dtype) * gate[..., None]
         return k_gated.to(product).mT, k_gated.sum(-2)
-    # In Metal, Inductor writes k_gated and sums it in one kernel only along the last axis.
+    # In Metal, Inductor writes k_gated and sums it in one kernel only along the last axis; contiguous says that it is
+    # kept so, else Inductor would copy it for whoever returns it.
     k_gated = k.to(gate.dtype).mT * gate[..., None, :]
-    return k_gated.to(product), k_gated.sum(-1)
+    return k_gated.to(product).contiguous(), k_gated.sum(-1)
 
 
 def input_weights(igate: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def gradient(
     """Turn a segment into the factors of its gradient, recomputing it; `finish` multiplies them.
 
     dh: (G, NC, L, DHHV); dc, dn, dm: gradients of the state after the segment; the rest as in `mlstm.operands`.
-    Returns P and dS (G*NC, L, L); dq and dk (G*NC, L, DHQK), so far from other chunks; k_gated (G*NC, L, DHQK) and
+    Returns P and dS (G*NC, L, L); dq and dk (G*NC, L, DHQK), so far from other chunks; k_gated (G, NC, L, DHQK) and
     ddC (G*NC, DHQK, DHHV); digate and dfgate (G, NC, L); and the gradients of c, n, m.
     """
     G, NC, L, DHQK = q.shape
@@ -92,9 +92,10 @@ def gradient(
     digate = tokens.E.sum(-2) + alpha
     dfgate = _over_gates(tokens.E, tokens.e, alpha, passing) * torch.sigmoid(-fgate)
     factors = [t.to(dtype).flatten(0, 1) for t, dtype in (
-        (tokens.P, q.dtype), (tokens.dS, q.dtype), (tokens.dq, q.dtype), (dk, k.dtype), (k_gated.mT, product),
+        (tokens.P, q.dtype), (tokens.dS, q.dtype), (tokens.dq, q.dtype), (dk, k.dtype),
     )]
-    return *factors, ddC, digate, dfgate, dc_in, dn_in, dm_in[:, None]
+    # Its layout is the device's, and Inductor would copy it to join its axes.
+    return *factors, k_gated.mT, ddC, digate, dfgate, dc_in, dn_in, dm_in[:, None]
 
 
 def _put(summaries: Tensor, chunk: int, state: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ def finish(
     """Return the gradients of q, k, v (G, NC, L, D) from the factors of `gradient`, adding in place to dq and dk."""
     dq.baddbmm_(dS, k.flatten(0, 1))
     dk.baddbmm_(dS.mT, q.flatten(0, 1))
-    dv = torch.bmm(k_gated, ddC).to(v.dtype).baddbmm_(P.mT, dh.flatten(0, 1))
+    dv = torch.bmm(k_gated.flatten(0, 1), ddC).to(v.dtype).baddbmm_(P.mT, dh.flatten(0, 1))
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
