@@ -62,14 +62,15 @@ class Shape(NamedTuple):
 
 
 def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Return q, k, v in `dtype` and igate, fgate as a trained model has them: most of the past is kept.
+    """Return q, k, v, igate, fgate as a trained model has them: most of the past is kept.
 
-    The gates are float32: with bfloat16 ones Triton 3.6 aborts on the xl_chunk kernels, chunks of 64 and more.
+    All are of `dtype`, but on CUDA the gates are what its peers want, float32.
     """
     g = torch.Generator(device).manual_seed(0)
     B, NH, DHQK, DHHV, S = shape
     q, k, v = (torch.randn((B, NH, S, D), generator=g, device=device).to(dtype) for D in (DHQK, DHQK, DHHV))
-    igate, fgate = (torch.randn((B, NH, S), generator=g, device=device) for _ in range(2))
+    of_gates = torch.float32 if device.type == "cuda" else dtype
+    igate, fgate = (torch.randn((B, NH, S), generator=g, device=device).to(of_gates) for _ in range(2))
     return [q, k, v, igate, fgate + 3.0]
 
 

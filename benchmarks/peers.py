@@ -41,7 +41,10 @@ def sequences(device: torch.device, dtype: torch.dtype) -> Contenders:
             how: dict[str, Any] = {"autocast_kernel_dtype": dtype} if name in _TRITON else {}
             if name != "mlstm_kernels xl_chunk":  # whose kernels do not compile with it, in Triton 3.6
                 how["return_last_states"] = True
-            found |= {f"{name} {size}": _sized(run, size, how) for size in CHUNK_SIZES}
+            # Native code multiplies them with the streams; with bfloat16 ones Triton 3.6 aborts on xl_chunk's kernels,
+            # chunks of 64 and more.
+            gates = torch.float32 if name in _TRITON else dtype
+            found |= {f"{name} {size}": _sized(run, size, how, gates) for size in CHUNK_SIZES}
     return found
 
 
@@ -71,11 +74,11 @@ def steps(device: torch.device) -> Contenders:
     return found
 
 
-def _sized(function: Run, size: int, how: dict[str, Any]) -> Run:
+def _sized(function: Run, size: int, how: dict[str, Any], gates: torch.dtype) -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Any:
         if q.shape[2] % size:
             raise ValueError(f"S must be a multiple of {size}")
-        found = function(q, k, v, i, f, chunk_size=size, **how)
+        found = function(q, k, v, i.to(gates), f.to(gates), chunk_size=size, **how)
         return found if isinstance(found, tuple) else (found,)
 
     return run
