@@ -57,14 +57,14 @@ def test_text_of_a_plan() -> None:
     assert_expected_inline(str(plan), """\
 schedule  queued
 rows      8 in 4 bands of 2
-tokens    8192 in 16 segments of 512 by 64
+tokens    8192 in 8 segments of 1024 by 128
 workers   2, 1 thread each
-window    2 tasks in flight, about 67.5 MB
+window    2 tasks in flight, about 90.0 MB
 
-band 0    0 -> 1 -> 2 -> 3 -> 4 -> 5 -> ... -> 15
-band 1    0 -> 1 -> 2 -> 3 -> 4 -> 5 -> ... -> 15
-band 2    0 -> 1 -> 2 -> 3 -> 4 -> 5 -> ... -> 15
-band 3    0 -> 1 -> 2 -> 3 -> 4 -> 5 -> ... -> 15""")
+band 0    0 -> 1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7
+band 1    0 -> 1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7
+band 2    0 -> 1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7
+band 3    0 -> 1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7""")
 
 
 def test_text_of_a_plan_with_summaries_ahead() -> None:
@@ -72,9 +72,9 @@ def test_text_of_a_plan_with_summaries_ahead() -> None:
     assert_expected_inline(str(plan), """\
 schedule  queued
 rows      2 in 1 band of 2
-tokens    4096 in 4 segments of 1024 by 64
+tokens    4096 in 4 segments of 1024 by 128
 workers   2, 1 thread each
-window    2 tasks in flight, about 135.0 MB
+window    2 tasks in flight, about 90.0 MB
 
 band 0    0 ~> 1 -> 2 ~> 3""")
 
@@ -100,4 +100,4 @@ def test_memory_bounds_the_window() -> None:
     asked = queued(mem_fraction=0.5, window=64)
     plan = make(Shape(64, 65536, 256, 512), "cpu", asked, Machine(2, memory=256 << 20))
     assert plan.window * plan.task_bytes <= 128 << 20
-    assert_expected_inline("\n".join(plan.notes), """0.5 of the memory: 7 of 64 tasks used""")
+    assert_expected_inline("\n".join(plan.notes), """0.5 of the memory: 5 of 64 tasks used""")

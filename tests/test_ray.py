@@ -170,7 +170,7 @@ def test_text_of_a_plan():
     assert_expected_inline(str(plan), """\
 schedule  ray
 rows      8 in 4 bands of 2
-tokens    8192 in 2 segments of 4096 by 64
+tokens    8192 in 2 segments of 4096 by 128
 workers   4, 1 thread each
 window    8 tasks in flight, about 384.0 MB
 note      the cluster has room for 4: 4 of 6 workers used

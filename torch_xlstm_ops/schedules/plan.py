@@ -126,19 +126,33 @@ class _Habit(NamedTuple):
     task_tokens: int  # most row-tokens in one task
     segment_tokens: int  # most of them of one row
     chunk_counts: tuple[int, ...] = ()
-    wide_chunk_size: int | None = None  # where DHQK is 256 or more
 
 
+# By device, from a DHQK on.
 _HABITS = {
     # A task's chunk summaries stay in the cache: a third of the time of all heads and 2,048 tokens at once. Four heads
-    # of 512 tokens take 0.67 to 0.9 of one head of 1,024.
-    "cpu": _Habit(64, state_bytes=4 << 20, task_tokens=2048, segment_tokens=512, wide_chunk_size=128),
-    "cuda": _Habit(128, state_bytes=2 << 30, task_tokens=1 << 20, segment_tokens=1 << 20, wide_chunk_size=256),
+    # of 512 tokens take 0.67 to 0.9 of one head of 1,024; of narrow heads, tasks up to four times as large take another
+    # 0.8 to 0.9.
+    "cpu": {
+        0: _Habit(64, state_bytes=4 << 20, task_tokens=8192, segment_tokens=1024),
+        128: _Habit(64, state_bytes=4 << 20, task_tokens=2048, segment_tokens=512),
+        256: _Habit(128, state_bytes=4 << 20, task_tokens=2048, segment_tokens=512),
+    },
+    "cuda": {
+        0: _Habit(128, state_bytes=2 << 30, task_tokens=1 << 20, segment_tokens=1 << 20),
+        256: _Habit(256, state_bytes=2 << 30, task_tokens=1 << 20, segment_tokens=1 << 20),
+    },
     # Each new size of a matrix product takes memory that MPS does not give back, so tails come in few sizes.
-    "mps": _Habit(64, state_bytes=512 << 20, task_tokens=1 << 16, segment_tokens=1 << 16,
+    "mps": {
+        0: _Habit(64, state_bytes=512 << 20, task_tokens=1 << 16, segment_tokens=1 << 16,
                   chunk_counts=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32)),
+    },
 }
-_WORKER = _Habit(64, state_bytes=4 << 20, task_tokens=1024, segment_tokens=1024)  # of one thread, with its cache
+# A worker of one thread, with its cache: chunks of 128 take 0.68 of 64 at 8 heads of 256 x 512.
+_WORKER = {
+    0: _Habit(64, state_bytes=4 << 20, task_tokens=1024, segment_tokens=1024),
+    256: _Habit(128, state_bytes=4 << 20, task_tokens=1024, segment_tokens=1024),
+}
 MAX_CHUNKS = 64  # the product over chunks is quadratic in their number
 _ANY = 1 << 62
 CUDA_WORKERS = 2  # one fills the gaps that the other's small kernels leave
@@ -147,22 +161,21 @@ CUDA_WORKERS = 2  # one fills the gaps that the other's small kernels leave
 @functools.lru_cache(maxsize=1024)
 def make(shape: Shape, device: str, config: Config, machine: Machine = Machine()) -> Plan:  # noqa: B008
     """Return the plan for a call on a device of type `device`; sizes in `config` come before the habitual ones."""
-    habit = _HABITS.get(device, _HABITS["cpu"])
     schedule = config.schedule
-    if schedule in (Schedule.QUEUED, Schedule.RAY) and device == "cpu":
-        habit = _WORKER
+    at_once = schedule in (Schedule.QUEUED, Schedule.RAY)
+    habits = _WORKER if at_once and device == "cpu" else _HABITS.get(device, _HABITS["cpu"])
+    habit = habits[max(least for least in habits if least <= shape.DHQK)]
     if schedule is Schedule.RAY:  # an actor cuts its task up again
-        habit = habit._replace(state_bytes=_ANY, task_tokens=_ANY, segment_tokens=_ANY)
+        habit = habit._replace(state_bytes=_ANY, task_tokens=_ANY, segment_tokens=4096)
     if schedule is Schedule.AUTO:
         schedule = Schedule.RECURRENT if shape.tokens <= STEP_TOKENS else Schedule.INDUCTOR
-    L = config.chunk_size or (shape.DHQK >= 256 and habit.wide_chunk_size) or habit.chunk_size
+    L = config.chunk_size or habit.chunk_size
     summary = shape.DHQK * shape.DHHV * 4
     chunks = min(habit.state_bytes // summary, habit.segment_tokens // L, MAX_CHUNKS)
     segment = config.segment or max(4, chunks) * L
     segment = _ceil(segment, L) * L
     NC = _ceil(min(segment, max(shape.tokens, 1)), L)
     fitting = max(1, min(habit.state_bytes // (summary * NC), habit.task_tokens // (NC * L)))
-    at_once = schedule in (Schedule.QUEUED, Schedule.RAY)
     if at_once:  # a band for each worker comes before full bands
         fitting = min(fitting, _ceil(shape.rows, _wanted_workers(schedule, device, config, machine)))
     band = min(config.heads_per_band or max(1, fitting), max(shape.rows, 1))
