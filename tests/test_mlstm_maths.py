@@ -101,6 +101,18 @@ def test_a_small_decay_survives_behind_a_large_one():
     assert_close(results, exact(args), 1e-5)
 
 
+@pytest.mark.parametrize("fgate", [0.0, -2.0, -30.0])
+def test_what_is_forgotten_leaves_no_denormal_numbers(fgate):
+    """A CPU's products take ten times as long with them."""
+    args = draw(Sizes(1, 2, 256, 16, 16), torch.float32)
+    args[4][:] += fgate - args[4].mean()
+    args = chunked(args, 128)
+    factors = mlstm.operands(*args[:5], mlstm.scores(*args[:2]), *args[5:], eps=EPS)
+    for t in factors[:4]:
+        denormal = (t != 0) & (t.abs() < torch.finfo(t.dtype).tiny)
+        assert denormal.float().mean() < 1e-3
+
+
 def test_a_closed_forget_gate_cuts_the_past():
     sizes = Sizes(1, 2, 32, 4, 4)
     args = draw(sizes, torch.float64)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEAST = {torch.float32: -80.0, torch.float64: -700.0}  # the logarithm of the least weight
 NEG_INF = float("-inf")
 GRID = 256.0  # multiples of 1/GRID add up exactly in float32 to +-65,536
 
@@ -61,6 +62,14 @@ def causal(size: int, like: Tensor) -> Tensor:
     """Return the mask (size, size) of what a token sees: itself and what came before."""
     index = torch.arange(size, device=like.device)
     return index[None, :] <= index[:, None]
+
+
+def weight(log_weight: Tensor) -> Tensor:
+    """Return exp(log_weight), relative to a largest of 1, and 0 where it is next to nothing.
+
+    There numbers are denormal, with which a CPU's products take ten times as long.
+    """
+    return torch.where(log_weight < LEAST[log_weight.dtype], 0.0, torch.exp(log_weight))
 
 
 def finite(maximum: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_xlstm_ops.decay import NEG_INF, causal, finite, prefix, prefixes, span
+from torch_xlstm_ops.decay import NEG_INF, causal, finite, prefix, prefixes, span, weight
 from torch_xlstm_ops.shapes import state_dtype
 
 FLOOR = {torch.float32: 80.0, torch.float64: 700.0}  # the most that `floor` raises e to
@@ -119,7 +119,7 @@ def operands(
         return *factors, chunks.dC, *absorb(*_fold(across, *chunks), c, n, m)
     F_, M, m_before = span(within[..., -1:, -1]), chunks.M[:, -1:], reach.m_before[:, -1:]
     m_after = torch.maximum(F_ + m_before, M)
-    keep, add = torch.exp(F_ + m_before - m_after), torch.exp(M - m_after)
+    keep, add = weight(F_ + m_before - m_after), weight(M - m_after)
     n_after = keep * n_before[:, -1] + add * chunks.dn[:, -1]
     return *factors, chunks.dC, add[..., None] * chunks.dC[:, -1].to(add.dtype), n_after, m_after, keep
 
@@ -145,8 +145,8 @@ def _answers(
     scale, product = q.shape[-1] ** -0.5, product_dtype(q.dtype)
     q_wide = q.to(state_dtype(q.dtype))
     look = looks(igate, within, reach.m_before)
-    P = scores * scale * torch.exp(look.decay - look.m[..., None])
-    w = torch.exp(look.m_inter - look.m) * scale
+    P = scores * scale * weight(look.decay - look.m[..., None])
+    w = weight(look.m_inter - look.m) * scale
     qn = (q_wide * n_before[..., None, :]).sum(-1)
     r = 1 / (torch.maximum((P.sum(-1) + w * qn).abs(), floor(look.m)) + eps)
     P, q_gated = P * r[..., None], q_wide * (w * r)[..., None]
@@ -230,7 +230,7 @@ def absorb(
         m' = max(F + m, M)      c' = exp(F + m - m') c + exp(M - m') dC          n' likewise
     """
     m_new = torch.maximum(F_ + m, M)
-    keep, add = torch.exp(F_ + m - m_new), torch.exp(M - m_new)
+    keep, add = weight(F_ + m - m_new), weight(M - m_new)
     return keep[..., None] * c + add[..., None] * dC, keep * n + add * dn, m_new
 
 
@@ -283,7 +283,7 @@ def input_weights(igate: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
     """Return what a token weighs at the end of its chunk, (G, NC, L), relative to the chunk's largest, and that M."""
     log_weight = span(within[..., -1:], within) + igate
     M = log_weight.amax(-1)
-    return torch.exp(log_weight - finite(M)[..., None]), M
+    return weight(log_weight - finite(M)[..., None]), M
 
 
 class Reach(NamedTuple):
@@ -309,8 +309,8 @@ def reaches(F_: Tensor, across: Tensor, M: Tensor, m: Tensor) -> Reach:
     from_chunk = span(before[..., :, None], across[..., None, :]) + M[..., None, :]
     from_chunk = torch.where(chunk[None, :] < chunk[:, None], from_chunk, NEG_INF)
     m_before = torch.maximum(from_chunk.amax(-1), from_state)
-    W = torch.exp(from_chunk - m_before[..., None])
-    return Reach(W, torch.exp(from_state - m_before), m_before, from_chunk, from_state)
+    W = weight(from_chunk - m_before[..., None])
+    return Reach(W, weight(from_state - m_before), m_before, from_chunk, from_state)
 
 
 class Look(NamedTuple):
@@ -333,9 +333,9 @@ def _fold(across: Tensor, M: Tensor, dC: Tensor, dn: Tensor) -> tuple[Tensor, Te
     """Compose the monoid elements of the chunks of a segment into one."""
     from_chunk = span(across[..., -1:], across) + M
     M_all = from_chunk.amax(-1, keepdim=True)
-    weight = torch.exp(from_chunk - finite(M_all))
-    dC_all = (weight[..., None, None] * dC.to(M.dtype)).sum(1)
-    return span(across[..., -1:]), M_all, dC_all, (weight[..., None] * dn).sum(1)
+    share = weight(from_chunk - finite(M_all))
+    dC_all = (share[..., None, None] * dC.to(M.dtype)).sum(1)
+    return span(across[..., -1:]), M_all, dC_all, (share[..., None] * dn).sum(1)
 
 
 def floor(m: Tensor) -> Tensor:

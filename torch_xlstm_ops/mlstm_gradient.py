@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.decay import NEG_INF, causal, prefix, prefix_and_suffix, prefixes, span
+from torch_xlstm_ops.decay import NEG_INF, causal, prefix, prefix_and_suffix, prefixes, span, weight
 from torch_xlstm_ops.mlstm import (
     FLOOR,
     STATE,
@@ -124,10 +124,10 @@ class _Tokens(NamedTuple):
 def _tokens(q: Tensor, scores: Tensor, look: Look, n_before: Tensor, seen: Tensor, y: Tensor, eps: float) -> _Tokens:
     """Differentiate the first level; seen: dh_t . v_s (G, NC, L, L); y: C_before dh_t (G, NC, L, DHQK)."""
     scale = q.shape[-1] ** -0.5
-    weight = torch.exp(look.decay - look.m[..., None]) * scale
-    w = torch.exp(look.m_inter - look.m) * scale
+    weights = weight(look.decay - look.m[..., None]) * scale
+    w = weight(look.m_inter - look.m) * scale
     qn, qy = (q * n_before[..., None, :]).sum(-1), (q * y).sum(-1)
-    A = scores * weight
+    A = scores * weights
     den, low = A.sum(-1) + w * qn, floor(look.m)
     r = 1 / (torch.maximum(den.abs(), low) + eps)
     g = r * ((A * seen).sum(-1) + w * qy)
@@ -135,7 +135,7 @@ def _tokens(q: Tensor, scores: Tensor, look: Look, n_before: Tensor, seen: Tenso
     dm = torch.where(look.m < -FLOOR[q.dtype], -g, -eps * g * r)
     at_token, at_state = look.decay == look.m[..., None], look.m_inter == look.m
     share = dm / (at_token.to(q.dtype).sum(-1) + at_state.to(q.dtype))
-    dS = weight * (r[..., None] * seen + dden[..., None])
+    dS = weights * (r[..., None] * seen + dden[..., None])
     E = dS * scores + torch.where(at_token, share[..., None], 0.0)
     rho = torch.where(at_state, share, 0.0)
     e = w * (r * qy + dden * qn) + rho
@@ -157,7 +157,7 @@ class _End(NamedTuple):
 def _end(across: Tensor, M: Tensor, m: Tensor) -> _End:
     from_chunk, from_state = span(across[..., -1:], across) + M, span(across[..., -1:]) + m
     m_after = torch.maximum(from_chunk.amax(-1, keepdim=True), from_state)
-    return _End(torch.exp(from_chunk - m_after), torch.exp(from_state - m_after), m_after, from_chunk, from_state)
+    return _End(weight(from_chunk - m_after), weight(from_state - m_after), m_after, from_chunk, from_state)
 
 
 def _maxima(dm_end: Tensor, dm_before: Tensor, M: Tensor, reach: Reach, end: _End) -> tuple[Tensor, Tensor, Tensor]:
