@@ -94,8 +94,10 @@ def gradient(
     factors = [t.to(dtype).flatten(0, 1) for t, dtype in (
         (tokens.P, q.dtype), (tokens.dS, q.dtype), (tokens.dq, q.dtype), (dk, k.dtype),
     )]
-    # Its layout is the device's, and Inductor would copy it to join its axes.
-    return *factors, k_gated.mT, ddC, digate, dfgate, dc_in, dn_in, dm_in[:, None]
+    # In the CPU's cache it costs more to keep than to compute again. Elsewhere its layout is the device's, and Inductor
+    # would copy it to join its axes.
+    k_gated = (gate[..., None] * k_wide).to(product) if k.device.type == "cpu" else k_gated.mT
+    return *factors, k_gated, ddC, digate, dfgate, dc_in, dn_in, dm_in[:, None]
 
 
 def _put(summaries: Tensor, chunk: int, state: Tensor) -> Tensor:
