@@ -96,9 +96,13 @@ def _rejected(run: Run, args: Sequence[Tensor], wanted: Sequence[Tensor], tolera
     try:
         found = run(*args)
     except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return _in_a_line(error)
     distance = max(_distance(a, b) for a, b in zip(found, wanted, strict=False))
     return None if distance <= tolerance else f"it is {distance:.1e} from the recurrence"
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def checked(t: Tensor) -> Tensor:
@@ -178,7 +182,7 @@ def _references(
         try:
             reference()
         except RuntimeError as error:
-            out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            out[name] = _in_a_line(error)
         else:
             calls[name] = reference
     return calls, out

@@ -39,9 +39,9 @@ def sequences(device: torch.device, dtype: torch.dtype) -> Contenders:
             found[name] = run
         else:
             how: dict[str, Any] = {"autocast_kernel_dtype": dtype} if name in _TRITON else {}
-            if name != "mlstm_kernels xl_chunk":  # whose kernels do not compile with it, in Triton 3.6
+            if name != "mlstm_kernels xl_chunk":  # never seen to compile with it, in Triton 3.6
                 how["return_last_states"] = True
-            # Native code multiplies them with the streams; with bfloat16 ones Triton 3.6 aborts on xl_chunk's kernels,
+            # Native code multiplies gates with the streams; with bfloat16 ones Triton 3.6 aborts on xl_chunk's kernels,
             # chunks of 64 and more.
             gates = torch.float32 if name in _TRITON else dtype
             found |= {f"{name} {size}": _sized(run, size, how, gates) for size in CHUNK_SIZES}

@@ -110,7 +110,7 @@ def operands(
     with igate -inf and fgate +inf changes nothing (padding).
     """
     within, igate = prefixes(fgate.to(state_dtype(q.dtype))), igate.to(state_dtype(q.dtype))
-    chunks = summaries(k, v, igate, within)
+    chunks, _, _ = summaries(k, v, igate, within)
     across = prefix(within[..., -1])
     reach = reaches(within[..., -1], across, chunks.M, m)
     n_before = before(reach, chunks.dn, n)
@@ -218,7 +218,7 @@ def summarize(k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tenso
     """
     wide = state_dtype(k.dtype)
     within = prefixes(fgate.to(wide))
-    chunks = summaries(k, v, igate.to(wide), within)
+    chunks, _, _ = summaries(k, v, igate.to(wide), within)
     return *_fold(prefix(within[..., -1]), *chunks), *chunks
 
 
@@ -254,20 +254,18 @@ class Summaries(NamedTuple):
     dn: Tensor  # (G, NC, DHQK)
 
 
-def summaries(k: Tensor, v: Tensor, igate: Tensor, within: Tensor) -> Summaries:
-    """Sum up each chunk, all weights relative to the chunk's largest; within: `prefixes` of its tokens."""
-    gate, M = input_weights(igate, within)
-    k_gated, dn = gated(k, gate)
-    return Summaries(M, contributions(k_gated, v), dn)
+def summaries(k: Tensor, v: Tensor, igate: Tensor, within: Tensor) -> tuple[Summaries, Tensor, Tensor]:
+    """Sum up each chunk, all weights relative to the chunk's largest; within: `prefixes` of its tokens.
 
-
-def contributions(k_gated: Tensor, v: Tensor) -> Tensor:
-    """Return what each chunk adds to c, (G, NC, DHQK, DHHV); k_gated: (G, NC, DHQK, L), of `gated`."""
+    Returns these, the weights (G, NC, L), and k times them (G, NC, DHQK, L).
+    """
+    gate, M = _input_weights(igate, within)
+    k_gated, dn = _gated(k, gate)
     dC = torch.bmm(k_gated.flatten(0, 1), v.to(k_gated.dtype).flatten(0, 1))
-    return dC.view(*k_gated.shape[:3], v.shape[-1])
+    return Summaries(M, dC.view(*k_gated.shape[:3], v.shape[-1]), dn), gate, k_gated
 
 
-def gated(k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def _gated(k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Return k times the gate, transposed (G, NC, DHQK, L), in the dtype of products, and its sum over the tokens."""
     product = product_dtype(k.dtype)
     if k.device.type != "mps":
@@ -279,7 +277,7 @@ def gated(k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return k_gated.to(product).contiguous(), k_gated.sum(-1)
 
 
-def input_weights(igate: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+def _input_weights(igate: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
     """Return what a token weighs at the end of its chunk, (G, NC, L), relative to the chunk's largest, and that M."""
     log_weight = span(within[..., -1:], within) + igate
     M = log_weight.amax(-1)

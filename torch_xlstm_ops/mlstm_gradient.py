@@ -23,15 +23,12 @@ from torch_xlstm_ops.mlstm import (
     STREAMS,
     Look,
     Reach,
-    Summaries,
     before,
-    contributions,
     floor,
-    gated,
-    input_weights,
     looks,
     product_dtype,
     reaches,
+    summaries,
 )
 from torch_xlstm_ops.shapes import state_dtype
 
@@ -51,9 +48,7 @@ def gradient(
     fgate, igate, k_wide, dh_flat = fgate.to(wide), igate.to(wide), k.to(wide), dh.flatten(0, 1)
     within = prefixes(fgate)
     across = prefix(within[..., -1])
-    gate, M = input_weights(igate, within)
-    k_gated, dn_chunk = gated(k, gate)
-    chunks = Summaries(M, contributions(k_gated, v), dn_chunk)
+    chunks, gate, k_gated = summaries(k, v, igate, within)
     reach = reaches(within[..., -1], across, chunks.M, m)
     look = looks(igate, within, reach.m_before)
     n_before = before(reach, chunks.dn, n)
