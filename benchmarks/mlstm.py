@@ -3,8 +3,9 @@
     python -m benchmarks.mlstm --json result.json
     python -m benchmarks.mlstm prefill --shapes 1,8,256,512,2048      # B,NH,DHQK,DHHV,S
 
-Kinds: prefill, train (forward and backward), step, captured (a step in a CUDA graph), scaling (ours alone, at lengths
-up to 131,072), and compile (seconds of a first call). Every contender is held to the float64 recurrence before it is
+Kinds: prefill, train (forward and backward), step, called (a step by the clock on the wall, submission and all),
+captured (a step in a CUDA graph), scaling (ours alone, at lengths up to 131,072), and compile (seconds of a first
+call). Every contender is held to the float64 recurrence before it is
 timed (a gradient to that of the pure segments, which the tests hold to the recurrence's), in the first and last heads
 of the first and last batch entries; one that is not there, or wrong, is named with the reason; the others take turns
 call by call. The peers run at each of their chunk sizes, and the best one counts. A reference computes less than an
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from benchmarks import floors, peers
 from benchmarks.peers import Contenders, Run
-from benchmarks.timing import machine, save, spread, turns
+from benchmarks.timing import device_timed, machine, peak_bytes, save, spread, timed, turns
 from torch_xlstm_ops import config, devices, mlstm, mlstm_chunkwise, mlstm_step
 from torch_xlstm_ops.schedules import plan
 
@@ -42,10 +43,13 @@ SHAPES = {
     "prefill": ["1,8,256,512,2048", "1,4,128,128,2048", "1,4,64,64,2048", "1,4,64,64,64"],
     "train": ["1,8,256,512,2048", "1,4,64,64,2048"],
     "step": ["1,4,64,64,1", "1,8,256,512,1"],
+    "called": ["1,8,256,512,1", "1,16,128,256,1"],
     "captured": ["1,8,256,512,1", "1,16,128,256,1"],
     "scaling": [f"1,4,128,128,{S}" for S in (2048, 8192, 32768, 131072)],
     "compile": ["1,4,128,128,2048", "1,4,64,64,1000"],
 }
+_STEPS = ("step", "called", "captured")
+_CUDA_ONLY = ("called", "captured")  # on others a step is timed by the clock on the wall
 OURS = "ours"
 LEFT_OUT = "left out"
 CHECKED_TOKENS = 2048  # of a longer sequence, by the recurrence
@@ -140,7 +144,7 @@ def measure(
         empty = [torch.zeros_like(checked(t)) for t in zeros]
         with torch.inference_mode():
             wanted = [mlstm.recurrent(*(t[:, :, :CHECKED_TOKENS] for t in rows), *empty, eps=1e-6)[0]]
-    if kind in ("step", "captured"):
+    if kind in _STEPS:
         args = [*(t[:, :, 0] for t in args[:3]), *args[3:], *zeros]
         wanted = [wanted[0][:, :, 0]]
         contenders = {OURS: mlstm_step, **peers.steps(device)}
@@ -158,12 +162,13 @@ def measure(
         if kind in ("prefill", "train"):
             simpler, absent = _references(args, device, without, train=kind == "train")
             calls, out = calls | simpler, out | absent
-        taken = turns(calls, device, seconds)
+        memory = {name: peak_bytes(call, device) for name, call in calls.items()}
+        taken = turns(calls, device, seconds, timed if kind == "called" else device_timed)
     medians = {name: round(statistics.median(times), 4) for name, times in taken.items()}
     best = min((name for name in usable if name != OURS), key=medians.__getitem__, default=None)
     return {
         "kind": kind, "shape": shape._asdict(), "dtype": str(dtype).removeprefix("torch."), "ms": medians,
-        "spread": {name: spread(times) for name, times in taken.items()},
+        "spread": {name: spread(times) for name, times in taken.items()}, "peak_bytes": memory,
         "best_peer": best, "ratio": None if best is None else round(medians[OURS] / medians[best], 3),
         "floor_ms": round(floor, 4), "to_floor": round(medians[OURS] / floor, 2),
         "tokens_per_s": round(shape.B * shape.S / medians[OURS] * 1e3), "no_part": out,
@@ -244,8 +249,8 @@ def compile_seconds(shape: Shape, device: torch.device) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", default=[kind for kind in SHAPES if kind != "captured"],
-                        help=f"{', '.join(SHAPES)}; default all but captured, which needs CUDA")
+    parser.add_argument("kinds", nargs="*", default=[kind for kind in SHAPES if kind not in _CUDA_ONLY],
+                        help=f"{', '.join(SHAPES)}; default all but {' and '.join(_CUDA_ONLY)}, which are for CUDA")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the streams")
     parser.add_argument("--shapes", nargs="+", metavar="B,NH,DHQK,DHHV,S", help="default those of the kind")

@@ -19,6 +19,8 @@ INTRODUCTION = """\
 Medians of alternating turns in one process, every contender first held to the float64 recurrence; lower ratios are
 better. *Spread* is half the distance between the quartiles over the median. *The floor* is the longer of two times: of
 the bytes that must move at the rate this machine copies, and of the products at the rate it multiplies square matrices.
+An mLSTM on CUDA is timed by the device, which has other work until a call is submitted; *called* is a step by the clock
+on the wall, submission and all.
 `python -m benchmarks.run` writes this file from `results/`; nothing here is typed by hand."""
 
 Kept = Mapping[str, Any]

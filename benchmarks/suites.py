@@ -29,6 +29,9 @@ class Part(NamedTuple):
     rows: Callable[[Result], Iterable[Row]]
 
 
+_HOLDING = ("prefill", "train")  # what holds memory of note
+
+
 def _mlstm(result: Result) -> Iterator[Row]:
     for case in result["cases"]:
         B, NH, DHQK, DHHV, S = case["shape"].values()
@@ -37,6 +40,10 @@ def _mlstm(result: Result) -> Iterator[Row]:
         peer = "" if best is None else f"{case['ms'][best]:.3f} ms, {best}"
         yield Row(what, f"{case['ms']['ours']:.3f} ms, {case['tokens_per_s']:,} tokens/s", peer, case["ratio"],
                   case["spread"]["ours"], case["to_floor"], case["no_part"])
+        held = case.get("peak_bytes", {})
+        if case["kind"] in _HOLDING and best is not None and held.get("ours") is not None:
+            yield Row("the same: memory held at once", f"{held['ours'] / 2**20:.0f} MiB",
+                      f"{held[best] / 2**20:.0f} MiB, {best}", round(held["ours"] / held[best], 3))
 
 
 def _slstm(result: Result) -> Iterator[Row]:
@@ -108,7 +115,8 @@ SUITES: dict[str, list[Part]] = {
     "mlstm_train": [_mlstm_part("train", _TRAINED, "1,4,64,64,256")],
     "mlstm_step": [
         _mlstm_part("step", _STEPPED, "1,4,64,64,1"),
-        Part("mlstm", {"cuda": ["captured", *_ON_CUDA]}, ["--shapes", "1,4,64,64,1", "--seconds", "1"], _mlstm),
+        Part("mlstm", {"cuda": ["called", "captured", *_ON_CUDA]}, ["--shapes", "1,4,64,64,1", "--seconds", "1"],
+             _mlstm),
     ],
     "slstm": [
         Part("slstm", {"cpu": [], "cuda": _NO_LOOPS, "mps": []}, ["--shapes", "1,4,64,64", "--seconds", "1"], _slstm),

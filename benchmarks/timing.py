@@ -1,7 +1,8 @@
-"""What every measurement shares: a clock that waits for the device, turns taken call by call, the machine's name."""
+"""What every measurement shares: clocks, turns taken call by call, the machine's name."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 
+from torch_xlstm_ops import devices
 from torch_xlstm_ops.devices import timed
 
 __all__ = ["alternate", "machine", "timed"]
 
 Call = Callable[[], Any]
+_BUSY_BYTES = 1 << 30  # written in 0.4 ms on an H100: longer than a call takes to be submitted
 
 
 def alternate(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
@@ -25,14 +28,50 @@ def alternate(calls: Mapping[str, Call], device: torch.device, seconds: float) -
     return {name: round(statistics.median(times), 4) for name, times in turns(calls, device, seconds).items()}
 
 
-def turns(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, list[float]]:
+def turns(
+    calls: Mapping[str, Call], device: torch.device, seconds: float,
+    clock: Callable[[Call, torch.device], float] = timed,
+) -> dict[str, list[float]]:
     """Return the milliseconds of each call in each of its turns, as of `alternate`."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, taken.values())) < 5:
         for name, call in calls.items():
-            taken[name].append(timed(call, device))
+            taken[name].append(clock(call, device))
     return taken
+
+
+def device_timed(call: Call, device: torch.device) -> float:
+    """Return the milliseconds that a call keeps `device`, its submission left out on CUDA.
+
+    As within a model, and as `triton.testing.do_bench` has it: the device has other work until the call is submitted,
+    and that work leaves nothing of the call's in its caches.
+    """
+    if device.type != "cuda":
+        return timed(call, device)
+    _busy(device).zero_()
+    start, end = devices.event(device, timing=True), devices.event(device, timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+@functools.cache
+@torch.inference_mode(mode=False)  # for whatever mode the next caller is in
+def _busy(device: torch.device) -> torch.Tensor:
+    return torch.empty(_BUSY_BYTES, dtype=torch.int8, device=device)
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Return the most bytes that a call holds at once on CUDA, its arguments left out; None where nobody counts."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def spread(times: Sequence[float]) -> float:

@@ -72,7 +72,8 @@ def test_a_part_that_ends_early_keeps_what_it_measured():
 
 
 def test_a_suite_has_the_parts_that_a_device_can_run():
-    assert [part.arguments["cuda"][0] for part in on("mlstm_step", "cuda")] == ["step", "captured"]
+    steps, others = (part.arguments["cuda"] for part in on("mlstm_step", "cuda"))
+    assert (steps[0], others[:2]) == ("step", ["called", "captured"])
     assert [part.arguments["cpu"][0] for part in on("mlstm_step", "cpu")] == ["step"]
 
 
