@@ -99,7 +99,7 @@ def admitted(
 def _rejected(run: Run, args: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> str | None:
     try:
         found = run(*args)
-    except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # of whatever kind a peer's code, or its compiler, has
         return _in_a_line(error)
     distance = max(_distance(a, b) for a, b in zip(found, wanted, strict=False))
     return None if distance <= tolerance else f"it is {distance:.1e} from the recurrence"
@@ -186,7 +186,7 @@ def _references(
             continue
         try:
             reference()
-        except RuntimeError as error:
+        except Exception as error:
             out[name] = _in_a_line(error)
         else:
             calls[name] = reference

@@ -43,8 +43,9 @@ def _mlstm_chunkwise(
         n, m = q.new_zeros((B, NH, DHQK), dtype=wide), q.new_zeros((B, NH, 1), dtype=wide)
     state = [t.flatten(0, 1) for t in (c, n, m)]
     h = []
-    for start in range(0, S, plan.MAX_CHUNKS * L):
-        at = slice(start, min(start + plan.MAX_CHUNKS * L, S))
+    longest = plan.max_chunks(q.device.type) * L
+    for start in range(0, S, longest):
+        at = slice(start, min(start + longest, S))
         tail = (at.start - at.stop) % L
         padded = [F.pad(t[:, :, at], (0, 0, 0, tail)) for t in (q, k, v)]
         padded += [F.pad(t[:, :, at], (0, tail), value=fill) for t, fill in ((igate, NEG_INF), (fgate, INF))]

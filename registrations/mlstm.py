@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import compiled, config, devices, mlstm, mlstm_gradient, schedules
+from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.packing import Packing
 from torch_xlstm_ops.schedules import inductor, plan, tuned
 from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state, machine
@@ -40,8 +41,18 @@ def _run(fn: compiled.PureFunction, **static: Any) -> Run:
     return run
 
 
-def _kernels(eps: float, *, closed: bool = True, release_gil: bool = False) -> Kernels:
-    """Return the kernels of a call; closed: whether a state is known before its segment's h is (see `operands`)."""
+def _joined(run: Run) -> Run:
+    """Return `run`, of `mlstm.advance`, with c as it was given."""
+    def joined(args: list[Tensor]) -> Sequence[Tensor]:
+        size = args[5].shape
+        h, c, n, m = run(args)
+        return h, c.view(size), n, m
+
+    return joined
+
+
+def _kernels(eps: float, *, opens: bool = False, release_gil: bool = False) -> Kernels:
+    """Return the kernels of a call; opens: whether its state is empty, and its first segments do well to know it."""
     def run(fn: compiled.PureFunction, **static: Any) -> Run:
         return _run(fn, release_gil=release_gil, **static)
 
@@ -63,9 +74,9 @@ def _kernels(eps: float, *, closed: bool = True, release_gil: bool = False) -> K
         return *mlstm_gradient.finish(P, dS, dq, dk, k_gated, ddC, q, k, v, dh), *rest
 
     return Kernels(
-        operands=with_scores(mlstm.operands, closed=closed), emit=mlstm.emit,
-        close=(lambda state, C_before: state) if closed else mlstm.close,
-        step=_run(mlstm.step, eps=eps), after=run(mlstm.after), backward=backward,
+        operands=with_scores(mlstm.operands), opening=with_scores(mlstm.opening) if opens else None,
+        emit=mlstm.emit, close=run(mlstm.close),
+        step=_joined(_run(mlstm.advance, eps=eps)), after=run(mlstm.after), backward=backward,
         summarize=run(mlstm.summarize), answers=answers, absorb=run(mlstm.absorb),
     )
 
@@ -88,12 +99,12 @@ _steps = Seen(_find_step)
 
 
 def _step(*args: Tensor, eps: float = 1e-6) -> _Results:
-    given, run = list(args), _steps.again(args, mlstm.step, eps)
+    given, run = list(args), _steps.again(args, mlstm.advance, eps)
     if run is None:  # what is found again was found for contiguous tensors: no need to look at each
         given = [t.contiguous() for t in args]
-        run = _steps(given, mlstm.step, eps)
+        run = _steps(given, mlstm.advance, eps)
     h, c, n, m = run(given)
-    return h, c, n, m
+    return h, c if c.dim() == 4 else c.flatten(2, 3), n, m
 
 
 def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:
@@ -154,8 +165,9 @@ def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float
     cfg = tuned.settle(cfg, shape, q.device, q.dtype, training=training)
     planned = plan.make(shape, q.device.type, cfg, machine(q.device, cfg.schedule))
     kind = q.device.type
-    leave_open = mlstm.leaves_open(kind, q.dtype, len(planned.segments), fresh=c is None)
-    kernels = _kernels(eps, closed=not leave_open, release_gil=kind == "cpu" and planned.threaded)
+    in_order = planned.schedule in (Schedule.INDUCTOR, Schedule.QUEUED) and planned.abreast == 1
+    opens = mlstm.opens(kind) and c is None and in_order and v.numel() > 0
+    kernels = _kernels(eps, opens=opens, release_gil=kind == "cpu" and planned.threaded)
     return _Route(planned, schedules.load(planned.schedule, q.device), kernels)
 
 
@@ -189,7 +201,7 @@ def _chunkwise(
         return packing.gather(h), c_after, n_after, m_after
     route = _route((q, k, v, igate, fgate, c, n, m), chunk_size, schedule, eps)
     with devices.submission(q.device):
-        state = initial_state(q, v, (c, n, m))
+        state = initial_state(q, v, (c, n, m), read=route.kernels.opening is None)
         if v.numel() == 0:
             return v.new_empty(v.shape), *_shaped(state, q)
         h, state = route.schedule.forward(route.plan, route.kernels, (q, k, v, igate, fgate), state)

@@ -39,21 +39,32 @@ def test_segment_equals_recurrence(shape, gate, seed):
     assert_close(whole(mlstm.segment(*chunked(args, L), eps=EPS), sizes), exact(args), 1e-10)
 
 
-def emitted(args: list[torch.Tensor], *, closed: bool) -> tuple[torch.Tensor, ...]:
-    """Do a segment as a device does, the state summed up from all chunks, or from the last one."""
+def emitted(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Do a segment as a device does."""
     q, k, v, igate, fgate, c, n, m = args
-    P, q_gated, W, dC, *state = mlstm.operands(
-        q, k, v, igate, fgate, mlstm.scores(q, k), c, n, m, eps=EPS, closed=closed)
+    P, q_gated, W, dC, *state = mlstm.operands(q, k, v, igate, fgate, mlstm.scores(q, k), c, n, m, eps=EPS)
     h = torch.empty_like(v)
-    C_before = mlstm.emit(P, q_gated, W, dC, c, v, h.flatten(0, 1))
-    return h, *(state if closed else mlstm.close(state, C_before))
+    mlstm.emit(P, q_gated, W, dC, c, v, h.flatten(0, 1))
+    return h, *state
+
+
+def opened(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Do a segment as CUDA does from an empty state."""
+    q, k, v, igate, fgate = args[:5]
+    P, q_gated, W, dC, n, m, keep, add = mlstm.opening(q, k, v, igate, fgate, mlstm.scores(q, k), eps=EPS)
+    h = torch.empty_like(v)
+    C_before = mlstm.emit(P, q_gated, W, dC, None, v, h.flatten(0, 1))
+    return h, *mlstm.close(dC, C_before.view(dC.shape), keep, add), n, m
 
 
 @given(sizes_and_chunk, gates, st.integers(0, 2**16), st.booleans())
-def test_what_is_emitted_equals_recurrence(shape, gate, seed, closed):
+def test_what_is_emitted_equals_recurrence(shape, gate, seed, fresh):
     sizes, L = shape
     args = draw(sizes, torch.float64, seed=seed, shift=gate[0], spread=gate[1])
-    assert_close(whole(emitted(chunked(args, L), closed=closed), sizes), exact(args), 1e-10)
+    for state in args[5:] if fresh else []:
+        state.zero_()
+    segment = opened if fresh else emitted
+    assert_close(whole(segment(chunked(args, L)), sizes), exact(args), 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -63,10 +74,9 @@ def test_a_state_holds_over_many_segments_that_forget_nothing(dtype, segments):
     args = draw(sizes, dtype, gates=torch.float32, state=False)
     args[3][:], args[4][:] = 0.0, 40.0
     state = [torch.zeros(size) for size in ((2, 16, 16), (2, 16), (2, 1))]
-    closed = not mlstm.leaves_open("cuda", dtype, segments, fresh=True)
-    assert closed == (dtype == torch.bfloat16 and segments > 8)
-    for part in zip(*(t.flatten(0, 1).unflatten(1, (segments, -1, 16)).unbind(1) for t in args), strict=True):
-        h, *state = emitted([*part, *state], closed=closed)
+    parts = zip(*(t.flatten(0, 1).unflatten(1, (segments, -1, 16)).unbind(1) for t in args[:5]), strict=True)
+    for number, part in enumerate(parts):
+        h, *state = (emitted if number else opened)([*part, *state])
     wanted = exact(args)
     found = [h.flatten(1, 2)[None], *(t[None] for t in state)]
     assert_close(found, [wanted[0][:, :, -64:], *wanted[1:]], TOLERANCE[dtype])
@@ -118,7 +128,10 @@ def test_a_closed_forget_gate_cuts_the_past():
     args = draw(sizes, torch.float64)
     args[4][0, 0, 13] = args[4][0, 1, 0] = args[4][0, 1, 16] = -torch.inf
     assert_close(whole(mlstm.segment(*chunked(args, 8), eps=EPS), sizes), exact(args), 1e-12)
-    assert_close(whole(emitted(chunked(args, 8), closed=False), sizes), exact(args), 1e-12)
+    assert_close(whole(emitted(chunked(args, 8)), sizes), exact(args), 1e-12)
+    for state in args[5:]:
+        state.zero_()
+    assert_close(whole(opened(chunked(args, 8)), sizes), exact(args), 1e-12)
 
 
 def test_padding_is_the_identity():
@@ -133,7 +146,7 @@ def test_padding_is_the_identity():
 def test_nothing_but_padding_keeps_the_state():
     args = draw(Sizes(1, 2, 16, 4, 4), torch.float32)
     args[3][:], args[4][:] = -torch.inf, torch.inf
-    for _, *state in (mlstm.segment(*chunked(args, 8), eps=EPS), emitted(chunked(args, 8), closed=False)):
+    for _, *state in (mlstm.segment(*chunked(args, 8), eps=EPS), emitted(chunked(args, 8))):
         for found, given_ in zip(state, args[5:], strict=True):
             assert torch.equal(found, given_.flatten(0, 1))
 

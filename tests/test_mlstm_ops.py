@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, float32_tolerance, weigh
-from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_
+from torch_xlstm_ops import config, mlstm, mlstm_chunkwise, mlstm_step, mlstm_step_, registrations
 
 L = 16  # one chunk size and one pair of head dimensions: each new one is a compile
 ops = torch.ops.xlstm
@@ -66,6 +66,36 @@ def test_a_sequence_split_anywhere_is_the_same(S, data):
     h1, state = mlstm_chunkwise(*first, *args[5:], chunk_size=L)
     h2, state = mlstm_chunkwise(*rest, *state, chunk_size=L)
     assert_close([torch.cat([h1, h2], 2), *state], exact(args), TOLERANCE[torch.float64])
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Let calls begin as on CUDA, with uninitialised memory full of NaN."""
+    monkeypatch.setattr(mlstm, "opens", lambda device: True)
+    registrations.mlstm.forget_routes()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    registrations.mlstm.forget_routes()
+
+
+@pytest.mark.parametrize("S", [1, 16, 65, 200])
+@pytest.mark.parametrize("schedule", ["inductor", "queued", "recurrent"])
+def test_a_call_that_opens_equals_recurrence(as_on_cuda, S, schedule):
+    args = draw(Sizes(S=S), state=False)
+    for settings in ({}, {"segment": 32, "heads_per_band": 1}):
+        with config.use(**settings):
+            found = flat(mlstm_chunkwise(*args, chunk_size=L, schedule=schedule))
+            again = flat(mlstm_chunkwise(*args, *found[1:], chunk_size=L, schedule=schedule))
+        wanted = exact(args)
+        assert_close(found, wanted, TOLERANCE[torch.float32])
+        assert_close(again, exact([*args, *wanted[1:]]), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("sizes", [Sizes(S=0), Sizes(B=0, S=16)], ids=str)
+def test_a_call_without_tokens_opens_nothing(as_on_cuda, sizes):
+    for state in flat(mlstm_chunkwise(*draw(sizes, state=False), chunk_size=L))[1:]:
+        assert torch.equal(state, torch.zeros_like(state))
 
 
 def test_schedules_agree():

@@ -36,6 +36,15 @@ def prefix(terms: Tensor) -> Tensor:
     return torch.where(causal(terms.shape[-1], terms), terms[..., None, :], 0.0).sum(-1)
 
 
+def across_chunks(within: Tensor) -> Tensor:
+    """Return the prefix sums over chunks (3, ..., NC) of their decays, from `prefixes` within each (3, ..., NC, L).
+
+    In float64 on CUDA, where a segment is long: beyond +-65,536 float32 would round them.
+    """
+    ends = within[..., -1]
+    return prefix(ends.double() if ends.is_cuda else ends)
+
+
 def suffix(terms: Tensor) -> Tensor:
     """Return the inclusive sums over the last axis from each element on."""
     if terms.is_cuda:

@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_xlstm_ops.decay import NEG_INF, causal, finite, prefix, prefixes, span, weight
+from torch_xlstm_ops.decay import NEG_INF, across_chunks, causal, finite, prefixes, span, weight
 from torch_xlstm_ops.shapes import state_dtype
 
+COLUMN = 128  # most tokens that a CUDA kernel sums at once
+PART = 32  # rows of c, of one of LARGE elements, that it sums at once
+LARGE = 1 << 23  # more than its cache holds
 FLOOR = {torch.float32: 80.0, torch.float64: 700.0}  # the most that `floor` raises e to
 
 
@@ -31,6 +34,19 @@ def step(
 
     q, k: (..., DHQK); v: (..., DHHV); igate, fgate: (..., 1); c: (..., DHQK, DHHV); n: (..., DHQK); m: (..., 1).
     Returns h in v's dtype and the new c, n, m.
+    """
+    h, c, n, m = advance(q, k, v, igate, fgate, c, n, m, eps=eps)
+    return h, c.flatten(-3, -2) if c.dim() > m.dim() + 1 else c, n, m
+
+
+def advance(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Do a `step`, to be compiled; a large c is returned in parts (..., DHQK / PART, PART, DHHV) on CUDA.
+
+    A kernel holds whole columns of what it sums, and the shorter they are the more beside each other, whose bytes it
+    then reads at once. The parts are one block of memory, but joined into an axis within the graph they would be
+    written twice.
     """
     wide = state_dtype(q.dtype)
     log_f, igate = F.logsigmoid(fgate.to(wide)), igate.to(wide)
@@ -50,17 +66,31 @@ def _update(c: Tensor, forget: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple
         c = forget[..., None] * c + k[..., :, None] * v[..., None, :]
         return c, (c * q[..., :, None]).sum(-2)
     # In Metal and Triton, Inductor writes c and sums it in one kernel only along the last axis.
-    c = forget[..., None] * c.mT + k[..., None, :] * v[..., :, None]  # (..., DHHV, DHQK)
-    return c.mT, (c * q[..., None, :]).sum(-1)
+    if not _comes_in_parts(c):
+        c = forget[..., None] * c.mT + k[..., None, :] * v[..., :, None]  # (..., DHHV, DHQK)
+        return c.mT, (c * q[..., None, :]).sum(-1)
+    c = in_parts(c).mT  # (..., part, DHHV, PART)
+    k, q = (torch.unflatten(t, -1, (-1, PART))[..., None, :] for t in (k, q))
+    c = forget[..., None, None] * c + k * v[..., None, :, None]
+    return c.mT, (c * q).sum(-1).sum(-2)
+
+
+def _comes_in_parts(c: Tensor) -> bool:
+    return c.is_cuda and c.shape[-2] > PART and c.shape[-2] % PART == 0 and c.numel() >= LARGE
+
+
+def in_parts(c: Tensor) -> Tensor:
+    """Return c (..., DHQK, DHHV) as `advance` computes it."""
+    return torch.unflatten(c, -2, (-1, PART)) if _comes_in_parts(c) else c
 
 
 def step_(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float
 ) -> tuple[Tensor]:
     """Do a `step` and write the new state over c, n, m; return h."""
-    h, *new = step(q, k, v, igate, fgate, c, n, m, eps=eps)
+    h, *new = advance(q, k, v, igate, fgate, c, n, m, eps=eps)
     if c.device.type != "cpu":
-        c, new[0] = c.mT, new[0].mT  # in the order in which `_update` computes it
+        c, new[0] = in_parts(c).mT, new[0].mT  # in the order in which `_update` computes it
         # The kernel that updates n also stores m: as a reduction's result, after all its threads have read m.
         new[2] = new[2].expand_as(n).amax(-1, keepdim=True)
     for state, value in zip((c, n, m), new, strict=True):
@@ -98,30 +128,57 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
 
 def operands(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, c: Tensor, n: Tensor, m: Tensor,
-    *, eps: float, closed: bool = True,
+    *, eps: float,
 ) -> tuple[Tensor, ...]:
     """Turn a segment into the factors of its output, ``h = q_gated C_before + P v``, and the state after it.
 
     q, k: (G, NC, L, DHQK); v: (G, NC, L, DHHV); igate, fgate: (G, NC, L); scores: (G, NC, L, L), of `scores`;
     c: (G, DHQK, DHHV); n: (G, DHQK); m: (G, 1).
-    closed: whether to sum up c from dC; else it lacks what stands before the last chunk, for `close` to add.
-    Returns P (G*NC, L, L), q_gated (G*NC, L, DHQK), W (G, NC, NC) and dC (G, NC, DHQK, DHHV) for `emit`, and c, n, m,
-    with what `close` needs if c is open. The factors already hold 1/denominator, so no pass over h follows. A token
-    with igate -inf and fgate +inf changes nothing (padding).
+    Returns P (G*NC, L, L), q_gated (G*NC, L, DHQK), W (G, NC, NC) and dC (G, NC, DHQK, DHHV) for `emit`, and c, n, m.
+    The factors already hold 1/denominator, so no pass over h follows. A token with igate -inf and fgate +inf changes
+    nothing (padding).
     """
     within, igate = prefixes(fgate.to(state_dtype(q.dtype))), igate.to(state_dtype(q.dtype))
     chunks, _, _ = summaries(k, v, igate, within)
-    across = prefix(within[..., -1])
+    across = across_chunks(within)
     reach = reaches(within[..., -1], across, chunks.M, m)
-    n_before = before(reach, chunks.dn, n)
-    factors = _answers(q, igate, within, reach, scores, n_before, eps)
-    if closed:
-        return *factors, chunks.dC, *absorb(*_fold(across, *chunks), c, n, m)
+    P, q_gated = _answers(q, igate, within, reach, scores, before(reach, chunks.dn, n), eps)
+    W = reach.with_state().to(product_dtype(q.dtype))
+    return P, q_gated, W, chunks.dC, *absorb(*_fold(across, *chunks), c, n, m)
+
+
+def opening(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, *, eps: float
+) -> tuple[Tensor, ...]:
+    """Do what `operands` does from an empty state, but for c: that is left for `close`, after `emit`.
+
+    c is then the last chunk's summary, absorbed into what stands before it: a pass over two of the summaries in place
+    of one over all. Returns P, q_gated, W and dC for `emit`, n, m, and keep and add (G, 1) for `close`.
+    """
+    within, igate = prefixes(fgate.to(state_dtype(q.dtype))), igate.to(state_dtype(q.dtype))
+    chunks, _, _ = summaries(k, v, igate, within)
+    reach = reaches(within[..., -1], across_chunks(within), chunks.M, torch.zeros_like(chunks.M[:, :1]))
+    n_before = torch.bmm(reach.W, chunks.dn)
+    P, q_gated = _answers(q, igate, within, reach, scores, n_before, eps)
     F_, M, m_before = span(within[..., -1:, -1]), chunks.M[:, -1:], reach.m_before[:, -1:]
-    m_after = torch.maximum(F_ + m_before, M)
-    keep, add = weight(F_ + m_before - m_after), weight(M - m_after)
-    n_after = keep * n_before[:, -1] + add * chunks.dn[:, -1]
-    return *factors, chunks.dC, add[..., None] * chunks.dC[:, -1].to(add.dtype), n_after, m_after, keep
+    m = torch.maximum(F_ + m_before, M)
+    keep, add = weight(F_ + m_before - m), weight(M - m)
+    n = keep * n_before[:, -1] + add * chunks.dn[:, -1]
+    return P, q_gated, reach.W.to(product_dtype(q.dtype)), chunks.dC, n, m, keep, add
+
+
+def close(dC: Tensor, C_before: Tensor, keep: Tensor, add: Tensor) -> tuple[Tensor]:
+    """Return c (G, DHQK, DHHV) after a segment that `opening` began; dC, C_before: (G, NC, DHQK, DHHV)."""
+    return (keep[..., None] * C_before[:, -1].to(keep.dtype) + add[..., None] * dC[:, -1].to(add.dtype),)
+
+
+def opens(device: str) -> bool:
+    """Return whether a segment from an empty state does well to begin with `opening`.
+
+    On CUDA, where a pass over all summaries is one over the memory. The CPU has them in its cache, and looks at c
+    before it computes h.
+    """
+    return device == "cuda"
 
 
 def answers(
@@ -130,8 +187,9 @@ def answers(
     """Return P, q_gated and W as `operands` does, from chunks already summarised by `summarize`."""
     wide = state_dtype(q.dtype)
     within = prefixes(fgate.to(wide))
-    reach = reaches(within[..., -1], prefix(within[..., -1]), M, m)
-    return _answers(q, igate.to(wide), within, reach, scores, before(reach, dn, n), eps)
+    reach = reaches(within[..., -1], across_chunks(within), M, m)
+    P, q_gated = _answers(q, igate.to(wide), within, reach, scores, before(reach, dn, n), eps)
+    return P, q_gated, reach.with_state().to(product_dtype(q.dtype))
 
 
 def before(reach: Reach, dn: Tensor, n: Tensor) -> Tensor:
@@ -141,8 +199,8 @@ def before(reach: Reach, dn: Tensor, n: Tensor) -> Tensor:
 
 def _answers(
     q: Tensor, igate: Tensor, within: Tensor, reach: Reach, scores: Tensor, n_before: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    scale, product = q.shape[-1] ** -0.5, product_dtype(q.dtype)
+) -> tuple[Tensor, Tensor]:
+    scale = q.shape[-1] ** -0.5
     q_wide = q.to(state_dtype(q.dtype))
     look = looks(igate, within, reach.m_before)
     P = scores * scale * weight(look.decay - look.m[..., None])
@@ -150,45 +208,25 @@ def _answers(
     qn = (q_wide * n_before[..., None, :]).sum(-1)
     r = 1 / (torch.maximum((P.sum(-1) + w * qn).abs(), floor(look.m)) + eps)
     P, q_gated = P * r[..., None], q_wide * (w * r)[..., None]
-    return P.to(q.dtype).flatten(0, 1), q_gated.to(product).flatten(0, 1), reach.with_state().to(product)
+    return P.to(q.dtype).flatten(0, 1), q_gated.to(product_dtype(q.dtype)).flatten(0, 1)
 
 
-def emit(P: Tensor, q_gated: Tensor, W: Tensor, dC: Tensor, c: Tensor, v: Tensor, h: Tensor) -> Tensor:
+def emit(P: Tensor, q_gated: Tensor, W: Tensor, dC: Tensor, c: Tensor | None, v: Tensor, h: Tensor) -> Tensor:
     """Write ``q_gated C_before + P v`` into h (G*NC, L, DHHV), and over dC; v (G, NC, L, DHHV), the rest of `operands`.
 
-    Returns C_before (G*NC, DHQK, DHHV).
+    c: None after `opening`, which leaves dC as it is. Returns C_before (G*NC, DHQK, DHHV).
     Products outside the compiled graph: there Inductor would copy all of dC to change one slot, and the second product
     to add it to the first.
     """
-    dC[:, -1].copy_(c)
-    C_before = torch.bmm(W, dC.flatten(2)).view(-1, *c.shape[1:])
+    if c is not None:
+        dC[:, -1].copy_(c)
+    C_before = torch.bmm(W, dC.flatten(2)).view(-1, *dC.shape[2:])
     if C_before.dtype == h.dtype:
         torch.bmm(q_gated, C_before, out=h)
     else:
         h.copy_(torch.bmm(q_gated, C_before))
     h.baddbmm_(P, v.flatten(0, 1))
     return C_before
-
-
-def close(state: list[Tensor], C_before: Tensor) -> list[Tensor]:
-    """Add to an open c (see `operands`) what stands before the last chunk: the state after is its, absorbed.
-
-    A pass over the last of the chunks' summaries in place of one over all of them. Where C_before is bfloat16, so is c
-    in effect, and the roundings of segments that forget nothing add up: see `leaves_open`. Writes c.
-    """
-    c, n, m, keep = state
-    c.addcmul_(keep[..., None], C_before.view(c.shape[0], -1, *c.shape[1:])[:, -1])
-    return [c, n, m]
-
-
-def leaves_open(device: str, dtype: torch.dtype, segments: int, *, fresh: bool) -> bool:
-    """Return whether a call of so many segments does well to leave c open; fresh: from an empty state.
-
-    On CUDA, where a pass over all summaries is one over the memory, and while roundings cannot add up: 8 segments that
-    forget nothing put 5e-3 into c. The CPU has the summaries in its cache, and looks at c before it computes h.
-    """
-    exact = product_dtype(dtype) == state_dtype(dtype)
-    return device == "cuda" and (exact or (fresh and segments <= 8))
 
 
 def segment(
@@ -219,7 +257,7 @@ def summarize(k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tenso
     wide = state_dtype(k.dtype)
     within = prefixes(fgate.to(wide))
     chunks, _, _ = summaries(k, v, igate.to(wide), within)
-    return *_fold(prefix(within[..., -1]), *chunks), *chunks
+    return *_fold(across_chunks(within), *chunks), *chunks
 
 
 def absorb(
@@ -270,11 +308,21 @@ def _gated(k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     product = product_dtype(k.dtype)
     if k.device.type != "mps":
         k_gated = k.to(gate.dtype) * gate[..., None]
-        return k_gated.to(product).mT, k_gated.sum(-2)
+        return k_gated.to(product).mT, sum_tokens(k_gated)
     # In Metal, Inductor writes k_gated and sums it in one kernel only along the last axis; contiguous says that it is
     # kept so, else Inductor would copy it for whoever returns it.
     k_gated = k.to(gate.dtype).mT * gate[..., None, :]
     return k_gated.to(product).contiguous(), k_gated.sum(-1)
+
+
+def sum_tokens(terms: Tensor) -> Tensor:
+    """Return the sum over the tokens of each chunk, (..., L, D) -> (..., D).
+
+    On CUDA in halves of a chunk, for the reason that `advance` gives.
+    """
+    if terms.is_cuda and terms.shape[-2] > COLUMN and terms.shape[-2] % COLUMN == 0:
+        terms = torch.unflatten(terms, -2, (-1, COLUMN)).sum(-2)
+    return terms.sum(-2)
 
 
 def _input_weights(igate: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,11 +348,11 @@ class Reach(NamedTuple):
 
 
 def reaches(F_: Tensor, across: Tensor, M: Tensor, m: Tensor) -> Reach:
-    """Find the weights of the second level; F_: each chunk's decay (3, G, NC); across: their `prefix`."""
+    """Find the weights of the second level; F_: each chunk's decay (3, G, NC); across: of `across_chunks`."""
     chunk = torch.arange(M.shape[-1], device=M.device)
     before = across - F_
-    from_state = span(before) + m
-    from_chunk = span(before[..., :, None], across[..., None, :]) + M[..., None, :]
+    from_state = span(before).to(M.dtype) + m
+    from_chunk = span(before[..., :, None], across[..., None, :]).to(M.dtype) + M[..., None, :]
     from_chunk = torch.where(chunk[None, :] < chunk[:, None], from_chunk, NEG_INF)
     m_before = torch.maximum(from_chunk.amax(-1), from_state)
     W = weight(from_chunk - m_before[..., None])
@@ -329,11 +377,11 @@ def looks(igate: Tensor, within: Tensor, m_before: Tensor) -> Look:
 
 def _fold(across: Tensor, M: Tensor, dC: Tensor, dn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compose the monoid elements of the chunks of a segment into one."""
-    from_chunk = span(across[..., -1:], across) + M
+    from_chunk = span(across[..., -1:], across).to(M.dtype) + M
     M_all = from_chunk.amax(-1, keepdim=True)
     share = weight(from_chunk - finite(M_all))
     dC_all = (share[..., None, None] * dC.to(M.dtype)).sum(1)
-    return span(across[..., -1:]), M_all, dC_all, (share[..., None] * dn).sum(1)
+    return span(across[..., -1:]).to(M.dtype), M_all, dC_all, (share[..., None] * dn).sum(1)
 
 
 def floor(m: Tensor) -> Tensor:
@@ -352,9 +400,11 @@ _SUMMARY = ("G 1", "G 1", "G DHQK DHHV", "G DHQK")
 _STEP = ("B NH DHQK", "B NH DHQK", "B NH DHHV", "B NH 1", "B NH 1", "B NH DHQK DHHV", "B NH DHQK", "B NH 1")
 # The functions that are compiled, with the axes of their arguments.
 AXES = {
-    step: _STEP,
+    advance: _STEP,
     step_: _STEP,
     operands: (*STREAMS, "G NC L L", *STATE),
+    opening: (*STREAMS, "G NC L L"),
+    close: (*["G NC DHQK DHHV"] * 2, *["G 1"] * 2),
     answers: ("G NC L DHQK", "G NC L", "G NC L", "G NC L L", "G NC", "G NC DHQK", *STATE[1:]),
     summarize: STREAMS[1:],
     absorb: (*_SUMMARY, *STATE),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.decay import NEG_INF, causal, prefix, prefix_and_suffix, prefixes, span, weight
+from torch_xlstm_ops.decay import NEG_INF, across_chunks, causal, prefix_and_suffix, prefixes, span, weight
 from torch_xlstm_ops.mlstm import (
     FLOOR,
     STATE,
@@ -28,6 +28,7 @@ from torch_xlstm_ops.mlstm import (
     looks,
     product_dtype,
     reaches,
+    sum_tokens,
     summaries,
 )
 from torch_xlstm_ops.shapes import state_dtype
@@ -47,7 +48,7 @@ def gradient(
     wide, product = state_dtype(q.dtype), product_dtype(q.dtype)
     fgate, igate, k_wide, dh_flat = fgate.to(wide), igate.to(wide), k.to(wide), dh.flatten(0, 1)
     within = prefixes(fgate)
-    across = prefix(within[..., -1])
+    across = across_chunks(within)
     chunks, gate, k_gated = summaries(k, v, igate, within)
     reach = reaches(within[..., -1], across, chunks.M, m)
     look = looks(igate, within, reach.m_before)
@@ -84,7 +85,7 @@ def gradient(
     alpha = alpha + _shared(to_summary, span(within[..., -1:], within) + igate, chunks.M)
     dm_in = (dc_in * c).sum((1, 2)) + (dn_in * n).sum(-1) + to_state.sum(-1) + tokens.rho[:, 0].sum(-1)
 
-    digate = tokens.E.sum(-2) + alpha
+    digate = sum_tokens(tokens.E) + alpha
     dfgate = _over_gates(tokens.E, tokens.e, alpha, passing) * torch.sigmoid(-fgate)
     factors = [t.to(dtype).flatten(0, 1) for t, dtype in (
         (tokens.P, q.dtype), (tokens.dS, q.dtype), (tokens.dq, q.dtype), (dk, k.dtype),
@@ -137,7 +138,7 @@ def _tokens(q: Tensor, scores: Tensor, look: Look, n_before: Tensor, seen: Tenso
     rho = torch.where(at_state, share, 0.0)
     e = w * (r * qy + dden * qn) + rho
     dq = w[..., None] * (r[..., None] * y + dden[..., None] * n_before[..., None, :])
-    dn_before = ((w * dden)[..., None] * q).sum(-2)
+    dn_before = sum_tokens((w * dden)[..., None] * q)
     return _Tokens(A * r[..., None], dS, dq, (w * r)[..., None] * q, dn_before, E, e, rho)
 
 
@@ -152,7 +153,8 @@ class _End(NamedTuple):
 
 
 def _end(across: Tensor, M: Tensor, m: Tensor) -> _End:
-    from_chunk, from_state = span(across[..., -1:], across) + M, span(across[..., -1:]) + m
+    from_chunk = span(across[..., -1:], across).to(M.dtype) + M
+    from_state = span(across[..., -1:]).to(M.dtype) + m
     m_after = torch.maximum(from_chunk.amax(-1, keepdim=True), from_state)
     return _End(weight(from_chunk - m_after), weight(from_state - m_after), m_after, from_chunk, from_state)
 
@@ -183,13 +185,22 @@ def _shared(gradient: Tensor, candidates: Tensor, maximum: Tensor) -> Tensor:
 
 def _over_gates(E: Tensor, e: Tensor, alpha: Tensor, passing: Tensor) -> Tensor:
     """Sum what passes over each forget gate: within its chunk, from before it, to after it, and over all of it."""
-    L, NC = E.shape[-1], passing.shape[-1]
-    chunk = torch.arange(NC, device=E.device)
-    later, earlier = (chunk[:, None] < chunk) | (chunk == 0), (chunk < chunk[:, None]) | (chunk == NC - 1)
-    over_chunk = torch.where(later[:, :, None] & earlier[:, None, :], passing[:, None], 0.0).sum((-1, -2))
     # A token's own weight passes over no gate, and left in it would drown the others where gates are nearly closed.
-    others = torch.where(causal(L, E).mT, 0.0, E)
-    return prefix_and_suffix(alpha, others.sum(-1) - others.sum(-2) + e) + over_chunk[..., None]
+    others = torch.where(causal(E.shape[-1], E).mT, 0.0, E)
+    return prefix_and_suffix(alpha, others.sum(-1) - sum_tokens(others) + e) + _over_chunks(passing)[..., None]
+
+
+def _over_chunks(passing: Tensor) -> Tensor:
+    """Sum what passes over each chunk (G, NC); passing: (G, target, source), of slots filled as in `gradient`."""
+    NC = passing.shape[-1]
+    chunk = torch.arange(NC, device=passing.device)
+    later = (chunk[:, None] < chunk) | (chunk == 0)
+    if not passing.is_cuda:
+        earlier = (chunk < chunk[:, None]) | (chunk == NC - 1)
+        return torch.where(later[:, :, None] & earlier[:, None, :], passing[:, None], 0.0).sum((-1, -2))
+    # Segments are long there, and the masks cubic in their chunks: a scan, from the incoming state on.
+    from_earlier = torch.cat([passing[..., -1:], passing[..., :-1]], -1).cumsum(-1)
+    return torch.where(later.mT, from_earlier, 0.0).sum(-2)
 
 
 def finish(

@@ -74,7 +74,7 @@ class Expected(NamedTuple):
 STEP, SEGMENT, BACKWARD = 2, 10, 30  # Metal kernels a call may launch
 SEGMENT_ATEN = 7
 EXPECTED = {
-    "mlstm.step": Expected(STEP, {}),
+    "mlstm.advance": Expected(STEP, {}),
     "mlstm.step_": Expected(STEP, {}),
     "mlstm.operands": Expected(SEGMENT, {"aten::bmm.out": 2}),
     "mlstm.answers": Expected(SEGMENT, {"aten::bmm.out": 1}),

@@ -14,7 +14,7 @@ from torch_xlstm_ops.schedules.tasks import Kernels, Rows
 
 OP = "mlstm_chunkwise"
 Summary = tuple[Tensor, Tensor, Tensor, Tensor]  # F M dC dn
-Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # P q_gated W dC c v, as `mlstm.emit` takes them
+Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]  # P q_gated W dC c v, as `mlstm.emit` takes them
 
 
 def forward(
@@ -44,11 +44,15 @@ def run(
     """Compute one task: write its slice of h and return the state after it."""
     streams = rows.take_all(band, segment)
     v = streams[2]
+    if segment.start == 0 and kernels.opening is not None:
+        P, q_gated, W, dC, n, m, keep, add = kernels.opening(streams)
+        C_before = emit(kernels, rows, h, band, segment, (P, q_gated, W, dC, None, v))
+        return [*kernels.close([dC, C_before.view(dC.shape), keep, add]), n, m]
     P, q_gated, W, dC, *new = kernels.operands([*streams, *state])
     if h.device.type == "cpu" and not math.isfinite(new[0].sum().item()):
         return step_through(kernels, rows, h, band, segment, state)
-    C_before = emit(kernels, rows, h, band, segment, (P, q_gated, W, dC, state[0], v))
-    return kernels.close(new, C_before)
+    emit(kernels, rows, h, band, segment, (P, q_gated, W, dC, state[0], v))
+    return new
 
 
 def summaries(plan: Plan, kernels: Kernels, streams: Sequence[Tensor]) -> Iterator[Iterator[Summary]]:

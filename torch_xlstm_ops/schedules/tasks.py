@@ -25,8 +25,9 @@ class Kernels(NamedTuple):
     """The compiled functions of an op, each called with one list of contiguous tensors; shapes as in `mlstm`."""
 
     operands: Run  # q k v igate fgate c n m -> P q_gated W dC c n m
-    emit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # P q_gated W dC c v h -> C_before
-    close: Callable[[list[Tensor], Tensor], list[Tensor]]  # c n m, and what else `operands` returns, C_before -> c n m
+    opening: Run | None  # of a segment from an empty state: q k v igate fgate -> P q_gated W dC n m keep add
+    emit: Callable[..., Tensor]  # P q_gated W dC c v h -> C_before
+    close: Run  # dC C_before keep add -> c
     step: Run  # q k v igate fgate c n m -> h c n m
     after: Run  # k v igate fgate c n m -> c n m
     backward: Run  # q k v igate fgate c n m dh dc dn dm -> their gradients
@@ -89,13 +90,16 @@ def machine(device: torch.device, schedule: Schedule = Schedule.AUTO) -> Machine
     return Machine(torch.get_num_threads(), device.type == "cuda", memory, actors)
 
 
-def initial_state(q: Tensor, v: Tensor, state: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return c (R, DHQK, DHHV), n (R, DHQK), m (R, 1), contiguous and fresh: copies of `state`, or zeros."""
+def initial_state(q: Tensor, v: Tensor, state: Sequence[Tensor | None], *, read: bool = True) -> list[Tensor]:
+    """Return c (R, DHQK, DHHV), n (R, DHQK), m (R, 1), contiguous and fresh: copies of `state`, or zeros.
+
+    read: whether anyone reads them before they are written; else they hold anything.
+    """
     B, NH, _, DHQK = q.shape
     sizes = ((B * NH, DHQK, v.shape[-1]), (B * NH, DHQK), (B * NH, 1))
     dtype = state_dtype(q.dtype)
     return [
-        torch.zeros(size, dtype=dtype, device=q.device) if t is None
+        (torch.zeros if read else torch.empty)(size, dtype=dtype, device=q.device) if t is None
         else torch.empty(size, dtype=dtype, device=q.device).copy_(t.reshape(size))
         for size, t in zip(sizes, state, strict=True)
     ]

@@ -61,6 +61,7 @@ class Space:
         searched: Sequence[Schedule] = SEARCHED,
     ) -> None:
         self.shape, self.device, self.machine, self.limits = shape, device, machine, limits
+        self._max_chunks = plan.max_chunks(device.type)
         habits = [self._plan(Config(schedule=schedule)) for schedule in searched
                   if schedules.unavailable(schedule, device) is None]
         self._fixed: dict[str, Value] = {}
@@ -122,8 +123,8 @@ class Space:
 
     def _refusal(self, made: Plan) -> str | None:
         chunks = -(-made.segment // made.chunk_size)
-        if chunks > plan.MAX_CHUNKS:
-            return f"{chunks} chunks a segment, more than {plan.MAX_CHUNKS}"
+        if chunks > self._max_chunks:
+            return f"{chunks} chunks a segment, more than {self._max_chunks}"
         needed, most = self.needed_bytes(made), self.limits.most_bytes
         if most is not None and needed > most:
             return f"{needed >> 20} MB needed, {most >> 20} MB there"
@@ -137,7 +138,7 @@ class Space:
         tokens, rows, kind = max(self.shape.tokens, 1), max(self.shape.rows, 1), self.device.type
         longest = winners.bucket(tokens)
         chunks = {L for L in CHUNK_SIZES if longest >= L} | {p.chunk_size for p in habits}
-        most = min(longest, plan.MAX_CHUNKS * max(chunks))
+        most = min(longest, self._max_chunks * max(chunks))
         segments = set(_powers(min(LEAST_SEGMENT, most), most)) | {min(p.segment, longest) for p in habits}
         bands = {*_powers(1, rows), rows, *(p.band for p in habits)}
         choices: dict[str, tuple[Value, ...]] = {
