@@ -5,11 +5,12 @@
 
 Kinds: prefill, train (forward and backward), step, called (a step by the clock on the wall, submission and all),
 captured (a step in a CUDA graph), scaling (ours alone, at lengths up to 131,072), and compile (seconds of a first
-call). Every contender is held to the float64 recurrence before it is
-timed (a gradient to that of the pure segments, which the tests hold to the recurrence's), in the first and last heads
-of the first and last batch entries; one that is not there, or wrong, is named with the reason; the others take turns
-call by call. The peers run at each of their chunk sizes, and the best one counts. A reference computes less than an
-mLSTM, and counts as no peer.
+call). Every contender is held to the float64 recurrence before it is timed (a gradient to that of the pure segments,
+which the tests hold to the recurrence's), in the first and last heads of the first and last batch entries; one that is
+not there, or wrong, is named with the reason; the others take turns call by call. Hand-written backward kernels take
+the normaliser as a constant: their gradients are held to that, they count as peers, and the result names them. The
+peers run at each of their chunk sizes, and the best one counts. A reference computes less than an mLSTM, and counts as
+no peer.
 """
 
 from __future__ import annotations
@@ -157,11 +158,16 @@ def measure(
         usable, out = admitted(contenders, args, wanted, tolerance, without)
         if OURS not in usable:
             raise SystemExit(f"ours is wrong at {shape}: {out[OURS]}")
+        simpler: dict[str, Run] = {}
+        if kind == "train":
+            others = {name: contenders[name] for name in out}
+            simpler, out = admitted(others, args, _train(_constant_normaliser, *rows), tolerance, without)
+            usable |= simpler
         calls = {name: _captured(run, args) if kind == "captured" else partial(run, *args)
                  for name, run in usable.items()}
         if kind in ("prefill", "train"):
-            simpler, absent = _references(args, device, without, train=kind == "train")
-            calls, out = calls | simpler, out | absent
+            references, absent = _references(args, device, without, train=kind == "train")
+            calls, out = calls | references, out | absent
         memory = {name: peak_bytes(call, device) for name, call in calls.items()}
         taken = turns(calls, device, seconds, timed if kind == "called" else device_timed)
     medians = {name: round(statistics.median(times), 4) for name, times in taken.items()}
@@ -172,6 +178,7 @@ def measure(
         "best_peer": best, "ratio": None if best is None else round(medians[OURS] / medians[best], 3),
         "floor_ms": round(floor, 4), "to_floor": round(medians[OURS] / floor, 2),
         "tokens_per_s": round(shape.B * shape.S / medians[OURS] * 1e3), "no_part": out,
+        "constant_normaliser": list(simpler),
     }
 
 
@@ -203,6 +210,19 @@ def _segments(*streams: Tensor) -> tuple[Tensor]:
         out, *state = mlstm.segment(*(t.unflatten(1, (-1, L)) for t in part), *state, eps=1e-6)
         h.append(out.flatten(1, 2))
     return (torch.cat(h, 1).view(B, NH, S, -1),)
+
+
+def _constant_normaliser(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor
+) -> tuple[Tensor]:
+    """Return h, all tokens against all, whose gradient leaves out the denominator and the maximum in it."""
+    decay = torch.nn.functional.logsigmoid(fgate).cumsum(-1)
+    weights = decay[..., :, None] - decay[..., None, :] + igate[..., None, :]
+    seen = torch.ones(weights.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    weights = torch.where(seen, weights, -math.inf)
+    m = torch.maximum(weights.amax(-1), decay).detach()[..., None]
+    A = q @ k.mT * q.shape[-1] ** -0.5 * torch.exp(weights - m)
+    return (A @ v / (torch.maximum(A.sum(-1, keepdim=True).abs(), torch.exp(-m)) + 1e-6).detach(),)
 
 
 def _captured(run: Run, args: Sequence[Tensor]) -> Callable[[], None]:

@@ -38,6 +38,8 @@ def _mlstm(result: Result) -> Iterator[Row]:
         what = f"{case['kind']} ({B}, {NH}, {DHQK}, {DHHV}), S {S:,}, {case['dtype']}"
         best = case["best_peer"]
         peer = "" if best is None else f"{case['ms'][best]:.3f} ms, {best}"
+        if best in case.get("constant_normaliser", ()):
+            peer += ", normaliser constant"
         yield Row(what, f"{case['ms']['ours']:.3f} ms, {case['tokens_per_s']:,} tokens/s", peer, case["ratio"],
                   case["spread"]["ours"], case["to_floor"], case["no_part"])
         held = case.get("peak_bytes", {})

@@ -75,7 +75,7 @@ def _kernels(eps: float, *, opens: bool = False, release_gil: bool = False) -> K
 
     return Kernels(
         operands=with_scores(mlstm.operands), opening=with_scores(mlstm.opening) if opens else None,
-        emit=mlstm.emit, close=run(mlstm.close),
+        stand=mlstm.stand, emit=mlstm.emit, close=run(mlstm.close),
         step=_joined(_run(mlstm.advance, eps=eps)), after=run(mlstm.after), backward=backward,
         summarize=run(mlstm.summarize), answers=answers, absorb=run(mlstm.absorb),
     )

@@ -99,6 +99,16 @@ def test_what_is_wrong_takes_no_part():
     assert out == {"wrong": "it is 1.0e+00 from the recurrence", "absent": "not installed"}
 
 
+def test_gradients_that_leave_the_normaliser_out_are_named(monkeypatch):
+    simpler = {"simpler": mlstm._constant_normaliser, "wrong": lambda *args: (2 * mlstm._constant_normaliser(*args)[0],)}
+    monkeypatch.setattr(mlstm.peers, "sequences", lambda device, dtype: simpler)
+    shape = mlstm.Shape(1, 2, 16, 16, 32)
+    found = mlstm.measure("train", shape, torch.float32, torch.device("cpu"), 0.01)
+    assert found["constant_normaliser"] == ["simpler"]
+    assert found["best_peer"] == "simpler"
+    assert "from the recurrence" in found["no_part"]["wrong"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("suite", SUITES)

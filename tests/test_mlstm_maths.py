@@ -44,7 +44,7 @@ def emitted(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     q, k, v, igate, fgate, c, n, m = args
     P, q_gated, W, dC, *state = mlstm.operands(q, k, v, igate, fgate, mlstm.scores(q, k), c, n, m, eps=EPS)
     h = torch.empty_like(v)
-    mlstm.emit(P, q_gated, W, dC, c, v, h.flatten(0, 1))
+    mlstm.emit(P, q_gated, mlstm.stand(W, dC, c), v, h.flatten(0, 1))
     return h, *state
 
 
@@ -53,8 +53,9 @@ def opened(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     q, k, v, igate, fgate = args[:5]
     P, q_gated, W, dC, n, m, keep, add = mlstm.opening(q, k, v, igate, fgate, mlstm.scores(q, k), eps=EPS)
     h = torch.empty_like(v)
-    C_before = mlstm.emit(P, q_gated, W, dC, None, v, h.flatten(0, 1))
-    return h, *mlstm.close(dC, C_before.view(dC.shape), keep, add), n, m
+    C_before = mlstm.stand(W, dC, None)
+    mlstm.emit(P, q_gated, C_before, v, h.flatten(0, 1))
+    return h, *mlstm.close(dC, C_before, keep, add), n, m
 
 
 @given(sizes_and_chunk, gates, st.integers(0, 2**16), st.booleans())

@@ -151,10 +151,10 @@ def test_a_trace_names_each_task_and_how_many_were_in_flight():
 def test_an_error_names_its_task_and_leaves_nothing_running(monkeypatch):
     run, done = inductor.run, []
 
-    def failing(kernels, rows, h, band, segment, state):
+    def failing(kernels, rows, band, segment, state):
         if (band.start, segment.start) == (2, 2 * L):
             raise ArithmeticError("a cosmic ray")
-        done.append(run(kernels, rows, h, band, segment, state))
+        done.append(run(kernels, rows, band, segment, state))
         return done[-1]
 
     args = draw(Sizes(S=1000))

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch_xlstm_ops.decay import NEG_INF, across_chunks, causal, finite, prefixes, span, weight
 from torch_xlstm_ops.shapes import state_dtype
 
-COLUMN = 128  # most tokens that a CUDA kernel sums at once
-PART = 32  # rows of c, of one of LARGE elements, that it sums at once
-LARGE = 1 << 23  # more than its cache holds
+COLUMN = 128  # most elements of a column that a CUDA kernel sums at once, of the tokens of a chunk and of
+LARGE = 1 << 23  # elements of c or more, which its cache does not hold
 FLOOR = {torch.float32: 80.0, torch.float64: 700.0}  # the most that `floor` raises e to
 
 
@@ -42,7 +41,7 @@ def step(
 def advance(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Do a `step`, to be compiled; a large c is returned in parts (..., DHQK / PART, PART, DHHV) on CUDA.
+    """Do a `step`, to be compiled; a large c is returned in parts (..., DHQK / COLUMN, COLUMN, DHHV) on CUDA.
 
     A kernel holds whole columns of what it sums, and the shorter they are the more beside each other, whose bytes it
     then reads at once. The parts are one block of memory, but joined into an axis within the graph they would be
@@ -69,19 +68,19 @@ def _update(c: Tensor, forget: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple
     if not _comes_in_parts(c):
         c = forget[..., None] * c.mT + k[..., None, :] * v[..., :, None]  # (..., DHHV, DHQK)
         return c.mT, (c * q[..., None, :]).sum(-1)
-    c = in_parts(c).mT  # (..., part, DHHV, PART)
-    k, q = (torch.unflatten(t, -1, (-1, PART))[..., None, :] for t in (k, q))
+    c = in_parts(c).mT  # (..., part, DHHV, COLUMN)
+    k, q = (torch.unflatten(t, -1, (-1, COLUMN))[..., None, :] for t in (k, q))
     c = forget[..., None, None] * c + k * v[..., None, :, None]
     return c.mT, (c * q).sum(-1).sum(-2)
 
 
 def _comes_in_parts(c: Tensor) -> bool:
-    return c.is_cuda and c.shape[-2] > PART and c.shape[-2] % PART == 0 and c.numel() >= LARGE
+    return c.is_cuda and c.shape[-2] > COLUMN and c.shape[-2] % COLUMN == 0 and c.numel() >= LARGE
 
 
 def in_parts(c: Tensor) -> Tensor:
     """Return c (..., DHQK, DHHV) as `advance` computes it."""
-    return torch.unflatten(c, -2, (-1, PART)) if _comes_in_parts(c) else c
+    return torch.unflatten(c, -2, (-1, COLUMN)) if _comes_in_parts(c) else c
 
 
 def step_(
@@ -134,7 +133,7 @@ def operands(
 
     q, k: (G, NC, L, DHQK); v: (G, NC, L, DHHV); igate, fgate: (G, NC, L); scores: (G, NC, L, L), of `scores`;
     c: (G, DHQK, DHHV); n: (G, DHQK); m: (G, 1).
-    Returns P (G*NC, L, L), q_gated (G*NC, L, DHQK), W (G, NC, NC) and dC (G, NC, DHQK, DHHV) for `emit`, and c, n, m.
+    Returns P (G*NC, L, L), q_gated (G*NC, L, DHQK), W (G, NC, NC) and dC (G, NC, DHQK, DHHV) for `stand`, and c, n, m.
     The factors already hold 1/denominator, so no pass over h follows. A token with igate -inf and fgate +inf changes
     nothing (padding).
     """
@@ -150,10 +149,10 @@ def operands(
 def opening(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, *, eps: float
 ) -> tuple[Tensor, ...]:
-    """Do what `operands` does from an empty state, but for c: that is left for `close`, after `emit`.
+    """Do what `operands` does from an empty state, but for c: that is left for `close`, after `stand`.
 
     c is then the last chunk's summary, absorbed into what stands before it: a pass over two of the summaries in place
-    of one over all. Returns P, q_gated, W and dC for `emit`, n, m, and keep and add (G, 1) for `close`.
+    of one over all. Returns P, q_gated, W, dC, n, m, and keep and add (G, 1) for `close`.
     """
     within, igate = prefixes(fgate.to(state_dtype(q.dtype))), igate.to(state_dtype(q.dtype))
     chunks, _, _ = summaries(k, v, igate, within)
@@ -211,22 +210,28 @@ def _answers(
     return P.to(q.dtype).flatten(0, 1), q_gated.to(product_dtype(q.dtype)).flatten(0, 1)
 
 
-def emit(P: Tensor, q_gated: Tensor, W: Tensor, dC: Tensor, c: Tensor | None, v: Tensor, h: Tensor) -> Tensor:
-    """Write ``q_gated C_before + P v`` into h (G*NC, L, DHHV), and over dC; v (G, NC, L, DHHV), the rest of `operands`.
+def stand(W: Tensor, dC: Tensor, c: Tensor | None) -> Tensor:
+    """Return what stands before each chunk, C_before (G, NC, DHQK, DHHV), from what `operands` returns; writes over dC.
 
-    c: None after `opening`, which leaves dC as it is. Returns C_before (G*NC, DHQK, DHHV).
-    Products outside the compiled graph: there Inductor would copy all of dC to change one slot, and the second product
-    to add it to the first.
+    c: that before the segment; None after `opening`, which leaves dC as it is.
+    A product outside the compiled graph: there Inductor would copy all of dC to change one slot.
     """
     if c is not None:
         dC[:, -1].copy_(c)
-    C_before = torch.bmm(W, dC.flatten(2)).view(-1, *dC.shape[2:])
+    return torch.bmm(W, dC.flatten(2)).view(dC.shape)
+
+
+def emit(P: Tensor, q_gated: Tensor, C_before: Tensor, v: Tensor, h: Tensor) -> None:
+    """Write ``q_gated C_before + P v`` into h (G*NC, L, DHHV); v (G, NC, L, DHHV), C_before of `stand`.
+
+    Products outside the compiled graph: there Inductor would copy the second to add it to the first.
+    """
+    C_before = C_before.flatten(0, 1)
     if C_before.dtype == h.dtype:
         torch.bmm(q_gated, C_before, out=h)
     else:
         h.copy_(torch.bmm(q_gated, C_before))
     h.baddbmm_(P, v.flatten(0, 1))
-    return C_before
 
 
 def segment(
@@ -252,7 +257,7 @@ def after(
 def summarize(k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tensor, ...]:
     """Reduce a segment to its monoid element F (G, 1), M (G, 1), dC (G, DHQK, DHHV), dn (G, DHQK).
 
-    Returns these, and M (G, NC), dC (G, NC, DHQK, DHHV) and dn (G, NC, DHQK) of its chunks, for `answers` and `emit`.
+    Returns these, and M (G, NC), dC (G, NC, DHQK, DHHV) and dn (G, NC, DHQK) of its chunks, for `answers` and `stand`.
     """
     wide = state_dtype(k.dtype)
     within = prefixes(fgate.to(wide))

@@ -14,7 +14,7 @@ from torch_xlstm_ops.schedules.tasks import Kernels, Rows
 
 OP = "mlstm_chunkwise"
 Summary = tuple[Tensor, Tensor, Tensor, Tensor]  # F M dC dn
-Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]  # P q_gated W dC c v, as `mlstm.emit` takes them
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]  # P q_gated C_before v, as `mlstm.emit` takes them
 
 
 def forward(
@@ -25,33 +25,33 @@ def forward(
     streams: q, k, v, igate, fgate as the op has them. state: c, n, m by row, fresh: they may be written.
     """
     rows = Rows(plan, streams)
-    h = streams[2].new_empty(plan.rows, plan.tokens, streams[2].shape[-1])
     for index, band in enumerate(plan.bands):
         current = [t[band] for t in state]
         for number, segment in enumerate(plan.segments):
             if trace.active():
-                with trace.span(OP, schedule=str(plan.schedule), band=index, segment=number, device=h.device):
-                    current = run(kernels, rows, h, band, segment, current)
+                with trace.span(OP, schedule=str(plan.schedule), band=index, segment=number, device=streams[2].device):
+                    current = run(kernels, rows, band, segment, current)
             else:
-                current = run(kernels, rows, h, band, segment, current)
+                current = run(kernels, rows, band, segment, current)
         state = _keep(state, band, current)
-    return h, state
+    return rows.h, state
 
 
-def run(
-    kernels: Kernels, rows: Rows, h: Tensor, band: slice, segment: Segment, state: list[Tensor]
-) -> list[Tensor]:
+def run(kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: list[Tensor]) -> list[Tensor]:
     """Compute one task: write its slice of h and return the state after it."""
     streams = rows.take_all(band, segment)
     v = streams[2]
     if segment.start == 0 and kernels.opening is not None:
         P, q_gated, W, dC, n, m, keep, add = kernels.opening(streams)
-        C_before = emit(kernels, rows, h, band, segment, (P, q_gated, W, dC, None, v))
-        return [*kernels.close([dC, C_before.view(dC.shape), keep, add]), n, m]
-    P, q_gated, W, dC, *new = kernels.operands([*streams, *state])
-    if h.device.type == "cpu" and not math.isfinite(new[0].sum().item()):
-        return step_through(kernels, rows, h, band, segment, state)
-    emit(kernels, rows, h, band, segment, (P, q_gated, W, dC, state[0], v))
+        C_before = kernels.stand(W, dC, None)
+        new = [*kernels.close([dC, C_before, keep, add]), n, m]
+    else:
+        P, q_gated, W, dC, *new = kernels.operands([*streams, *state])
+        if v.device.type == "cpu" and not math.isfinite(new[0].sum().item()):
+            return step_through(kernels, rows, band, segment, state)
+        C_before = kernels.stand(W, dC, state[0])
+    del dC  # before h takes memory
+    emit(kernels, rows, band, segment, (P, q_gated, C_before, v))
     return new
 
 
@@ -67,22 +67,17 @@ def _element(found: Sequence[Tensor]) -> Summary:
     return F, M, dC, dn
 
 
-def emit(
-    kernels: Kernels, rows: Rows, h: Tensor, band: slice, segment: Segment, factors: Factors
-) -> Tensor:
-    """Multiply a task's factors, in the order of `mlstm.emit`, into its slice of h; return what that returns."""
+def emit(kernels: Kernels, rows: Rows, band: slice, segment: Segment, factors: Factors) -> None:
+    """Multiply a task's factors into its slice of h."""
     P, v = factors[0], factors[-1]
-    slot = rows.slot(h, band, segment)
+    slot = rows.slot(rows.h, band, segment)
     out = v.new_empty(P.shape[0], *v.shape[2:]) if slot is None else slot
-    C_before = kernels.emit(*factors, out)
+    kernels.emit(*factors, out)
     if slot is None:
-        rows.put(h, band, segment, out.view(v.shape))
-    return C_before
+        rows.put(rows.h, band, segment, out.view(v.shape))
 
 
-def step_through(
-    kernels: Kernels, rows: Rows, h: Tensor, band: slice, segment: Segment, state: list[Tensor]
-) -> list[Tensor]:
+def step_through(kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: list[Tensor]) -> list[Tensor]:
     """Compute one task token by token.
 
     Also where a NaN or an infinity came in: in a matrix product 0 * NaN would carry it to earlier tokens, in the
@@ -92,7 +87,7 @@ def step_through(
     for t in range(segment.start, segment.stop):
         q, k, v, igate, fgate = (s[None, band, t] for s in rows.streams)
         args = [x.contiguous() for x in (q, k, v, igate[..., None], fgate[..., None])]
-        h[None, band, t], *state = kernels.step([*args, *state])
+        rows.h[None, band, t], *state = kernels.step([*args, *state])
     return [t[0] for t in state]
 
 

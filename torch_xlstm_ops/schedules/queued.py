@@ -22,8 +22,8 @@ def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: Stat
     if in_line(streams[0].device):
         return inductor.forward(plan, kernels, streams, state)
     rows = Rows(plan, streams)
-    h = streams[2].new_empty(plan.rows, plan.tokens, streams[2].shape[-1])
-    lanes = [lane(plan, _steps(plan, kernels, rows, h, band), band, state) for band in plan.bands]
+    h = rows.h  # now: the tasks are on several threads
+    lanes = [lane(plan, _steps(plan, kernels, rows, band), band, state) for band in plan.bands]
     Job(plan, lanes, h.device, OP, "forward").run()
     return h, state
 
@@ -50,13 +50,13 @@ def in_line(device: torch.device) -> bool:
     return pool.inside() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def _steps(plan: Plan, kernels: Kernels, rows: Rows, h: Tensor, band: slice) -> Steps:
+def _steps(plan: Plan, kernels: Kernels, rows: Rows, band: slice) -> Steps:
     segments = plan.segments
     return Steps(
-        emit=lambda number, state: inductor.run(kernels, rows, h, band, segments[number], state),
+        emit=lambda number, state: inductor.run(kernels, rows, band, segments[number], state),
         summarize=lambda number: finite(kernels.summarize(rows.take_all(band, segments[number])[1:])),
         absorb=lambda summary, state: list(kernels.absorb([*summary[:4], *state])),
-        answer=lambda number, summary, state: _answer(kernels, rows, h, band, segments[number], summary, state),
+        answer=lambda number, summary, state: _answer(kernels, rows, band, segments[number], summary, state),
     )
 
 
@@ -77,13 +77,13 @@ def lane(plan: Plan, steps: Steps, band: slice, whole: State) -> Lane:
 
 
 def _answer(
-    kernels: Kernels, rows: Rows, h: Tensor, band: slice, segment: Segment, summary: Summary, state: State
+    kernels: Kernels, rows: Rows, band: slice, segment: Segment, summary: Summary, state: State
 ) -> None:
     """Write a summarised segment's h."""
     q, k, v, igate, fgate = rows.take_all(band, segment)
     (M, dC, dn), (c, n, m) = summary[4:], state
     P, q_gated, W = kernels.answers([q, k, igate, fgate, M, dn, n, m])
-    inductor.emit(kernels, rows, h, band, segment, (P, q_gated, W, dC, c, v))
+    inductor.emit(kernels, rows, band, segment, (P, q_gated, kernels.stand(W, dC, c), v))
 
 
 def _lane_back(

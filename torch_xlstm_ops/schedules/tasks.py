@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -26,7 +27,8 @@ class Kernels(NamedTuple):
 
     operands: Run  # q k v igate fgate c n m -> P q_gated W dC c n m
     opening: Run | None  # of a segment from an empty state: q k v igate fgate -> P q_gated W dC n m keep add
-    emit: Callable[..., Tensor]  # P q_gated W dC c v h -> C_before
+    stand: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # W dC c -> C_before
+    emit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]  # P q_gated C_before v h
     close: Run  # dC C_before keep add -> c
     step: Run  # q k v igate fgate c n m -> h c n m
     after: Run  # k v igate fgate c n m -> c n m
@@ -42,6 +44,12 @@ class Rows:
     def __init__(self, plan: Plan, streams: Sequence[Tensor]) -> None:
         self.plan, self.segments = plan, plan.segments
         self.streams = [t.flatten(0, 1) for t in streams]  # (R, S, ...), a view where strides allow
+
+    @functools.cached_property
+    def h(self) -> Tensor:
+        """h (R, S, DHHV), allocated when a task first writes to it and has let go of what it needs no more."""
+        v = self.streams[2]
+        return v.new_empty(self.plan.rows, self.plan.tokens, v.shape[-1])
 
     def take(self, index: int, band: slice, segment: Segment) -> Tensor:
         """Return a task's part of a stream, contiguous and padded: (G, NC, L, ...)."""
