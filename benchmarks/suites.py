@@ -44,7 +44,7 @@ def _mlstm(result: Result) -> Iterator[Row]:
                   case["spread"]["ours"], case["to_floor"], case["no_part"])
         held = case.get("peak_bytes", {})
         if case["kind"] in _HOLDING and best is not None and held.get("ours") is not None:
-            yield Row("the same: memory held at once", f"{held['ours'] / 2**20:.0f} MiB",
+            yield Row(f"memory that {what} holds at once", f"{held['ours'] / 2**20:.0f} MiB",
                       f"{held[best] / 2**20:.0f} MiB, {best}", round(held["ours"] / held[best], 3))
 
 

@@ -100,8 +100,9 @@ def test_what_is_wrong_takes_no_part():
 
 
 def test_gradients_that_leave_the_normaliser_out_are_named(monkeypatch):
-    simpler = {"simpler": mlstm._constant_normaliser, "wrong": lambda *args: (2 * mlstm._constant_normaliser(*args)[0],)}
-    monkeypatch.setattr(mlstm.peers, "sequences", lambda device, dtype: simpler)
+    simpler = mlstm._constant_normaliser
+    contenders = {"simpler": simpler, "wrong": lambda *args: (2 * simpler(*args)[0],)}
+    monkeypatch.setattr(mlstm.peers, "sequences", lambda device, dtype: contenders)
     shape = mlstm.Shape(1, 2, 16, 16, 32)
     found = mlstm.measure("train", shape, torch.float32, torch.device("cpu"), 0.01)
     assert found["constant_normaliser"] == ["simpler"]

@@ -93,6 +93,17 @@ def test_segment_equals_recurrence_in_its_dtype(dtype, L):
         assert_close(whole(mlstm.segment(*chunked(args, L), eps=EPS), sizes), exact(args), TOLERANCE[dtype])
 
 
+def test_a_state_in_parts_is_the_state():
+    """As CUDA computes a large one."""
+    g = torch.Generator().manual_seed(0)
+    sizes = ((2, 3, 256, 5), (2, 3, 1), (2, 3, 256), (2, 3, 5), (2, 3, 256))
+    c, forget, k, v, q = (torch.randn(size, generator=g, dtype=torch.float64) for size in sizes)
+    parts, read = mlstm._update_parts(c, forget, k, v, q)
+    assert parts.shape == (2, 3, 2, 128, 5)
+    wanted, wanted_read = mlstm._update(c, forget, k, v, q)
+    assert_close([parts.flatten(2, 3), read], [wanted, wanted_read], 1e-14)
+
+
 @given(sizes_and_chunk, gates, st.integers(0, 2**16))
 def test_gradients_equal_those_of_the_recurrence(shape, gate, seed):
     sizes, L = shape

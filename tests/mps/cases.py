@@ -118,12 +118,13 @@ SEGMENT_OWES = 11, 9
 
 
 def functions() -> dict[str, Function]:
-    """Return what the ops compile, by ``module.function``: all that the maths lists in its tables AXES.
+    """Return what the ops compile, by ``module.function``: all that the maths lists in its tables AXES for this device.
 
     An sLSTM's loops come as sums, with a mask beside, and as products with a mask.
     """
+    elsewhere = () if mlstm.opens("mps") else (mlstm.opening, mlstm.close)
     found = {f"{_last_name(module)}.{fn.__name__}": _function(fn, axes, "mlstm", SIZES, {})
-             for module in (mlstm, mlstm_gradient) for fn, axes in module.AXES.items()}
+             for module in (mlstm, mlstm_gradient) for fn, axes in module.AXES.items() if fn not in elsewhere}
     for fn in slstm.AXES:
         parameters, sizes = inspect.signature(fn).parameters, {**SLSTM_SIZES, "T": STEPS[fn]}
         for variant, (product, reset) in VARIANTS.items():
