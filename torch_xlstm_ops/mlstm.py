@@ -18,8 +18,8 @@ from torch import Tensor
 from torch_xlstm_ops.decay import NEG_INF, across_chunks, causal, finite, prefixes, span, weight
 from torch_xlstm_ops.shapes import state_dtype
 
-COLUMN = 128  # most elements of a column that a CUDA kernel sums at once, of the tokens of a chunk and of
-LARGE = 1 << 23  # elements of c or more, which its cache does not hold
+COLUMN = 128  # tokens of a chunk, or rows of a large c, that a CUDA kernel sums at once
+LARGE = 1 << 23  # elements of c, which are more than its cache holds
 FLOOR = {torch.float32: 80.0, torch.float64: 700.0}  # the most that `floor` raises e to
 
 
