@@ -98,16 +98,19 @@ def admitted(
 
 
 def _rejected(run: Run, args: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> str | None:
-    try:
-        found = run(*args)
-    except Exception as error:  # of whatever kind a peer's code, or its compiler, has
-        return _in_a_line(error)
+    found, reason = _tried(partial(run, *args))
+    if reason is not None:
+        return reason
     distance = max(_distance(a, b) for a, b in zip(found, wanted, strict=False))
     return None if distance <= tolerance else f"it is {distance:.1e} from the recurrence"
 
 
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _tried(call: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Return what a call returns, or why it returns nothing, in a line."""
+    try:
+        return call(), None
+    except Exception as error:  # Triton's, as OutOfResources, share no class but this, and one must not end the others
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def checked(t: Tensor) -> Tensor:
@@ -191,12 +194,11 @@ def _references(
         if isinstance(reference, str) or name.startswith(tuple(without)):
             out[name] = reference if isinstance(reference, str) else LEFT_OUT
             continue
-        try:
-            reference()
-        except Exception as error:
-            out[name] = _in_a_line(error)
-        else:
+        _, reason = _tried(reference)
+        if reason is None:
             calls[name] = reference
+        else:
+            out[name] = reason
     return calls, out
 
 
@@ -212,9 +214,7 @@ def _segments(*streams: Tensor) -> tuple[Tensor]:
     return (torch.cat(h, 1).view(B, NH, S, -1),)
 
 
-def _constant_normaliser(
-    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor
-) -> tuple[Tensor]:
+def _constant_normaliser(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tensor]:
     """Return h, all tokens against all, whose gradient leaves out the denominator and the maximum in it."""
     decay = torch.nn.functional.logsigmoid(fgate).cumsum(-1)
     weights = decay[..., :, None] - decay[..., None, :] + igate[..., None, :]

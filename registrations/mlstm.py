@@ -42,13 +42,17 @@ def _run(fn: compiled.PureFunction, **static: Any) -> Run:
 
 
 def _joined(run: Run) -> Run:
-    """Return `run`, of `mlstm.advance`, with c as it was given."""
+    """Return `run`, of `mlstm.advance`, with c in one piece."""
     def joined(args: list[Tensor]) -> Sequence[Tensor]:
-        size = args[5].shape
         h, c, n, m = run(args)
-        return h, c.view(size), n, m
+        return h, _join(c), n, m
 
     return joined
+
+
+def _join(c: Tensor) -> Tensor:
+    """Return the c of `mlstm.advance` as (B, NH, DHQK, DHHV), a view."""
+    return c if c.dim() == 4 else c.flatten(2, 3)
 
 
 def _kernels(eps: float, *, opens: bool = False, release_gil: bool = False) -> Kernels:
@@ -104,7 +108,7 @@ def _step(*args: Tensor, eps: float = 1e-6) -> _Results:
         given = [t.contiguous() for t in args]
         run = _steps(given, mlstm.advance, eps)
     h, c, n, m = run(given)
-    return h, c if c.dim() == 4 else c.flatten(2, 3), n, m
+    return h, _join(c), n, m
 
 
 def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:

@@ -76,9 +76,7 @@ def lane(plan: Plan, steps: Steps, band: slice, whole: State) -> Lane:
     return Strict((number, partial(work, number)) for number in range(count))
 
 
-def _answer(
-    kernels: Kernels, rows: Rows, band: slice, segment: Segment, summary: Summary, state: State
-) -> None:
+def _answer(kernels: Kernels, rows: Rows, band: slice, segment: Segment, summary: Summary, state: State) -> None:
     """Write a summarised segment's h."""
     q, k, v, igate, fgate = rows.take_all(band, segment)
     (M, dC, dn), (c, n, m) = summary[4:], state
