@@ -259,6 +259,17 @@ def test_throughput_refuses_a_run_that_is_not_what_was_asked_for(
         throughput.one(loaded, prompt, 4)
 
 
+def test_throughput_compares_transformers_own_code_in_a_dtype_that_it_can_run() -> None:
+    for device, dtype, names in (
+        ("cpu", "float32", ["inductor", "queued", "transformers"]),
+        ("cuda", "bfloat16", ["inductor", "queued", "inductor, float32", "transformers, float32"]),
+    ):
+        found = throughput.contend(torch.device(device), ["inductor", "queued"])
+        assert [contender.name for contender in found] == names
+        assert [contender.dtype for contender in found[:2]] == [dtype] * 2
+        assert all(contender.dtype == "float32" for contender in found[2:])
+
+
 def test_report_is_what_the_kept_results_say(tmp_path: Path) -> None:
     kept = sorted((command.FULL / "quality" / "results").glob("*.json"))
     assert kept

@@ -63,7 +63,7 @@ def throughput(result: Mapping[str, Any], axes: Sequence[Any]) -> None:
     lengths = [int(length) for length in result["lengths"]]
     for name in next(iter(result["lengths"].values())):
         rows = [by_name[name] for by_name in result["lengths"].values()]
-        style = "--" if name == THEIRS else "-"
+        style = "--" if name.startswith(THEIRS) else "-"
         axes[0].plot(lengths, [row["prefill_tok_s"] for row in rows], style, marker="o", label=name)
         axes[1].plot(lengths, [row["first_token_ms"] / 1e3 for row in rows], style, marker="o", label=name)
     axes[0].set(xlabel="tokens of the prompt", ylabel="tokens a second, prefill", ylim=(0, None))

@@ -131,8 +131,8 @@ def coherence(result: Result) -> list[str]:
 def throughput(result: Result) -> list[str]:
     """Return the section on speed."""
     lines = [
-        f"The embedded model in {result['dtype']} reads a prompt whose length is checked and writes {result['tokens']} "
-        f"tokens; medians of {result['rounds']} turns, all contenders in turn.", "",
+        f"The embedded model, in {result['dtype']} where no dtype is named, reads a prompt whose length is checked and "
+        f"writes {result['tokens']} tokens; medians of {result['rounds']} turns, all contenders in turn.", "",
     ]
     rows = [
         [f"{int(length):,}", name, f"{row['prefill_tok_s']:,.0f}", f"{row['first_token_ms']:,.0f}",

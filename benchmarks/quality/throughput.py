@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from benchmarks.quality.contenders import THEIRS, Conditions, Contender
 from benchmarks.quality.perplexity import held_out
@@ -32,8 +34,21 @@ def one(loaded: Loaded, prompt: Sequence[int], tokens: int) -> dict[str, float]:
     }
 
 
-def measure(loaded: Loaded, contenders: Sequence[Contender], length: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Return the medians of each contender, all taking turns, on one prompt of `length` tokens."""
+def contend(device: torch.device, schedules: Sequence[str]) -> list[Contender]:
+    """Return every schedule, in the dtype that is usual on the device, and transformers' own code beside it.
+
+    In bfloat16 that code mixes dtypes and raises, so there the first schedule and it also run in float32.
+    """
+    if device.type == "cpu":
+        return [*(Contender(name, name) for name in schedules), Contender(THEIRS, None)]
+    usual = [Contender(name, name, "bfloat16") for name in schedules]
+    return [*usual, Contender(f"{schedules[0]}, float32", schedules[0]), Contender(f"{THEIRS}, float32", None)]
+
+
+def measure(
+    loaded: Mapping[str, Loaded], contenders: Sequence[Contender], length: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Return the medians of each contender, all taking turns, on one prompt of `length` tokens; models by dtype."""
     text, _ = held_out(1, length)
     prompt = text[0].tolist()
     if len(prompt) != length:
@@ -42,8 +57,9 @@ def measure(loaded: Loaded, contenders: Sequence[Contender], length: int, tokens
     for _ in range(rounds):
         for contender in contenders:
             with contender.active():
-                one(loaded, prompt[-min(length, 4096) :], WARM_UP)  # patching forgets what was compiled
-                taken[contender.name].append(one(loaded, prompt, tokens))
+                model = loaded[contender.dtype]
+                one(model, prompt[-min(length, 4096) :], WARM_UP)  # patching forgets what was compiled
+                taken[contender.name].append(one(model, prompt, tokens))
     return {
         name: {key: round(statistics.median(row[key] for row in rows), 2) for key in rows[0]}
         for name, rows in taken.items()
@@ -53,15 +69,10 @@ def measure(loaded: Loaded, contenders: Sequence[Contender], length: int, tokens
 def run(conditions: Conditions) -> dict[str, Any]:
     """Return the rates of every schedule, and of transformers' own code, at each length."""
     lengths, tokens, rounds = ([512], 16, 1) if conditions.quick else ([2048, 16384, 32768], 128, 3)
-    device = conditions.device
-    loaded = load(DEMO_MODEL, device, "float32" if device.type == "cpu" else "bfloat16")
-    contenders = [Contender(name, name) for name in conditions.schedules]
-    if device.type == "cpu":  # in bfloat16 transformers' own code mixes dtypes and raises
-        contenders.append(Contender(THEIRS, None))
+    contenders = contend(conditions.device, conditions.schedules)
+    loaded = {contender.dtype: load(DEMO_MODEL, conditions.device, contender.dtype) for contender in contenders}
     results = {}
     for length in lengths:
         results[str(length)] = measure(loaded, contenders, length, tokens, rounds)
         conditions.say(f"throughput: {length} tokens: {results[str(length)]}")
-    return {
-        "dtype": str(loaded.dtype).removeprefix("torch."), "tokens": tokens, "rounds": rounds, "lengths": results,
-    }
+    return {"dtype": contenders[0].dtype, "tokens": tokens, "rounds": rounds, "lengths": results}
