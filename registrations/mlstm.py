@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import compiled, config, devices, mlstm, mlstm_gradient, schedules
+from torch_xlstm_ops import compiled, config, devices, mlstm, schedules
 from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.packing import Packing
 from torch_xlstm_ops.schedules import inductor, plan, tuned
@@ -29,7 +29,7 @@ from .schemas import LIBRARY
 from .seen import Seen
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor]
-AXES = mlstm.AXES | mlstm_gradient.AXES
+AXES = mlstm.AXES
 
 
 def _run(fn: compiled.PureFunction, **static: Any) -> Run:
@@ -55,8 +55,11 @@ def _join(c: Tensor) -> Tensor:
     return c if c.dim() == 4 else c.flatten(2, 3)
 
 
-def _kernels(eps: float, *, opens: bool = False, release_gil: bool = False) -> Kernels:
-    """Return the kernels of a call; opens: whether its state is empty, and its first segments do well to know it."""
+def _kernels(eps: float, *, opens: bool = False, single: bool = False, release_gil: bool = False) -> Kernels:
+    """Return the kernels of a call.
+
+    opens: whether its state is empty, and its first segments do well to know it; single: whether it is one chunk too.
+    """
     def run(fn: compiled.PureFunction, **static: Any) -> Run:
         return _run(fn, release_gil=release_gil, **static)
 
@@ -70,15 +73,16 @@ def _kernels(eps: float, *, opens: bool = False, release_gil: bool = False) -> K
         q, k, igate, fgate, *rest = args
         return after_scores([q, igate, fgate, mlstm.scores(q, k), *rest])
 
-    factors = with_scores(mlstm_gradient.gradient)
+    factors = with_scores(mlstm.gradient)
 
     def backward(args: list[Tensor]) -> Sequence[Tensor]:
         q, k, v, dh = *args[:3], args[8]
         P, dS, dq, dk, k_gated, ddC, *rest = factors(args)
-        return *mlstm_gradient.finish(P, dS, dq, dk, k_gated, ddC, q, k, v, dh), *rest
+        return *mlstm.finish_gradient(P, dS, dq, dk, k_gated, ddC, q, k, v, dh), *rest
 
     return Kernels(
-        operands=with_scores(mlstm.operands), opening=with_scores(mlstm.opening) if opens else None,
+        operands=with_scores(mlstm.operands), opening=with_scores(mlstm.opening) if opens and not single else None,
+        single=with_scores(mlstm.single) if single else None,
         stand=mlstm.stand, emit=mlstm.emit, close=run(mlstm.close),
         step=_joined(_run(mlstm.advance, eps=eps)), after=run(mlstm.after), backward=backward,
         summarize=run(mlstm.summarize), answers=answers, absorb=run(mlstm.absorb),
@@ -170,8 +174,10 @@ def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float
     planned = plan.make(shape, q.device.type, cfg, machine(q.device, cfg.schedule))
     kind = q.device.type
     in_order = planned.schedule in (Schedule.INDUCTOR, Schedule.QUEUED) and planned.abreast == 1
-    opens = mlstm.opens(kind) and c is None and in_order and v.numel() > 0
-    kernels = _kernels(eps, opens=opens, release_gil=kind == "cpu" and planned.threaded)
+    empty = c is None and in_order and v.numel() > 0
+    single = empty and len(planned.segments) == 1 and planned.segments[0].chunks == 1
+    opens, release_gil = empty and mlstm.opens(kind), kind == "cpu" and planned.threaded
+    kernels = _kernels(eps, opens=opens, single=single, release_gil=release_gil)
     return _Route(planned, schedules.load(planned.schedule, q.device), kernels)
 
 
@@ -205,7 +211,7 @@ def _chunkwise(
         return packing.gather(h), c_after, n_after, m_after
     route = _route((q, k, v, igate, fgate, c, n, m), chunk_size, schedule, eps)
     with devices.submission(q.device):
-        state = initial_state(q, v, (c, n, m), read=route.kernels.opening is None)
+        state = initial_state(q, v, (c, n, m), read=route.kernels.read_state)
         if v.numel() == 0:
             return v.new_empty(v.shape), *_shaped(state, q)
         h, state = route.schedule.forward(route.plan, route.kernels, (q, k, v, igate, fgate), state)

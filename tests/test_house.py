@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["shapes", "tolerance", "config", "devices", "trace", "trace_files", "winners"],
     ["decay"],
-    ["mlstm", "mlstm_gradient", "slstm", "packing"],
+    ["mlstm", "slstm", "packing"],
     ["compiled"],
     ["schedules"],
     ["registrations"],
@@ -31,7 +31,6 @@ FLOORS = [
 ONLY = {
     "decay": set(),
     "mlstm": {"shapes", "decay"},
-    "mlstm_gradient": {"shapes", "decay", "mlstm"},
     "slstm": {"shapes"},
     "packing": set(),
     "compiled": set(),

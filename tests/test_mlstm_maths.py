@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.oracle import TOLERANCE, Sizes, assert_close, draw, error, exact, weigh
 from torch_xlstm_ops import mlstm
+from torch_xlstm_ops.mlstm import recurrence
 
 EPS = 1e-6
 
@@ -52,10 +53,20 @@ def opened(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Do a segment as CUDA does from an empty state."""
     q, k, v, igate, fgate = args[:5]
     P, q_gated, W, dC, n, m, keep, add = mlstm.opening(q, k, v, igate, fgate, mlstm.scores(q, k), eps=EPS)
-    h = torch.empty_like(v)
+    h, c = torch.empty_like(v), torch.empty_like(args[5])
     C_before = mlstm.stand(W, dC, None)
     mlstm.emit(P, q_gated, C_before, v, h.flatten(0, 1))
-    return h, *mlstm.close(dC, C_before, keep, add), n, m
+    mlstm.close(dC, C_before, keep, add, c)
+    return h, c, n, m
+
+
+def single(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Do a segment of one chunk from an empty state."""
+    q, k, v, igate, fgate = args[:5]
+    P, *state = mlstm.single(q, k, v, igate, fgate, mlstm.scores(q, k), eps=EPS)
+    h = torch.empty_like(v)
+    mlstm.emit(P, None, None, v, h.flatten(0, 1))
+    return h, *state
 
 
 @given(sizes_and_chunk, gates, st.integers(0, 2**16), st.booleans())
@@ -66,6 +77,8 @@ def test_what_is_emitted_equals_recurrence(shape, gate, seed, fresh):
         state.zero_()
     segment = opened if fresh else emitted
     assert_close(whole(segment(chunked(args, L)), sizes), exact(args), 1e-10)
+    if fresh:
+        assert_close(whole(single(chunked(args, sizes.S)), sizes), exact(args), 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -98,9 +111,9 @@ def test_a_state_in_parts_is_the_state():
     g = torch.Generator().manual_seed(0)
     sizes = ((2, 3, 256, 5), (2, 3, 1), (2, 3, 256), (2, 3, 5), (2, 3, 256))
     c, forget, k, v, q = (torch.randn(size, generator=g, dtype=torch.float64) for size in sizes)
-    parts, read = mlstm._update_parts(c, forget, k, v, q)
+    parts, read = recurrence._update_parts(c, forget, k, v, q)
     assert parts.shape == (2, 3, 2, 128, 5)
-    wanted, wanted_read = mlstm._update(c, forget, k, v, q)
+    wanted, wanted_read = recurrence._update(c, forget, k, v, q)
     assert_close([parts.flatten(2, 3), read], [wanted, wanted_read], 1e-14)
 
 

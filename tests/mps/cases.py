@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import mlstm, mlstm_gradient, slstm
+from torch_xlstm_ops import mlstm, slstm
 from torch_xlstm_ops.registrations import slstm as registered
 from torch_xlstm_ops.slstm import Product
 
@@ -77,8 +76,9 @@ EXPECTED = {
     "mlstm.advance": Expected(STEP, {}),
     "mlstm.step_": Expected(STEP, {}),
     "mlstm.operands": Expected(SEGMENT, {"aten::bmm.out": 2}),
+    "mlstm.single": Expected(SEGMENT, {"aten::bmm.out": 1}),
     "mlstm.answers": Expected(SEGMENT, {"aten::bmm.out": 1}),
-    "mlstm_gradient.gradient": Expected(BACKWARD, {"aten::bmm.out": 11}),
+    "mlstm.gradient": Expected(BACKWARD, {"aten::bmm.out": 11}),
     "mlstm.summarize": Expected(SEGMENT, {"aten::bmm.out": 1}),
     "mlstm.absorb": Expected(SEGMENT, {}),
     "mlstm.after": Expected(SEGMENT, {"aten::bmm.out": 1}),
@@ -123,8 +123,8 @@ def functions() -> dict[str, Function]:
     An sLSTM's loops come as sums, with a mask beside, and as products with a mask.
     """
     elsewhere = () if mlstm.opens("mps") else (mlstm.opening, mlstm.close)
-    found = {f"{_last_name(module)}.{fn.__name__}": _function(fn, axes, "mlstm", SIZES, {})
-             for module in (mlstm, mlstm_gradient) for fn, axes in module.AXES.items() if fn not in elsewhere}
+    found = {f"mlstm.{fn.__name__}": _function(fn, axes, "mlstm", SIZES, {})
+             for fn, axes in mlstm.AXES.items() if fn not in elsewhere}
     for fn in slstm.AXES:
         parameters, sizes = inspect.signature(fn).parameters, {**SLSTM_SIZES, "T": STEPS[fn]}
         for variant, (product, reset) in VARIANTS.items():
@@ -151,10 +151,6 @@ def _function(
     if static.get("product") is Product.MATMUL:  # which CUDA alone has with a wider result
         streams = tuple(name for name in streams if name != "r")
     return Function(fn, tuple(axes), tuple(names[: len(axes)]), streams, sizes, static)
-
-
-def _last_name(module: ModuleType) -> str:
-    return module.__name__.rsplit(".", 1)[-1]
 
 
 def arguments(function: Function, dtype: torch.dtype, gates: str) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch_xlstm_ops.schedules.tasks import Kernels, Rows
 
 OP = "mlstm_chunkwise"
 Summary = tuple[Tensor, Tensor, Tensor, Tensor]  # F M dC dn
-Factors = tuple[Tensor, Tensor, Tensor, Tensor]  # P q_gated C_before v, as `mlstm.emit` takes them
+Factors = tuple[Tensor, Tensor | None, Tensor | None, Tensor]  # P q_gated C_before v, as `mlstm.emit` takes them
 
 
 def forward(
@@ -39,20 +39,40 @@ def forward(
 
 def run(kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: list[Tensor]) -> list[Tensor]:
     """Compute one task: write its slice of h and return the state after it."""
-    streams = rows.take_all(band, segment)
+    factors, new = _factors(kernels, rows.take_all(band, segment), state, first=segment.start == 0)
+    if factors is None:
+        return step_through(kernels, rows, band, segment, new)
+    emit(kernels, rows, band, segment, factors)
+    return new
+
+
+def _factors(
+    kernels: Kernels, streams: list[Tensor], state: list[Tensor], *, first: bool
+) -> tuple[Factors | None, list[Tensor]]:
+    """Return what a segment's h is the product of, and the state after it.
+
+    On the CPU, where the state after it is not finite: None, and the state before it.
+    """
     v = streams[2]
-    if segment.start == 0 and kernels.opening is not None:
+    if first and kernels.opening is not None:
         P, q_gated, W, dC, n, m, keep, add = kernels.opening(streams)
         C_before = kernels.stand(W, dC, None)
-        new = [*kernels.close([dC, C_before, keep, add]), n, m]
-    else:
-        P, q_gated, W, dC, *new = kernels.operands([*streams, *state])
-        if v.device.type == "cpu" and not math.isfinite(new[0].sum().item()):
-            return step_through(kernels, rows, band, segment, state)
-        C_before = kernels.stand(W, dC, state[0])
-    del dC  # before h takes memory
-    emit(kernels, rows, band, segment, (P, q_gated, C_before, v))
-    return new
+        kernels.close([dC, C_before, keep, add, state[0]])
+        return (P, q_gated, C_before, v), [state[0], n, m]
+    if kernels.single is not None:
+        P, *new = kernels.single(streams)
+        if _finite(new[0]):
+            return (P, None, None, v), new
+        return None, [t.zero_() for t in state]
+    P, q_gated, W, dC, *new = kernels.operands([*streams, *state])
+    if _finite(new[0]):
+        return (P, q_gated, kernels.stand(W, dC, state[0]), v), new
+    return None, state
+
+
+def _finite(c: Tensor) -> bool:
+    """Return whether c is finite; elsewhere than on the CPU True, as looking would stall the device."""
+    return c.device.type != "cpu" or math.isfinite(c.sum().item())
 
 
 def summaries(plan: Plan, kernels: Kernels, streams: Sequence[Tensor]) -> Iterator[Iterator[Summary]]:

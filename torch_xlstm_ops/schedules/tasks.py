@@ -26,16 +26,22 @@ class Kernels(NamedTuple):
     """The compiled functions of an op, each called with one list of contiguous tensors; shapes as in `mlstm`."""
 
     operands: Run  # q k v igate fgate c n m -> P q_gated W dC c n m
-    opening: Run | None  # of a segment from an empty state: q k v igate fgate -> P q_gated W dC n m keep add
+    opening: Run | None  # of a call from an empty state: q k v igate fgate -> P q_gated W dC n m keep add
+    single: Run | None  # all of a call from an empty state that is one chunk: q k v igate fgate -> P c n m
     stand: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # W dC c -> C_before
-    emit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]  # P q_gated C_before v h
-    close: Run  # dC C_before keep add -> c
+    emit: Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor], None]  # P q_gated C_before v h
+    close: Run  # dC C_before keep add c, which it writes
     step: Run  # q k v igate fgate c n m -> h c n m
     after: Run  # k v igate fgate c n m -> c n m
     backward: Run  # q k v igate fgate c n m dh dc dn dm -> their gradients
     summarize: Run  # k v igate fgate -> F M dC dn, and M dC dn of the chunks
     answers: Run  # q k igate fgate, M dn of the chunks, n m -> P q_gated W
     absorb: Run  # F M dC dn c n m -> c n m
+
+    @property
+    def read_state(self) -> bool:
+        """Whether the state before a call is read, and not only written."""
+        return self.opening is None and self.single is None
 
 
 class Rows:

@@ -17,20 +17,9 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.decay import NEG_INF, across_chunks, causal, prefix_and_suffix, prefixes, span, weight
-from torch_xlstm_ops.mlstm import (
-    FLOOR,
-    STATE,
-    STREAMS,
-    Look,
-    Reach,
-    before,
-    floor,
-    looks,
-    product_dtype,
-    reaches,
-    sum_tokens,
-    summaries,
-)
+from torch_xlstm_ops.mlstm.chunks import Reach, before, product_dtype, reaches, sum_tokens, summaries
+from torch_xlstm_ops.mlstm.recurrence import FLOOR, floor
+from torch_xlstm_ops.mlstm.segments import Look, looks
 from torch_xlstm_ops.shapes import state_dtype
 
 
@@ -38,9 +27,9 @@ def gradient(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, c: Tensor, n: Tensor, m: Tensor,
     dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, *, eps: float,
 ) -> tuple[Tensor, ...]:
-    """Turn a segment into the factors of its gradient, recomputing it; `finish` multiplies them.
+    """Turn a segment into the factors of its gradient, recomputing it; `finish_gradient` multiplies them.
 
-    dh: (G, NC, L, DHHV); dc, dn, dm: gradients of the state after the segment; the rest as in `mlstm.operands`.
+    dh: (G, NC, L, DHHV); dc, dn, dm: gradients of the state after the segment; the rest as in `segments.operands`.
     Returns P and dS (G*NC, L, L); dq and dk (G*NC, L, DHQK), so far from other chunks; k_gated (G, NC, L, DHQK) and
     ddC (G*NC, DHQK, DHHV); digate and dfgate (G, NC, L); and the gradients of c, n, m.
     """
@@ -143,7 +132,7 @@ def _tokens(q: Tensor, scores: Tensor, look: Look, n_before: Tensor, seen: Tenso
 
 
 class _End(NamedTuple):
-    """How the state after the segment sees its chunks and the incoming state; names as in `mlstm.Reach`."""
+    """How the state after the segment sees its chunks and the incoming state; names as in `chunks.Reach`."""
 
     W: Tensor  # (G, NC)
     w_state: Tensor  # (G, 1)
@@ -203,7 +192,7 @@ def _over_chunks(passing: Tensor) -> Tensor:
     return torch.where(later.mT, from_earlier, 0.0).sum(-2)
 
 
-def finish(
+def finish_gradient(
     P: Tensor, dS: Tensor, dq: Tensor, dk: Tensor, k_gated: Tensor, ddC: Tensor, q: Tensor, k: Tensor, v: Tensor,
     dh: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,7 +201,3 @@ def finish(
     dk.baddbmm_(dS.mT, q.flatten(0, 1))
     dv = torch.bmm(k_gated.flatten(0, 1), ddC).to(v.dtype).baddbmm_(P.mT, dh.flatten(0, 1))
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
-
-
-# The function that is compiled, with the axes of its arguments.
-AXES = {gradient: (*STREAMS, "G NC L L", *STATE, "G NC L DHHV", *STATE)}
