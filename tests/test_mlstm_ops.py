@@ -207,14 +207,17 @@ def test_empty_axes(sizes):
 
 @pytest.mark.parametrize("stream", range(5), ids=["q", "k", "v", "igate", "fgate"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-def test_what_is_not_finite_spreads_as_in_the_recurrence(stream, value):
-    args = draw(Sizes(S=40))
-    args[stream][0, 1, 22] = value
-    found = flat(mlstm_chunkwise(*args, chunk_size=L, schedule="inductor"))
+@pytest.mark.parametrize("fresh", [False, True], ids=["three chunks", "one chunk from nothing"])
+def test_what_is_not_finite_spreads_as_in_the_recurrence(stream, value, fresh):
+    args, at = draw(Sizes(S=L if fresh else 40)), L // 2 if fresh else 22
+    for state in args[5:] if fresh else []:
+        state.zero_()
+    args[stream][0, 1, at] = value
+    found = flat(mlstm_chunkwise(*args[: 5 if fresh else 8], chunk_size=L, schedule="inductor"))
     for a, b in zip(found, exact(args), strict=True):
         assert torch.equal(a.isfinite(), b.isfinite())
     assert found[0][:, 0].isfinite().all()
-    assert found[0][0, 1, :22].isfinite().all()
+    assert found[0][0, 1, :at].isfinite().all()
 
 
 def test_a_closed_forget_gate_and_extreme_gates():
