@@ -101,6 +101,7 @@ def _plot(found: Kept, path: Path) -> bool:
     axis.bar_label(bars, fmt="%.2f", padding=3)
     axis.axvline(1, color="0.5", linewidth=1)
     axis.invert_yaxis()
-    axis.set(xlabel="our time over the best peer's (lower is better)", xlim=(0, None))
+    axis.margins(x=0.1)  # for the labels of the longest
+    axis.set(xlabel="ours over the best peer's (lower is better)", xlim=(0, None))
     figure.savefig(path, dpi=110)
     return True

@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where to write the result too")
     given = parser.parse_args(arguments)
     device = devices.resolve_device(given.device).type
-    found = []
+    found, measured = [], commit()  # now: what is kept changes files
     for suite in SUITES if given.suite == "all" else [given.suite]:
         parts = [run(part, device, given.quick) for part in on(suite, device)]
-        kept = {"suite": suite, "device": device, "commit": commit(), "quick": given.quick, "parts": parts}
+        kept = {"suite": suite, "device": device, "commit": measured, "quick": given.quick, "parts": parts}
         results.show(kept)
         found.append(kept)
         if not given.quick:

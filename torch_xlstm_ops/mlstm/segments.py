@@ -106,7 +106,7 @@ def single(
     within, igate = prefixes(fgate.to(wide)), igate.to(wide)
     look = looks(igate, within, torch.zeros_like(igate[..., 0]))
     P = scores * q.shape[-1] ** -0.5 * weight(look.decay - look.m[..., None])
-    P = P / (torch.maximum(P.sum(-1).abs(), floor(look.m)) + eps)[..., None]
+    P = P * _inverse(P.sum(-1), look, eps)[..., None]
     gate, m = input_weights(igate, within, least=span(within[..., -1]))
     k_gated, n = gated(k, gate)
     c = torch.bmm(k_gated.flatten(0, 1), v.to(k_gated.dtype).flatten(0, 1))
@@ -133,9 +133,14 @@ def _answers(
     P = scores * scale * weight(look.decay - look.m[..., None])
     w = weight(look.m_inter - look.m) * scale
     qn = (q_wide * n_before[..., None, :]).sum(-1)
-    r = 1 / (torch.maximum((P.sum(-1) + w * qn).abs(), floor(look.m)) + eps)
+    r = _inverse(P.sum(-1) + w * qn, look, eps)
     P, q_gated = P * r[..., None], q_wide * (w * r)[..., None]
     return P.to(q.dtype).flatten(0, 1), q_gated.to(product_dtype(q.dtype)).flatten(0, 1)
+
+
+def _inverse(total: Tensor, look: Look, eps: float) -> Tensor:
+    """Return 1/denominator (G, NC, L), from the sum of all weights."""
+    return 1 / (torch.maximum(total.abs(), floor(look.m)) + eps)
 
 
 class Look(NamedTuple):
