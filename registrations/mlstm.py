@@ -58,7 +58,7 @@ def _join(c: Tensor) -> Tensor:
 def _kernels(eps: float, *, opens: bool = False, single: bool = False, release_gil: bool = False) -> Kernels:
     """Return the kernels of a call.
 
-    opens: whether its state is empty, and its first segments do well to know it; single: whether it is one chunk too.
+    opens: whether its first segments begin from an empty state; single: whether it is one chunk from an empty state.
     """
     def run(fn: compiled.PureFunction, **static: Any) -> Run:
         return _run(fn, release_gil=release_gil, **static)
@@ -81,7 +81,7 @@ def _kernels(eps: float, *, opens: bool = False, single: bool = False, release_g
         return *mlstm.finish_gradient(P, dS, dq, dk, k_gated, ddC, q, k, v, dh), *rest
 
     return Kernels(
-        operands=with_scores(mlstm.operands), opening=with_scores(mlstm.opening) if opens and not single else None,
+        operands=with_scores(mlstm.operands), opening=with_scores(mlstm.opening) if opens else None,
         single=with_scores(mlstm.single) if single else None,
         stand=mlstm.stand, emit=mlstm.emit, close=run(mlstm.close),
         step=_joined(_run(mlstm.advance, eps=eps)), after=run(mlstm.after), backward=backward,
@@ -176,8 +176,8 @@ def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float
     in_order = planned.schedule in (Schedule.INDUCTOR, Schedule.QUEUED) and planned.abreast == 1
     empty = c is None and in_order and v.numel() > 0
     single = empty and len(planned.segments) == 1 and planned.segments[0].chunks == 1
-    opens, release_gil = empty and mlstm.opens(kind), kind == "cpu" and planned.threaded
-    kernels = _kernels(eps, opens=opens, single=single, release_gil=release_gil)
+    opens = empty and not single and mlstm.opens(kind)
+    kernels = _kernels(eps, opens=opens, single=single, release_gil=kind == "cpu" and planned.threaded)
     return _Route(planned, schedules.load(planned.schedule, q.device), kernels)
 
 
