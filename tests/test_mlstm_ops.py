@@ -79,7 +79,7 @@ def as_on_cuda(monkeypatch):
     registrations.mlstm.forget_routes()
 
 
-@pytest.mark.parametrize("S", [1, 65])
+@pytest.mark.parametrize("S", [1, 16, 65, 200])
 @pytest.mark.parametrize("schedule", ["inductor", "queued", "recurrent"])
 def test_a_call_that_opens_equals_recurrence(as_on_cuda, S, schedule):
     args = draw(Sizes(S=S), state=False)

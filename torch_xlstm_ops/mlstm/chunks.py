@@ -19,18 +19,20 @@ class Summaries(NamedTuple):
     dn: Tensor  # (G, NC, DHQK)
 
 
-def summaries(k: Tensor, v: Tensor, igate: Tensor, within: Tensor) -> tuple[Summaries, Tensor, Tensor]:
+def summaries(
+    k: Tensor, v: Tensor, igate: Tensor, within: Tensor, least: Tensor | None = None
+) -> tuple[Summaries, Tensor, Tensor]:
     """Sum up each chunk, all weights relative to the chunk's largest; within: `prefixes` of its tokens.
 
-    Returns these, the weights (G, NC, L), and k times them (G, NC, DHQK, L).
+    least: (G, NC), which M is raised to. Returns these, the weights (G, NC, L), and k times them (G, NC, DHQK, L).
     """
-    gate, M = input_weights(igate, within)
-    k_gated, dn = gated(k, gate)
+    gate, M = _input_weights(igate, within, least)
+    k_gated, dn = _gated(k, gate)
     dC = torch.bmm(k_gated.flatten(0, 1), v.to(k_gated.dtype).flatten(0, 1))
     return Summaries(M, dC.view(*k_gated.shape[:3], v.shape[-1]), dn), gate, k_gated
 
 
-def gated(k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def _gated(k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Return k times the gate, transposed (G, NC, DHQK, L), in the dtype of products, and its sum over the tokens."""
     product = product_dtype(k.dtype)
     if k.device.type != "mps":
@@ -52,11 +54,8 @@ def sum_tokens(terms: Tensor) -> Tensor:
     return terms.sum(-2)
 
 
-def input_weights(igate: Tensor, within: Tensor, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return what a token weighs at the end of its chunk, (G, NC, L), relative to the chunk's largest, and that M.
-
-    least: (G, NC), which M is raised to.
-    """
+def _input_weights(igate: Tensor, within: Tensor, least: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what a token weighs at the end of its chunk, (G, NC, L), relative to the chunk's largest, and that M."""
     log_weight = span(within[..., -1:], within) + igate
     M = log_weight.amax(-1)
     if least is not None:

@@ -8,17 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.decay import NEG_INF, across_chunks, causal, prefixes, span, weight
-from torch_xlstm_ops.mlstm.chunks import (
-    Reach,
-    absorb,
-    before,
-    fold,
-    gated,
-    input_weights,
-    product_dtype,
-    reaches,
-    summaries,
-)
+from torch_xlstm_ops.mlstm.chunks import Reach, absorb, before, fold, product_dtype, reaches, summaries
 from torch_xlstm_ops.mlstm.recurrence import floor
 from torch_xlstm_ops.shapes import state_dtype
 
@@ -107,10 +97,8 @@ def single(
     look = looks(igate, within, torch.zeros_like(igate[..., 0]))
     P = scores * q.shape[-1] ** -0.5 * weight(look.decay - look.m[..., None])
     P = P * _inverse(P.sum(-1), look, eps)[..., None]
-    gate, m = input_weights(igate, within, least=span(within[..., -1]))
-    k_gated, n = gated(k, gate)
-    c = torch.bmm(k_gated.flatten(0, 1), v.to(k_gated.dtype).flatten(0, 1))
-    return P.to(q.dtype).flatten(0, 1), c.to(wide), n[:, 0], m
+    (m, dC, dn), _, _ = summaries(k, v, igate, within, least=span(within[..., -1]))
+    return P.to(q.dtype).flatten(0, 1), dC[:, 0].to(wide), dn[:, 0], m
 
 
 def answers(
