@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each floor may import from itself and from those before it.
 FLOORS = [
+    ["checkout"],
     ["shapes", "tolerance", "config", "devices", "trace", "trace_files", "winners"],
     ["decay"],
     ["mlstm", "slstm", "packing"],
