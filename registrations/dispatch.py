@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torch_xlstm_ops import torch_internals
 
 from .schemas import LIBRARY
 
@@ -30,6 +32,7 @@ def overload(name: str) -> Any:
 
 
 _implementations: dict[str, Callable[..., Any]] = {}
+SIGNATURES: dict[str, inspect.Signature] = {}  # of each operator's arguments, with their defaults
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:
@@ -41,6 +44,7 @@ def implement(name: str, function: Callable[..., Any]) -> None:
 
 def fake(name: str, function: Callable[..., Any]) -> None:
     """Give `name` the function that checks its arguments and allocates its results."""
+    SIGNATURES[name] = inspect.signature(function)
     torch.library.register_fake(f"xlstm::{name}", function, lib=LIBRARY)
 
 
@@ -56,18 +60,11 @@ def autograd(name: str, when_learning: Callable[..., Any]) -> None:
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if learns(args):
             return when_learning(*args, **kwargs)
-        if _next_is_ours(keyset.raw_repr()):  # its way through the dispatcher would cost 3 us
+        if torch_internals.next_is_device(keyset):  # its way through the dispatcher would cost 3 us
             return _implementations[name](*args, **kwargs)
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+        return torch_internals.below_autograd()(op, keyset, args, kwargs)
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
-
-
-@functools.cache
-def _next_is_ours(keys: int) -> bool:
-    """Return whether below autograd nothing but a device's key is left: no mode, no subclass, no fake tensor."""
-    keyset = torch._C.DispatchKeySet.from_raw_repr(keys) & torch._C._after_ADInplaceOrView_keyset
-    return keyset.highestPriorityTypeId() in {getattr(torch._C.DispatchKey, device) for device in DEVICES}
 
 
 def autocast(name: str, casts: slice) -> None:
@@ -78,10 +75,9 @@ def autocast(name: str, casts: slice) -> None:
         def kernel(*args: Any, **kwargs: Any) -> Any:
             dtype = torch.get_autocast_dtype(device)
             streams = [_cast(a, dtype) for a in args[casts]]
-            with torch._C._ExcludeDispatchKeyGuard(keys):
+            with torch_internals.without_autocast(device):
                 return op(*args[:casts.start], *streams, *args[casts.stop:], **kwargs)
 
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
         return kernel
 
     for device in DEVICES:

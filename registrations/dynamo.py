@@ -8,13 +8,12 @@ Torch finds it by an entry point, so nobody has to import us. `dynamo_rules` rec
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx
 
-from torch_xlstm_ops import config, schedules
+from torch_xlstm_ops import config, schedules, torch_internals
 
 from . import dynamo_rules
 from .inline import arguments, measures_better, operator_of, splice
@@ -35,12 +34,9 @@ def read(options: Mapping[str, Any] | None, mode: str | None) -> Options:
 
     Raises ValueError for a name that neither we nor Inductor know, and for a value that cannot be used.
     """
-    import torch._inductor as inductor
-
     settings: dict[str, object] = {}
-    rest: dict[str, Any] = dict(inductor.list_mode_options(mode) if mode is not None else {})
     inline: bool | None = None
-    known = inductor.config.get_config_copy()
+    rest, known = torch_internals.inductor_options(mode)
     for name, value in (options or {}).items():
         if name == INLINE:
             if not isinstance(value, bool):
@@ -81,7 +77,7 @@ def hold_states(module: fx.GraphModule) -> None:
         target = getattr(node.target, "__name__", str(node.target))
         written = node.args[0] if node.args else None
         if isinstance(written, fx.Node) and written.op == "placeholder" and _writes(node.op, target):
-            written.meta.setdefault("tensor_dict", {})["_dynamo_static_input_type"] = "unguarded"
+            torch_internals.hold_address(written)
 
 
 def _writes(op: str, target: str) -> bool:
@@ -123,25 +119,12 @@ def _warn(module: fx.GraphModule) -> None:
 
 
 def _lower(module: fx.GraphModule, examples: Sequence[Any], options: Options) -> Any:
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    patches = dict(options.inductor)
-    if not options.settings:
-        return compile_fx(module, examples, config_patches=patches)
-
     # Forward and backward run apart, in threads of autograd's choosing: each brings the settings with it.
-    def compile_inner(graph: fx.GraphModule, inputs: Sequence[Any], **how: Any) -> Any:
-        compiled = compile_fx_inner(graph, inputs, **how)
+    def with_settings(run: Callable[[Any], Any], args: Any) -> Any:
+        with config.use(**options.settings):
+            return run(args)
 
-        def run(args: Any) -> Any:
-            with config.use(**options.settings):
-                return compiled(args)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
-
-    with torch._functorch.config.patch(enable_autograd_cache=False):  # what it finds was compiled without the settings
-        return compile_fx(module, examples, inner_compile=compile_inner, config_patches=patches)
+    return torch_internals.compile_graph(module, examples, options.inductor, with_settings if options.settings else None)
 
 
 dynamo_rules.watch()

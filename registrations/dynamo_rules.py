@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._guards import TracingContext
 
+from torch_xlstm_ops import torch_internals
 from torch_xlstm_ops.patch import functions
 from torch_xlstm_ops.shapes import STREAM_DTYPES
 
@@ -100,31 +100,24 @@ class Finding(NamedTuple):
 
 
 # By the graph in the making.
-_findings: weakref.WeakKeyDictionary[TracingContext, list[Finding]] = weakref.WeakKeyDictionary()
+_findings: weakref.WeakKeyDictionary[object, list[Finding]] = weakref.WeakKeyDictionary()
 
 
 def findings() -> list[Finding]:
     """Return what the rules met in the graph that is being compiled."""
-    return _findings.get(TracingContext.get(), [])
-
-
-def _tracer() -> Any:
-    """Return Dynamo's tracer in this thread. The one look into its private state."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    return InstructionTranslator.current_tx()
+    return _findings.get(torch_internals.compile_key(), [])
 
 
 def is_piece(module: fx.GraphModule) -> bool:
     """Return whether a graph break cut the graph that is being compiled from its frame's other graphs."""
     reason = getattr(module, "compile_subgraph_reason", None)
-    return bool(reason and reason.graph_break) or _tracer().f_code.co_name.startswith("torch_dynamo_resume_in")
+    return bool(reason and reason.graph_break) or torch_internals.frame().function.startswith("torch_dynamo_resume_in")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _wanted() -> bool:
     """Return whether the graph is made for a backend that wants the rules; Dynamo wraps backends, ours lies within."""
-    backend = _tracer().output.compiler_fn
+    backend = torch_internals.frame().compiler
     return hasattr(getattr(backend, "compiler_fn", backend), "wants_xlstm_rules")
 
 
@@ -133,9 +126,8 @@ def _takes(index: int, facts: tuple[Fact, ...], judged: tuple[object, ...]) -> b
     """Write a call of a rule's function down, and return whether the operator takes it."""
     rule = RULES[index]
     refusal = _refusal(rule, facts, dict(zip(rule.judged, judged, strict=True)))
-    frames = [f for f in TracingContext.extract_stack() if f.filename != __file__]
-    stack = tuple(f"{f.filename}:{f.lineno} in {f.name}" for f in frames)
-    _findings.setdefault(TracingContext.get(), []).append(Finding(rule.place, refusal, stack))
+    stack = tuple(frame for frame in torch_internals.user_stack() if not frame.startswith(f"{__file__}:"))
+    _findings.setdefault(torch_internals.compile_key(), []).append(Finding(rule.place, refusal, stack))
     return refusal is None
 
 

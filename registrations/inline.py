@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from torch_xlstm_ops import config, mlstm, slstm
+from torch_xlstm_ops import config, mlstm, slstm, torch_internals
 from torch_xlstm_ops.schedules import plan
 from torch_xlstm_ops.shapes import state_dtype
+
+from .dispatch import SIGNATURES
 
 Maths = Callable[..., tuple[Tensor, ...]]
 NEG_INF, INF = float("-inf"), float("inf")
@@ -67,21 +69,17 @@ CACHED_BYTES = 4 << 20
 
 def operator_of(node: fx.Node) -> str | None:
     """Return the name of our operator that a node calls, or None."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        target = target.overloadpacket
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverloadPacket):
+    if node.op != "call_function":
         return None
-    library, name = target._qualified_op_name.split("::")
+    library, _, name = (torch_internals.operator_name(node.target) or "").partition("::")
     return name if library == "xlstm" else None
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Return what a call of one of our operators is given, by the schema's names."""
-    schema = getattr(torch.ops.xlstm, str(operator_of(node))).default._schema
-    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
-    given = dict(zip([argument.name for argument in schema.arguments], node.args, strict=False))
-    return {**given, **{name: value for name, value in defaults.items() if name not in given}, **node.kwargs}
+    bound = SIGNATURES[str(operator_of(node))].bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def example(node: fx.Node, name: str) -> Tensor:
@@ -148,8 +146,6 @@ def _trace(
     node: fx.Node, maths: Maths, given: Mapping[str, Any], values: list[fx.Node]
 ) -> fx.GraphModule | None:
     """Return the graph of `maths` for a call's tensors, or None where it would not give what the call gives."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     examples = [value.meta["example_value"] for value in values]
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -162,7 +158,9 @@ def _trace(
     if maths is mlstm.step_ and _learns(examples):
         return None
     with examples[0].fake_mode, torch.no_grad():
-        body = make_fx(call)(*examples)
+        body = torch_internals.traced(call, examples)
+        if body is None:
+            return None
         returned: Any = body.graph.output_node().args[0]
     wanted = node.meta["example_value"]
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)

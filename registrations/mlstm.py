@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import compiled, config, devices, mlstm, schedules
+from torch_xlstm_ops import compiled, config, devices, mlstm, schedules, torch_internals
 from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.packing import Packing
 from torch_xlstm_ops.schedules import inductor, plan, tuned
@@ -123,7 +123,7 @@ def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:
         for given, used in states:
             given.copy_(used)
     # A compiled kernel writes behind autograd's back.
-    torch.autograd.graph.increment_version([t for t in args[5:] if not t.is_inference()])
+    torch_internals.written([t for t in args[5:] if not t.is_inference()])
     return h
 
 
@@ -133,6 +133,12 @@ def _step_fake(
     check_mlstm_step(q, k, v, igate, fgate, c, n, m)
     check_not_negative("eps", eps)
     return v.new_empty(v.shape), c.new_empty(c.shape), n.new_empty(n.shape), m.new_empty(m.shape)
+
+
+def _step_fake_(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float = 1e-6
+) -> Tensor:
+    return _step_fake(q, k, v, igate, fgate, c, n, m, eps=eps)[0]
 
 
 def _step_learning(
@@ -316,7 +322,7 @@ def _no_double_backward(*args: Tensor, **how: Any) -> tuple[Tensor, ...]:
 
 _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "mlstm_step": (_step, _step_fake),
-    "mlstm_step_": (_step_, lambda *args, **how: _step_fake(*args, **how)[0]),
+    "mlstm_step_": (_step_, _step_fake_),
     "mlstm_chunkwise": (_chunkwise, _chunkwise_fake),
     "mlstm_chunkwise_backward": (_chunkwise_backward, _chunkwise_backward_fake),
 }

@@ -8,9 +8,8 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
-from torch_xlstm_ops import compiled
+from torch_xlstm_ops import compiled, torch_internals
 
 _Found = TypeVar("_Found")
 _Arguments = Sequence[Tensor | None]
@@ -18,7 +17,7 @@ _Arguments = Sequence[Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class _Entry(Generic[_Found]):
-    """One kind of call, known in 1 us when a model's layers repeat it, by the guards that Dynamo checks frames with."""
+    """One kind of call, known in 1 us when a model's layers repeat it, by comparing its tensors in C++."""
 
     kind: tuple[Hashable, ...]
     like: Callable[..., bool]  # whether tensors are as those of the first such call, strides and autograd's use too
@@ -71,7 +70,7 @@ def _kind(tensors: _Arguments, how: tuple[Hashable, ...]) -> tuple[Hashable, ...
 
 def _guards(tensors: _Arguments) -> Callable[..., bool]:
     given = [t for t in tensors if t is not None]  # the guards know tensors only
-    like: Callable[..., bool] = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    like = torch_internals.like(given)
     if len(given) == len(tensors):
         return like
     absent = [t is None for t in tensors]

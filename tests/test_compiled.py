@@ -125,14 +125,3 @@ def test_compiling_inside_other_modes(compiles):
     with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
         (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
     torch.testing.assert_close(found.clone(), scale(*args, factor=2.0)[0])
-
-
-def test_without_the_private_entry_torch_compile_serves(compiles, monkeypatch):
-    def gone(*args):
-        raise ImportError("moved")
-
-    monkeypatch.setattr(compiled, "_compile_raw", gone)
-    for NC in (3, 5):
-        args = draw(2, NC)
-        (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
-        torch.testing.assert_close(found, scale(*args, factor=2.0)[0])

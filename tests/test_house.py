@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Each floor may import from itself and from those before it.
 FLOORS = [
     ["checkout"],
+    ["torch_internals"],
     ["shapes", "tolerance", "config", "devices", "trace", "trace_files", "winners"],
     ["decay"],
     ["mlstm", "slstm", "packing"],
@@ -34,12 +35,14 @@ ONLY = {
     "mlstm": {"shapes", "decay"},
     "slstm": {"shapes"},
     "packing": set(),
-    "compiled": set(),
+    "compiled": {"torch_internals"},
+    "torch_internals": set(),
+    "checkout": set(),
     "schedules": {"shapes", "config", "devices", "trace", "winners"},
     "functional": {"shapes"},
-    "patch": {"shapes", "compiled", "functional"},
+    "patch": {"shapes", "compiled", "functional", "torch_internals"},
     "context": {"shapes", "config", "devices", "trace"},
-    "explain": {"config", "schedules", "registrations"},
+    "explain": {"config", "schedules", "registrations", "torch_internals"},
 }
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 SOURCES = [

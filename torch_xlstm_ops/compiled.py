@@ -16,8 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops import torch_internals
+
 PureFunction = Callable[..., tuple[Tensor, ...]]
-RawCallable = Callable[[list[Tensor]], Sequence[Tensor]]
+RawCallable = torch_internals.Raw
+_Admits = torch_internals.Admits  # whether a callable is valid for these sizes of the free axes
 
 CAPACITY = 1024  # entries a cache keeps; the oldest leaves first
 # Axes that stay symbolic, with the size to trace them at: large enough for Inductor to parallelise over.
@@ -135,89 +138,17 @@ def _split(axes: str) -> tuple[str, ...]:
     return tuple(axes.split())
 
 
-_Admits = Callable[[dict[str, int]], bool]  # whether a callable is valid for these sizes of the free axes
-
-
 def _compile(
     fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], how: _How
 ) -> tuple[RawCallable, _Admits]:
     """Compile `fn` for tensors like `args` with the axes in `free` symbolic, whatever modes the caller is in."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
     device = args[0].device
-    options = how.options(device)
-    no_autocast = torch.autocast(device.type, enabled=False)
-    with _compiling, torch.inference_mode(False), torch.no_grad(), no_autocast, _disable_current_modes():
-        try:
-            return _compile_raw(fn, axes, args, free, options)
-        except ImportError:  # this torch keeps the private entry elsewhere
-            guarded = torch.compile(fn, fullgraph=True, dynamic=bool(free), options=options)
-            return lambda given: guarded(*given), lambda sizes: True
+    sizes = {axis: size for axis, size in FREE_AXES.items() if axis in free}
 
+    def compile_here() -> tuple[RawCallable, _Admits]:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return torch_internals.compile_raw(fn, axes, args, sizes, how.options(device), INLINED)
 
-def _compile_raw(
-    fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str],
-    options: dict[str, Any],
-) -> tuple[RawCallable, _Admits]:
-    from torch._dynamo.source import ConstantSource
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.virtualized import V
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-
-    env = ShapeEnv()
-    symbols: dict[str, Any] = {}
-    sizes: dict[str, Any] = {}
-    for axis in sorted({axis for names in axes for axis in names if axis in free}):
-        hint, source = FREE_AXES[axis], ConstantSource(axis)
-        symbols[axis] = env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
-        sizes[axis] = env.create_symintnode(symbols[axis], hint=hint, source=source)
-
-    def example(names: Sequence[str], t: Tensor) -> Tensor:
-        shape = [sizes.get(axis, size) for axis, size in zip(names, t.shape, strict=True)]
-        return torch.empty(shape, dtype=t.dtype, device=t.device)
-
-    mode = FakeTensorMode(shape_env=env)
-    with mode:
-        examples = [example(names, t) for names, t in zip(axes, args, strict=True)]
-        table = {**select_decomp_table(), **INLINED}
-        graph = make_fx(fn, decomposition_table=table, tracing_mode="real")(*examples)
-    with config.patch(options), V.set_choices_handler(_choices()), tracing(TracingContext(mode)):
-        code = compile_fx_inner(graph, examples, cpp_wrapper="cpp_wrapper" in options)
-        call = code.current_callable  # type: ignore[attr-defined]
-    conditions = {guard.expr for guard in env.guards}
-
-    def admits(sizes: dict[str, int]) -> bool:
-        # The compiler records size != 1 where it decides not to broadcast or to trust strides. Arguments are contiguous
-        # and a free axis never meets a literal 1, so index arithmetic is the same at 1: judge it as 2.
-        values = {symbol: max(2, sizes[axis]) for axis, symbol in symbols.items()}
-        return all(bool(condition.subs(values)) for condition in conditions)
-
-    return call, admits
-
-
-PERSISTENT = 256  # elements of a row that a CUDA kernel keeps in registers, tokens of a chunk for one
-
-
-@functools.cache
-def _choices() -> Any:
-    """Return Inductor's heuristics, with one changed: a row of scores is read once.
-
-    Rows that are computed from gates do not look contiguous to it, so it loops over them and reads them again for each
-    of their sums: 0.76 ms in place of 0.51 of a forward pass of 4 (H100, chunks of 256).
-    """
-    from torch._inductor.choices import InductorChoices
-
-    class Choices(InductorChoices):
-        @staticmethod
-        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
-            elements = features.reduction_numel
-            if not cooperative_reduction and getattr(elements, "is_number", False) and elements <= PERSISTENT:
-                return True
-            return bool(InductorChoices.should_use_persistent_reduction(features, cooperative_reduction))
-
-    return Choices()
+    with _compiling:
+        found: tuple[RawCallable, _Admits] = torch_internals.outside_modes()(compile_here)
+    return found

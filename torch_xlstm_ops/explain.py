@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from torch_xlstm_ops import config
+from torch_xlstm_ops import config, torch_internals
 from torch_xlstm_ops.schedules import plan, tuned
 from torch_xlstm_ops.schedules.tasks import machine
 
@@ -30,8 +30,6 @@ def explain(
     options: those of the backend, default none.
     Raises torch's BackendCompilerFailed, which quotes the reason, for options that the backend would refuse.
     """
-    from torch._dynamo.utils import counters
-
     from torch_xlstm_ops.registrations import dynamo
 
     graphs: list[_Graph] = []
@@ -41,11 +39,10 @@ def explain(
         return module
 
     record.wants_xlstm_rules = True  # type: ignore[attr-defined]
-    many = 1 << 30  # each explanation is a compilation of the same code
-    before = Counter(counters["graph_break"])
-    with torch._dynamo.config.patch(recompile_limit=many, accumulated_recompile_limit=many):
+    before = torch_internals.graph_breaks()
+    with torch_internals.no_recompile_limit():  # each explanation is a compilation of the same code
         torch.compile(model, backend=record)(*inputs, **keywords)
-    return "\n".join(_lines(graphs, counters["graph_break"] - before))
+    return "\n".join(_lines(graphs, torch_internals.graph_breaks() - before))
 
 
 def _look(module: fx.GraphModule, options: Any) -> _Graph:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_xlstm_ops import devices, trace
 from torch_xlstm_ops.cli.loading import BadInput, Loaded, Prompt
 from torch_xlstm_ops.cli.meter import Meter
 from torch_xlstm_ops.context import Progress, StatePool, allocation, prefill, restore
+from torch_xlstm_ops.torch_internals import OperatorMode, operator_name
 
 
 def pieces(length: int, device: torch.device) -> list[int]:
@@ -151,17 +151,18 @@ def _first_block(model: Any) -> Iterator[None]:
         model.backbone.blocks = blocks
 
 
-class _Seen(TorchDispatchMode):
+class _Seen(OperatorMode):
     """Collect the names of our operators that are called."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(self._see)
         self.names: dict[str, None] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "xlstm":
-            self.names[func._schema.name] = None
-        return func(*args, **(kwargs or {}))
+    def _see(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        name = operator_name(func)
+        if name is not None and name.startswith("xlstm::"):
+            self.names[name] = None
+        return func(*args, **kwargs)
 
 
 def _forward(loaded: Loaded, tokens: Sequence[int], state: object) -> tuple[Tensor, object]:

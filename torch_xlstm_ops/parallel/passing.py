@@ -6,22 +6,22 @@ to know.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_xlstm_ops import mlstm
 from torch_xlstm_ops.parallel.keeper import Carry
 from torch_xlstm_ops.registrations import mlstm as operators
+from torch_xlstm_ops.torch_internals import OperatorMode, operator_name
 
 MLSTM, SLSTM = "xlstm::mlstm_chunkwise", "xlstm::slstm_sequence"
 _STREAMS = {MLSTM: 5, SLSTM: 3}  # arguments before the state
 
 
-class Passing(TorchDispatchMode):
+class Passing(OperatorMode):
     """A ``with`` block in which a model reads one stretch.
 
     carry: takes and gives states. first, last: whether no stretch is before it, or behind.
@@ -30,21 +30,20 @@ class Passing(TorchDispatchMode):
     """
 
     def __init__(self, carry: Carry, *, first: bool, last: bool, ahead: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(self._see)
         self._carry, self._first, self._last, self._ahead = carry, first, last, ahead
         self.calls: list[str] = []  # the operator of each layer
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace != "xlstm":
+    def _see(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        name = operator_name(func)
+        if name is None or not name.startswith("xlstm::"):
             return func(*args, **kwargs)
-        name = func._schema.name
         if name not in _STREAMS:
             raise NotImplementedError(f"a stretch must be read by sequence operators, got {name} in layer "
                                       f"{len(self.calls)}")
         return self._run(name, func, args, kwargs)
 
-    def _run(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         layer, count = len(self.calls), _STREAMS[name]
         self.calls.append(name)
         streams, reset = args[:count], args[count + (3 if name == MLSTM else 4):]
@@ -59,7 +58,7 @@ class Passing(TorchDispatchMode):
         return found
 
     def _run_ahead(
-        self, layer: int, func: Callable[..., Any], streams: tuple[Tensor, ...], kwargs: dict[str, Any]
+        self, layer: int, func: Callable[..., Any], streams: Sequence[Tensor], kwargs: dict[str, Any]
     ) -> Any:
         summary = operators.summarize(*streams)
         before = self._before(layer, streams[0])

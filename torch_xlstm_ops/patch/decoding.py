@@ -20,11 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.guards import TensorGuards
-from torch.autograd import forward_ad
-from torch.nn.modules import module as every_module
 
-from torch_xlstm_ops import compiled
+from torch_xlstm_ops import compiled, torch_internals
 from torch_xlstm_ops.patch.ledger import MARK
 
 EFFECT = "on the CPU a token without gradients is one compiled call, in a block of the peer's own modules without hooks"
@@ -60,11 +57,7 @@ def _decodes(x: Tensor, state: Sequence[Tensor] | None) -> bool:
 
 def _observed() -> bool:
     """Say whether a mode, a transform, a tracer or a hook on all modules is to see what is computed."""
-    return bool(
-        torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing()
-        or every_module._global_forward_hooks or every_module._global_forward_pre_hooks
-    )
+    return torch_internals.watched() or torch_internals.global_hooks()
 
 
 class _Block:
@@ -79,7 +72,7 @@ class _Block:
         read = [vars(owner) for owner in (*parts, *configs) if not isinstance(owner, PLAIN)]
         self._held = [(d, tuple(d.values())) for d in (*read, *(m._modules for m in parts if m._modules))]
         self._sizes = [(d, len(d)) for d in (vars(m) for m in parts if isinstance(m, PLAIN))]
-        self._hooks = [hooks for m in parts for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = [hooks for m in parts for hooks in torch_internals.hooks(m)]
         self._classes = [(kind, kind.forward) for kind in {type(m) for m in parts}]
         self._weights = [m._parameters for m in parts if m._parameters]
         self._forward = forward
@@ -105,7 +98,7 @@ class _Block:
             if not all(t.is_cpu and type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in tensors):
                 return None
             run = compiled.get(self._forward, [" ".join("abcd"[:t.dim()]) for t in tensors], tensors)
-            like = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+            like = torch_internals.like(tensors)
             self._latest = threads, like, run
         return self._latest[2]
 
@@ -132,7 +125,7 @@ def _look_at(module: nn.Module) -> _Block | None:
 
 def _traceable(module: nn.Module) -> bool:
     peers = type(module) in PLAIN or type(module).__module__.startswith(PEERS)
-    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    watched = any(torch_internals.hooks(module)) or "forward" in vars(module)
     return peers and not watched and not module._buffers
 
 

@@ -1,0 +1,78 @@
+"""The one room for private torch APIs: each need is a small function with a fallback that is slower but right.
+
+Nothing outside this package imports or touches a private name of torch; a test holds that. Each function tries what
+torch has today. When that has moved or changed (ImportError, AttributeError, TypeError), it warns once, uses its
+fallback from then on, and `xlstm-ops info` says so. Nothing here is imported from torch before it is needed.
+"""
+
+from torch_xlstm_ops.torch_internals.compile import (
+    PERSISTENT,
+    Admits,
+    Raw,
+    compile_raw,
+    reduction_choices,
+    supported_options,
+)
+from torch_xlstm_ops.torch_internals.dispatch import (
+    below_autograd,
+    next_is_device,
+    without_autocast,
+)
+from torch_xlstm_ops.torch_internals.dynamo import (
+    as_boxed,
+    compile_graph,
+    compile_key,
+    frame,
+    graph_breaks,
+    hold_address,
+    inductor_options,
+    no_recompile_limit,
+    operator_name,
+    traced,
+    user_stack,
+)
+from torch_xlstm_ops.torch_internals.modes import (
+    OperatorMode,
+    forward_mode,
+    outside_modes,
+    transforms,
+    watched,
+)
+from torch_xlstm_ops.torch_internals.modules import global_hooks, hooks
+from torch_xlstm_ops.torch_internals.need import NEEDS, Need, status
+from torch_xlstm_ops.torch_internals.tensors import like, written
+
+__all__ = [
+    "NEEDS",
+    "PERSISTENT",
+    "Admits",
+    "Need",
+    "OperatorMode",
+    "Raw",
+    "as_boxed",
+    "below_autograd",
+    "compile_graph",
+    "compile_key",
+    "compile_raw",
+    "forward_mode",
+    "frame",
+    "global_hooks",
+    "graph_breaks",
+    "hold_address",
+    "hooks",
+    "inductor_options",
+    "like",
+    "next_is_device",
+    "no_recompile_limit",
+    "operator_name",
+    "outside_modes",
+    "reduction_choices",
+    "status",
+    "supported_options",
+    "traced",
+    "transforms",
+    "user_stack",
+    "watched",
+    "without_autocast",
+    "written",
+]

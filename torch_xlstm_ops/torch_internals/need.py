@@ -1,0 +1,105 @@
+"""A need: what torch has for it today, and what is done where torch has it no more."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+MOVED = (ImportError, AttributeError, TypeError)  # what a private name raises when it is gone or takes other arguments
+
+
+class Need(Generic[_P, _R]):
+    """Call `native`; from the first time that it turns out to have moved, call `fallback`.
+
+    where: the full names that `native` uses. without: what is lost with the fallback, as a clause for the warning.
+    """
+
+    def __init__(
+        self, native: Callable[_P, _R], fallback: Callable[_P, _R], where: Sequence[str], without: str
+    ) -> None:
+        functools.update_wrapper(self, native)
+        self.name: str = native.__name__.lstrip("_")
+        self.native, self.fallback, self.where, self.without = native, fallback, where, without
+        self.moved: str | None = None  # why the fallback is used; None while `native` works
+        self.called = False
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if self.moved is None:
+            try:
+                found = self.native(*args, **kwargs)
+            except MOVED as error:
+                self._warn(error)
+            else:
+                self.called = True
+                return found
+        return self.fallback(*args, **kwargs)
+
+    @property
+    def what(self) -> str:
+        """Return the first line of the docstring: what is needed."""
+        return (inspect.getdoc(self.native) or "").split("\n")[0]
+
+    def _warn(self, error: BaseException) -> None:
+        self.moved = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"torch {torch.__version__} has moved one of {', '.join(self.where)} ({self.moved}): {self.without}",
+            RuntimeWarning, stacklevel=3,
+        )
+
+
+NEEDS: dict[str, Need[..., object]] = {}
+
+
+def need(
+    fallback: Callable[_P, _R], *, where: Sequence[str], without: str
+) -> Callable[[Callable[_P, _R]], Need[_P, _R]]:
+    """Make a function that uses private names of torch a `Need`, and list it in `NEEDS`."""
+
+    def decorate(native: Callable[_P, _R]) -> Need[_P, _R]:
+        made = Need(native, fallback, where, without)
+        NEEDS[made.name] = made  # type: ignore[assignment]
+        return made
+
+    return decorate
+
+
+class Status(NamedTuple):
+    """How one need is met in this process."""
+
+    name: str
+    what: str  # is needed
+    moved: str | None  # None: as this torch has it; else why the fallback is used
+    without: str  # what is lost with the fallback
+
+
+def status() -> tuple[Status, ...]:
+    """Return how each need is met: by the calls so far, and for what was not called by whether its names are there."""
+    return tuple(Status(one.name, one.what, one.moved or _missing(one), one.without) for one in NEEDS.values())
+
+
+def _missing(one: Need[..., object]) -> str | None:
+    gone = [] if one.called else [name for name in one.where if not _exists(name)]
+    return f"there is no {', '.join(gone)}" if gone else None
+
+
+def _exists(name: str) -> bool:
+    """Return whether a full name can be resolved: modules as far as they go, attributes from there."""
+    parts = name.split(".")
+    found: object = importlib.import_module(parts[0])
+    for at, part in enumerate(parts[1:], 2):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            try:
+                found = importlib.import_module(".".join(parts[:at]))
+            except ImportError:
+                return False
+    return True
