@@ -31,6 +31,12 @@ def overload(name: str) -> Any:
     return getattr(torch.ops.xlstm, name).default
 
 
+def fresh(t: Tensor) -> Tensor:
+    """Return a tensor on the same memory that autograd does not take for a view: torch refuses to write to some views.
+    """
+    return t.data
+
+
 _implementations: dict[str, Callable[..., Any]] = {}
 SIGNATURES: dict[str, inspect.Signature] = {}  # of each operator's arguments, with their defaults
 
@@ -42,29 +48,15 @@ def implement(name: str, function: Callable[..., Any]) -> None:
         LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]
 
 
+def implementation(name: str) -> Callable[..., Any]:
+    """Return the function that serves `name` on every device."""
+    return _implementations[name]
+
+
 def fake(name: str, function: Callable[..., Any]) -> None:
     """Give `name` the function that checks its arguments and allocates its results."""
     SIGNATURES[name] = inspect.signature(function)
     torch.library.register_fake(f"xlstm::{name}", function, lib=LIBRARY)
-
-
-def learns(args: Arguments) -> bool:
-    """Return whether autograd would record this call."""
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-
-
-def autograd(name: str, when_learning: Callable[..., Any]) -> None:
-    """Call `when_learning` where autograd would record `name`, and the operator below autograd elsewhere."""
-    op = overload(name)
-
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if learns(args):
-            return when_learning(*args, **kwargs)
-        if torch_internals.next_is_device(keyset):  # its way through the dispatcher would cost 3 us
-            return _implementations[name](*args, **kwargs)
-        return torch_internals.below_autograd()(op, keyset, args, kwargs)
-
-    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def autocast(name: str, casts: slice) -> None:

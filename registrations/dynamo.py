@@ -124,7 +124,8 @@ def _lower(module: fx.GraphModule, examples: Sequence[Any], options: Options) ->
         with config.use(**options.settings):
             return run(args)
 
-    return torch_internals.compile_graph(module, examples, options.inductor, with_settings if options.settings else None)
+    around = with_settings if options.settings else None
+    return torch_internals.compile_graph(module, examples, options.inductor, around)
 
 
 dynamo_rules.watch()

@@ -11,23 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from torch_xlstm_ops import config, mlstm, slstm, torch_internals
+from torch_xlstm_ops import config, mlstm, pure, torch_internals
 from torch_xlstm_ops.schedules import plan
-from torch_xlstm_ops.shapes import state_dtype
 
 from .dispatch import SIGNATURES
 
 Maths = Callable[..., tuple[Tensor, ...]]
-NEG_INF, INF = float("-inf"), float("inf")
-
-
-def _slstm_step(
-    x: Tensor, r: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor, m: Tensor, *, floor: float = 0.0
-) -> tuple[Tensor, ...]:
-    return slstm.step(x, r, b, y, c, n, m, floor=floor, product=slstm.Product.FUSED)
 
 
 def _mlstm_chunkwise(
@@ -37,30 +28,17 @@ def _mlstm_chunkwise(
 ) -> tuple[Tensor, ...]:
     """Run segments of all heads, one after another: what the operator does, without its bands."""
     B, NH, S, DHQK = q.shape
-    settings = config.for_call(chunk_size=chunk_size)
-    L = plan.make(plan.Shape(B * NH, S, DHQK, v.shape[-1]), q.device.type, settings).chunk_size
-    wide = state_dtype(q.dtype)
-    if c is None or n is None or m is None:
-        c = q.new_zeros((B, NH, DHQK, v.shape[-1]), dtype=wide)
-        n, m = q.new_zeros((B, NH, DHQK), dtype=wide), q.new_zeros((B, NH, 1), dtype=wide)
-    state = [t.flatten(0, 1) for t in (c, n, m)]
-    h = []
-    longest = plan.max_chunks(q.device.type) * L
-    for start in range(0, S, longest):
-        at = slice(start, min(start + longest, S))
-        tail = (at.start - at.stop) % L
-        padded = [F.pad(t[:, :, at], (0, 0, 0, tail)) for t in (q, k, v)]
-        padded += [F.pad(t[:, :, at], (0, tail), value=fill) for t, fill in ((igate, NEG_INF), (fgate, INF))]
-        streams = [torch.unflatten(t, 2, (-1, L)).flatten(0, 1) for t in padded]  # (B*NH, NC, L, ...)
-        out, *state = mlstm.segment(*streams, *state, eps=eps)
-        h.append(out.flatten(1, 2)[:, :at.stop - at.start])
-    parted = [torch.unflatten(t, 0, (B, NH)) for t in (torch.cat(h, 1) if h else v.flatten(0, 1).clone(), *state)]
-    return tuple(parted)
+    settings, kind = config.for_call(chunk_size=chunk_size), q.device.type
+    L = plan.make(plan.Shape(B * NH, S, DHQK, v.shape[-1]), kind, settings).chunk_size
+    state = (c, n, m)
+    return pure.mlstm_chunkwise(
+        q, k, v, igate, fgate, *state, chunk_size=L, eps=eps, chunks=plan.max_chunks(kind)
+    )
 
 
 MATHS: dict[str, Maths] = {
     "mlstm_step": mlstm.step, "mlstm_step_": mlstm.step_, "mlstm_chunkwise": _mlstm_chunkwise,
-    "slstm_step": _slstm_step,
+    "slstm_step": pure.slstm_step,
 }
 # Up to so many bytes of chunk summaries stay in a CPU's cache without the operator's bands; then fusion is worth more:
 # about a fifth of a model's time (2 blocks of width 512, 512 tokens).

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import compiled, config, devices, mlstm, schedules, torch_internals
+from torch_xlstm_ops import compiled, config, devices, mlstm, pure, schedules, torch_internals
 from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.packing import Packing
 from torch_xlstm_ops.schedules import inductor, plan, tuned
@@ -24,8 +24,9 @@ from torch_xlstm_ops.shapes import (
     state_dtype,
 )
 
-from .dispatch import autocast, autograd, fake, implement, overload, step_threads, vmap
-from .schemas import LIBRARY
+from . import derivatives
+from .derivatives import Derivative
+from .dispatch import autocast, fake, fresh, implement, overload, step_threads, vmap
 from .seen import Seen
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -112,7 +113,7 @@ def _step(*args: Tensor, eps: float = 1e-6) -> _Results:
         given = [t.contiguous() for t in args]
         run = _steps(given, mlstm.advance, eps)
     h, c, n, m = run(given)
-    return h, _join(c), n, m
+    return (h, c, n, m) if c.dim() == 4 else (h, fresh(_join(c)), n, m)
 
 
 def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:
@@ -141,19 +142,12 @@ def _step_fake_(
     return _step_fake(q, k, v, igate, fgate, c, n, m, eps=eps)[0]
 
 
-def _step_learning(
-    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float = 1e-6
-) -> _Results:
-    """A step is a sequence of one token, and the sequence has gradients."""
-    check_mlstm_step(q, k, v, igate, fgate, c, n, m)
-    streams = (q[:, :, None], k[:, :, None], v[:, :, None], igate, fgate)
-    h, c, n, m = overload("mlstm_chunkwise")(*streams, c, n, m, eps=eps)
-    return h.squeeze(2), c, n, m
-
-
-def _step_refuses(*args: Tensor, eps: float = 1e-6) -> Tensor:
-    raise RuntimeError("mlstm_step_ writes over its states and has no gradient: call it under torch.no_grad(), or use "
-                       "mlstm_step or mlstm_chunkwise, got an argument that requires grad")
+def _step_gradients(*tensors: Tensor, eps: float = EPS) -> Sequence[Tensor]:
+    """Return a step's gradients: those of a sequence of one token. tensors: dh, dc, dn, dm, and the arguments."""
+    dh, dc, dn, dm, q, k, v, *rest = tensors
+    args = (dh[:, :, None], dc, dn, dm, q[:, :, None], k[:, :, None], v[:, :, None], *rest)
+    dq, dk, dv, *others = overload("mlstm_chunkwise_backward")(*args, eps=eps)
+    return dq.squeeze(2), dk.squeeze(2), dv.squeeze(2), *others
 
 
 # --- chunkwise ---
@@ -221,7 +215,7 @@ def _chunkwise(
         if v.numel() == 0:
             return v.new_empty(v.shape), *_shaped(state, q)
         h, state = route.schedule.forward(route.plan, route.kernels, (q, k, v, igate, fgate), state)
-        return h.view(v.shape), *_shaped(state, q)
+        return fresh(h.view(v.shape)), *_shaped(state, q)
 
 
 def summarize(
@@ -276,7 +270,7 @@ def _chunkwise_backward(
         gradients, dstate = route.schedule.backward(
             route.plan, route.kernels, streams, state, dh.flatten(0, 1), dstate
         )
-        return *[g.view(t.shape) for g, t in zip(gradients, streams, strict=True)], *_shaped(dstate, q)
+        return *[fresh(g.view(t.shape)) for g, t in zip(gradients, streams, strict=True)], *_shaped(dstate, q)
 
 
 def _chunkwise_backward_fake(
@@ -301,23 +295,17 @@ def _check_gradients(dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, q: Tensor, 
 
 def _shaped(state: Sequence[Tensor], q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Part batch and heads again."""
-    c, n, m = (t.view(*q.shape[:2], *t.shape[1:]) for t in state)
+    c, n, m = (fresh(t.view(*q.shape[:2], *t.shape[1:])) for t in state)
     return c, n, m
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: _Results) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.how = keyword_only_inputs
+def _save(args: Sequence[Any], results: object) -> Sequence[Any]:
+    return args
 
 
-def _gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    found = overload("mlstm_chunkwise_backward")(*gradients, *saved, **ctx.how)
-    return *[g if t is not None else None for g, t in zip(found, saved[:8], strict=True)], None
-
-
-def _no_double_backward(*args: Tensor, **how: Any) -> tuple[Tensor, ...]:
-    raise NotImplementedError("mlstm_chunkwise has no second derivative: call backward with create_graph=False")
+def _gradients(*tensors: Tensor, **how: Any) -> Sequence[Tensor]:
+    found: Sequence[Tensor] = overload("mlstm_chunkwise_backward")(*tensors, **how)
+    return found
 
 
 _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -329,11 +317,18 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 for _name, (_implementation, _fake) in _OPERATORS.items():
     implement(_name, _implementation)
     fake(_name, _fake)
-autograd("mlstm_step", _step_learning)
 compiled.INLINED[overload("mlstm_step")] = functools.partial(mlstm.step, eps=EPS)
-autograd("mlstm_step_", _step_refuses)
-autograd("mlstm_chunkwise_backward", _no_double_backward)
-torch.library.register_autograd("xlstm::mlstm_chunkwise", _gradients, setup_context=_save, lib=LIBRARY)
+_backward = pure.mlstm_chunkwise_backward
+for _name, _derivative in {
+    "mlstm_step": Derivative(_step_fake, pure.mlstm_step, derivatives.recorded(_save, _step_gradients)),
+    "mlstm_step_": Derivative(_step_fake, pure.mlstm_step_, derivatives.refused(
+        "mlstm_step_ is in place and not differentiable, but an input requires grad: use mlstm_step, "
+        "mlstm_chunkwise, or torch.no_grad()"
+    )),
+    "mlstm_chunkwise": Derivative(_chunkwise_fake, pure.mlstm_chunkwise, derivatives.recorded(_save, _gradients)),
+    "mlstm_chunkwise_backward": Derivative(_chunkwise_backward_fake, _backward, derivatives.by_pure(_backward)),
+}.items():
+    derivatives.register(_name, _derivative)
 for _name in ("mlstm_step", "mlstm_step_", "mlstm_chunkwise"):
     autocast(_name, slice(0, 3))
 for _name in ("mlstm_step", "mlstm_chunkwise", "mlstm_chunkwise_backward"):

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import compiled, devices, shapes, slstm, trace
+from torch_xlstm_ops import compiled, devices, pure, shapes, slstm, trace
 from torch_xlstm_ops.schedules import slstm as schedule
 from torch_xlstm_ops.shapes import check_not_negative, check_shape, state_dtype
 from torch_xlstm_ops.slstm import Product
 
-from .dispatch import autocast, autograd, fake, implement, overload, step_threads
+from . import derivatives
+from .derivatives import Derivative
+from .dispatch import autocast, fake, implement, overload, step_threads
 from .schemas import LIBRARY
 from .seen import Seen
 
@@ -154,13 +156,16 @@ def _step_fake(
     return tuple(t.new_empty(t.shape) for t in (y, c, n, m))
 
 
-def _step_learning(
-    x: Tensor, r: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor, m: Tensor, *, floor: float = 0.0
-) -> _Results:
-    """A step is a sequence of one token, and the sequence has gradients."""
-    _check_step(x, r, b, y, c, n, m, floor)
-    _, *state = overload(OP)(x[:, None], r, b, y, c, n, m, floor=floor)
-    return tuple(state)
+def _step_gradients(*tensors: Tensor, floor: float = 0.0) -> Sequence[Tensor]:
+    """Return a step's gradients: those of a sequence of one token.
+
+    tensors: dy, dc, dn, dm, and what `_save` returns.
+    """
+    dy, dc, dn, dm, x, r, b, y, c, n, m, y_after, _ = tensors
+    h = y_after.to(x.dtype)[:, None]
+    args = (torch.zeros_like(h), dy, dc, dn, dm, x[:, None], r, b, y, c, n, m, h)
+    dx, *others = overload("slstm_sequence_backward")(*args, floor=floor)
+    return dx.squeeze(1), *others
 
 
 # --- sequence ---
@@ -271,20 +276,15 @@ def _time_first(reset: Tensor | None, at: slice) -> tuple[Tensor, ...]:
 # --- autograd and vmap ---
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: _Results) -> None:
-    *streams_and_state, reset = inputs
-    ctx.save_for_backward(*streams_and_state, output[0], reset)
-    ctx.how = keyword_only_inputs
+def _save(args: Sequence[Any], results: _Results) -> Sequence[Any]:
+    """Return the arguments with h, or y after a step, before the reset mask; those that were left out are None."""
+    args = [*args, *[None] * (8 - len(args))]
+    return *args[:7], results[0], args[7]
 
 
-def _gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    found = overload("slstm_sequence_backward")(*gradients, *saved, **ctx.how)
-    return *[g if t is not None else None for g, t in zip(found, saved[:7], strict=True)], None
-
-
-def _no_double_backward(*args: Tensor, **how: Any) -> _Results:
-    raise NotImplementedError("slstm_sequence has no second derivative: call backward with create_graph=False")
+def _gradients(*tensors: Tensor, **how: Any) -> Sequence[Tensor]:
+    found: Sequence[Tensor] = overload("slstm_sequence_backward")(*tensors, **how)
+    return found
 
 
 class _Axes(NamedTuple):
@@ -334,8 +334,13 @@ for _name, (_implementation, _fake) in _OPERATORS.items():
     implement(_name, _implementation)
     fake(_name, _fake)
     _vmap(_name)
-autograd("slstm_step", _step_learning)
-autograd("slstm_sequence_backward", _no_double_backward)
-torch.library.register_autograd("xlstm::slstm_sequence", _gradients, setup_context=_save, lib=LIBRARY)
+for _name, _derivative in {
+    "slstm_step": Derivative(_step_fake, pure.slstm_step, derivatives.recorded(_save, _step_gradients)),
+    "slstm_sequence": Derivative(_sequence_fake, pure.slstm_sequence, derivatives.recorded(_save, _gradients)),
+    "slstm_sequence_backward": Derivative(
+        _sequence_backward_fake, pure.slstm_sequence_backward, derivatives.by_pure(pure.slstm_sequence_backward)
+    ),
+}.items():
+    derivatives.register(_name, _derivative)
 for _name in ("slstm_step", "slstm_sequence"):
     autocast(_name, slice(0, 2))

@@ -26,7 +26,8 @@ def load_registrations() -> None:
     if not (folder / "__init__.py").is_file():
         raise ImportError(f"torch_xlstm_ops must have its folder registrations in {package} (installed) or beside it "
                           f"(a checkout), got neither: install it with pip install {package.parent}")
-    spec = importlib.util.spec_from_file_location(_NAME, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    start = folder / "__init__.py"
+    spec = importlib.util.spec_from_file_location(_NAME, start, submodule_search_locations=[str(folder)])
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
