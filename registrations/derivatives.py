@@ -38,8 +38,9 @@ def learns(args: Sequence[Any]) -> bool:
 
 def has_tangents(args: Sequence[Any]) -> bool:
     """Return whether an argument carries a tangent of forward mode."""
-    return any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None  # type: ignore[no-untyped-call]
-               for a in args)
+    # torch has one level of forward mode, 0; it is named because traced code does not make it the current one.
+    duals = (forward_ad.unpack_dual(a, level=0) for a in args if isinstance(a, Tensor))  # type: ignore[no-untyped-call]
+    return any(dual.tangent is not None for dual in duals)
 
 
 def register(name: str, derivative: Derivative) -> None:

@@ -24,7 +24,7 @@ Maths = Callable[..., tuple[Tensor, ...]]
 def _mlstm_chunkwise(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
     c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
-    *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
+    *, chunk_size: int | None = None, schedule: str | None = None, eps: float = 1e-6,
 ) -> tuple[Tensor, ...]:
     """Run segments of all heads, one after another: what the operator does, without its bands."""
     B, NH, S, DHQK = q.shape
@@ -71,8 +71,8 @@ def measures_better(node: fx.Node, name: str) -> bool:
     if name != "mlstm_chunkwise":
         return True
     values = [a.meta["example_value"] for a in arguments(node).values() if isinstance(a, fx.Node)]
-    settings, asked = config.current(), arguments(node).get("schedule", "auto")
-    if asked != "auto" or settings.schedule is not config.Schedule.AUTO:  # somebody wants the operator's own way
+    settings = config.for_call(schedule=arguments(node)["schedule"])
+    if settings.schedule is not config.Schedule.AUTO:  # somebody wants the operator's own way
         return False
     if values[0].device.type != "cpu" or _learns(values) or any(map(_symbolic, values)):
         return False

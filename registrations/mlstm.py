@@ -24,9 +24,10 @@ from torch_xlstm_ops.shapes import (
     state_dtype,
 )
 
-from . import derivatives
+from . import derivatives, memory
 from .derivatives import Derivative
 from .dispatch import autocast, fake, fresh, implement, overload, step_threads, vmap
+from .schemas import LIBRARY
 from .seen import Seen
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -117,15 +118,45 @@ def _step(*args: Tensor, eps: float = 1e-6) -> _Results:
 
 
 def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:
-    contiguous = [t.contiguous() for t in args]
-    states = [(given, used) for given, used in zip(args[5:], contiguous[5:], strict=True) if given is not used]
+    given, run = list(args), _steps.again(args, mlstm.step_, eps)
+    if run is None and all(t.is_contiguous() for t in args[5:]):
+        given = [t.contiguous() for t in args]
+        run = _steps(given, mlstm.step_, eps)
+    if run is None or not _memory.apart(run, given):
+        return step_by_copy(*args, eps=eps)
     with devices.submission(args[0].device):
-        (h,) = _steps(contiguous, mlstm.step_, eps)(contiguous)
-        for given, used in states:
-            given.copy_(used)
+        (h,) = run(given)
     # A compiled kernel writes behind autograd's back.
     torch_internals.written([t for t in args[5:] if not t.is_inference()])
     return h
+
+
+_memory = memory.Memory(written=slice(5, 8))
+
+
+def step_by_copy(*args: Tensor, eps: float = 1e-6) -> Tensor:
+    """Find the state after a token, and then copy it over the old, whose memory may be shared with q, k, v, or gates.
+
+    Raises ValueError where c, n, m share memory with each other, or a state's elements do among themselves.
+    """
+    c, n, m = args[5:]
+    memory.check_writable(c=c, n=n, m=m)
+    h, *new = overload("mlstm_step")(*[t.resolve_neg() for t in args], eps=eps)
+    for state, value in zip((c, n, m), new, strict=True):
+        state.copy_(value)
+    return h  # type: ignore[no-any-return]
+
+
+def _step_vmap(info: Any, in_dims: Sequence[int | None], *args: Tensor, eps: float = 1e-6) -> tuple[Tensor, int]:
+    """Find the new state with the mapped axis folded into the batch, and copy it over the old."""
+    for name, dim in zip(("c", "n", "m"), in_dims[5:], strict=True):
+        if dim is None:
+            raise ValueError(f"{name} must be mapped where vmap maps another argument of mlstm_step_, got in_dims None")
+    step = functools.partial(overload("mlstm_step"), eps=eps)
+    h, *new = torch.func.vmap(step, in_dims=tuple(in_dims))(*args)
+    for state, dim, value in zip(args[5:], in_dims[5:], new, strict=True):
+        state.movedim(cast(int, dim), 0).copy_(value)
+    return h, 0
 
 
 def _step_fake(
@@ -189,8 +220,8 @@ def forget_routes() -> None:
     _routes.clear()
 
 
-def _route(tensors: Sequence[Tensor | None], chunk_size: int | None, schedule: str, eps: float) -> _Route:
-    cfg = config.for_call(schedule=None if schedule == "auto" else schedule, chunk_size=chunk_size)
+def _route(tensors: Sequence[Tensor | None], chunk_size: int | None, schedule: str | None, eps: float) -> _Route:
+    cfg = config.for_call(schedule=schedule, chunk_size=chunk_size)
     find = _routes if cfg.mem_fraction is None else _find_route  # free memory is never the same twice
     q, k, v = tensors[:3]
     training = len(tensors) > 8 or q.requires_grad or k.requires_grad or v.requires_grad  # type: ignore[union-attr]
@@ -200,7 +231,7 @@ def _route(tensors: Sequence[Tensor | None], chunk_size: int | None, schedule: s
 def _chunkwise(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
     c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None, reset: Tensor | None = None,
-    *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
+    *, chunk_size: int | None = None, schedule: str | None = None, eps: float = 1e-6,
 ) -> _Results:
     if reset is not None:
         check_mlstm_sequence(q, k, v, igate, fgate, c, n, m, reset)
@@ -235,7 +266,7 @@ def summarize(
 def _chunkwise_fake(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
     c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None, reset: Tensor | None = None,
-    *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
+    *, chunk_size: int | None = None, schedule: str | None = None, eps: float = 1e-6,
 ) -> _Results:
     check_mlstm_sequence(q, k, v, igate, fgate, c, n, m, reset)
     config.for_call(schedule=schedule, chunk_size=chunk_size)
@@ -251,7 +282,7 @@ def _chunkwise_backward(
     dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor,
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
     c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None, reset: Tensor | None = None,
-    *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
+    *, chunk_size: int | None = None, schedule: str | None = None, eps: float = 1e-6,
 ) -> tuple[Tensor, ...]:
     streams = (q, k, v, igate, fgate)
     if reset is not None:
@@ -277,7 +308,7 @@ def _chunkwise_backward_fake(
     dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor,
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
     c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None, reset: Tensor | None = None,
-    *, chunk_size: int | None = None, schedule: str = "auto", eps: float = 1e-6,
+    *, chunk_size: int | None = None, schedule: str | None = None, eps: float = 1e-6,
 ) -> tuple[Tensor, ...]:
     check_mlstm_sequence(q, k, v, igate, fgate, c, n, m, reset)
     _check_gradients(dh, dc, dn, dm, q, v)
@@ -333,3 +364,5 @@ for _name in ("mlstm_step", "mlstm_step_", "mlstm_chunkwise"):
     autocast(_name, slice(0, 3))
 for _name in ("mlstm_step", "mlstm_chunkwise", "mlstm_chunkwise_backward"):
     vmap(_name)
+torch.library.register_vmap("xlstm::mlstm_step_", _step_vmap, lib=LIBRARY)
+LIBRARY.impl("mlstm_step_", step_by_copy, "Negative")  # type: ignore[no-untyped-call]

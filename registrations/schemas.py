@@ -10,7 +10,7 @@ _STREAMS = "Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate"
 _STATE = "Tensor c, Tensor n, Tensor m"
 _MAYBE_STATE = "Tensor? c=None, Tensor? n=None, Tensor? m=None"
 _RESET = "Tensor? reset=None"
-_HOW = 'int? chunk_size=None, str schedule="auto", float eps=1e-06'
+_HOW = "int? chunk_size=None, str? schedule=None, float eps=1e-06"
 
 _CELL = "Tensor x, Tensor r, Tensor b"
 _CELL_STATE = "Tensor y, Tensor c, Tensor n, Tensor m"

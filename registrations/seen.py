@@ -34,6 +34,7 @@ class Seen(Generic[_Found]):
         self._find = find
         self._entries: dict[Hashable, _Entry[_Found]] = {}
         self._latest: _Entry[_Found] | None = None
+        compiled.forget_with(self.clear)
 
     def clear(self) -> None:
         """Forget everything that was found."""

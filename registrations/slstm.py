@@ -40,6 +40,7 @@ _HABITS = {
     "mps": _Habit(schedule.Lengths(block=4, replay=1, backward=1), piece=1024, fused_bytes=32 << 20),
 }
 graphs = schedule.Graphs()
+compiled.forget_with(graphs.clear)
 
 
 def _product(x: Tensor, r: Tensor) -> Product:

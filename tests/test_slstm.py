@@ -345,12 +345,6 @@ def test_opcheck_of_the_options():
     opcheck(ops.slstm_sequence_backward.default, (*gradients, *[t.detach() for t in args], results[0]))
 
 
-def test_second_derivative_is_refused():
-    args = [t.requires_grad_() for t in draw(2)]
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        torch.autograd.grad(weigh(flat(slstm_sequence(*args))), args, create_graph=True)
-
-
 @pytest.mark.parametrize("mapped", ["x", "r", "all"])
 def test_vmap_is_a_loop(mapped):
     many = [torch.stack(ts) for ts in zip(*[draw(3, B=2, seed=seed) for seed in range(2)], strict=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -70,6 +71,14 @@ def clear() -> None:
     with _lock:
         _callables.clear()
         _families.clear()
+        holders = [holder for reference in _holders if (holder := reference()) is not None]
+    for forget in holders:
+        forget()
+
+
+def forget_with(forget: Callable[[], None]) -> None:
+    """Have `clear` call a bound method of an object that holds callables, for as long as the object lives."""
+    _holders.append(weakref.WeakMethod(forget, _holders.remove))
 
 
 class _How(NamedTuple):
@@ -105,6 +114,7 @@ class _Family:
 _Key = tuple[Any, ...]
 _callables: OrderedDict[_Key, RawCallable] = OrderedDict()  # by every size
 _families: OrderedDict[_Key, _Family] = OrderedDict()  # by the fixed sizes
+_holders: list[weakref.WeakMethod[Callable[[], None]]] = []  # what else is forgotten
 _lock = threading.Lock()
 _compiling = threading.RLock()  # Inductor's options are global in some versions of torch
 

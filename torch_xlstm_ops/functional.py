@@ -37,7 +37,7 @@ def mlstm_chunkwise(
     """
     h, *state = torch.ops.xlstm.mlstm_chunkwise(
         q, k, v, igate, fgate, c, n, m, reset,
-        chunk_size=chunk_size, schedule="auto" if schedule is None else str(schedule), eps=eps,
+        chunk_size=chunk_size, schedule=None if schedule is None else str(schedule), eps=eps,
     )
     return h, MLSTMState(*state)
 

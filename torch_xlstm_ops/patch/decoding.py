@@ -104,6 +104,7 @@ class _Block:
 
 
 _blocks: weakref.WeakKeyDictionary[nn.Module, _Block] = weakref.WeakKeyDictionary()
+compiled.forget_with(_blocks.clear)
 _forwards: dict[tuple[object, ...], _Forward] = {}  # by kind: layers and models share what is compiled
 
 

@@ -48,11 +48,14 @@ def _ask_tensors() -> bool:
     return True
 
 
-@need(_ask_tensors, where=("torch.autograd.forward_ad._current_level",),
+@need(_ask_tensors, where=("torch.autograd.forward_ad._current_level", "torch._C._are_functorch_transforms_active"),
       without="each call asks its tensors for tangents, a few microseconds more")
 def forward_mode() -> bool:
-    """Return whether tensors may carry tangents in this thread; where that is not known, True."""
-    return forward_ad._current_level >= 0
+    """Return whether tensors may carry tangents in this thread; where that is not known, True.
+
+    Code that Dynamo traced enters a level of forward mode without setting `_current_level`, within a transform.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _other_thread() -> Runner:
