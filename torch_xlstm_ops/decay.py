@@ -84,3 +84,8 @@ def weight(log_weight: Tensor) -> Tensor:
 def finite(maximum: Tensor) -> Tensor:
     """Replace the maximum of nothing, -inf, by 0, so that -inf - maximum stays -inf."""
     return torch.where(maximum == NEG_INF, 0.0, maximum)
+
+
+def constant_if_empty(maximum: Tensor) -> Tensor:
+    """Return `maximum`, the state's m, with no gradient where it is the maximum of nothing, -inf."""
+    return torch.where(maximum == NEG_INF, NEG_INF, maximum)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.decay import NEG_INF, across_chunks, causal, prefix_and_suffix, prefixes, span, weight
+from torch_xlstm_ops.decay import NEG_INF, across_chunks, causal, finite, prefix_and_suffix, prefixes, span, weight
 from torch_xlstm_ops.mlstm.chunks import Reach, before, product_dtype, reaches, sum_tokens, summaries
 from torch_xlstm_ops.mlstm.recurrence import FLOOR, floor
 from torch_xlstm_ops.mlstm.segments import Look, looks
@@ -111,8 +111,7 @@ class _Tokens(NamedTuple):
 def _tokens(q: Tensor, scores: Tensor, look: Look, n_before: Tensor, seen: Tensor, y: Tensor, eps: float) -> _Tokens:
     """Differentiate the first level; seen: dh_t . v_s (G, NC, L, L); y: C_before dh_t (G, NC, L, DHQK)."""
     scale = q.shape[-1] ** -0.5
-    weights = weight(look.decay - look.m[..., None]) * scale
-    w = weight(look.m_inter - look.m) * scale
+    weights, w = look.weights() * scale, look.w_state() * scale
     qn, qy = (q * n_before[..., None, :]).sum(-1), (q * y).sum(-1)
     A = scores * weights
     den, low = A.sum(-1) + w * qn, floor(look.m)
@@ -145,7 +144,8 @@ def _end(across: Tensor, M: Tensor, m: Tensor) -> _End:
     from_chunk = span(across[..., -1:], across).to(M.dtype) + M
     from_state = span(across[..., -1:]).to(M.dtype) + m
     m_after = torch.maximum(from_chunk.amax(-1, keepdim=True), from_state)
-    return _End(weight(from_chunk - m_after), weight(from_state - m_after), m_after, from_chunk, from_state)
+    base = finite(m_after)
+    return _End(weight(from_chunk - base), weight(from_state - base), m_after, from_chunk, from_state)
 
 
 def _maxima(dm_end: Tensor, dm_before: Tensor, M: Tensor, reach: Reach, end: _End) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +161,7 @@ def _maxima(dm_end: Tensor, dm_before: Tensor, M: Tensor, reach: Reach, end: _En
     at_state = torch.where(first, end.from_state, reach.from_state) == found
     at_last = M[:, -1:] == end.m
     count = at_chunk.to(M.dtype).sum(-1) + at_state.to(M.dtype) + torch.where(first, at_last.to(M.dtype), 0.0)
-    share = torch.where(first, dm_end[:, None], dm_before) / count
+    share = torch.where(found == NEG_INF, 0.0, torch.where(first, dm_end[:, None], dm_before) / count)
     to_chunk, to_state = torch.where(at_chunk, share[..., None], 0.0), torch.where(at_state, share, 0.0)
     return to_chunk, to_state, to_chunk.sum(-2) + torch.where(last & at_last, share[:, :1], 0.0)
 

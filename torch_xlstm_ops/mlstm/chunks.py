@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.decay import NEG_INF, finite, span, weight
+from torch_xlstm_ops.decay import NEG_INF, constant_if_empty, finite, span, weight
 from torch_xlstm_ops.mlstm.recurrence import COLUMN
 
 
@@ -86,8 +86,9 @@ def reaches(F_: Tensor, across: Tensor, M: Tensor, m: Tensor) -> Reach:
     from_chunk = span(before[..., :, None], across[..., None, :]).to(M.dtype) + M[..., None, :]
     from_chunk = torch.where(chunk[None, :] < chunk[:, None], from_chunk, NEG_INF)
     m_before = torch.maximum(from_chunk.amax(-1), from_state)
-    W = weight(from_chunk - m_before[..., None])
-    return Reach(W, weight(from_state - m_before), m_before, from_chunk, from_state)
+    base = finite(m_before)
+    W = weight(from_chunk - base[..., None])
+    return Reach(W, weight(from_state - base), m_before, from_chunk, from_state)
 
 
 def before(reach: Reach, dn: Tensor, n: Tensor) -> Tensor:
@@ -111,8 +112,9 @@ def absorb(
 
         m' = max(F + m, M)      c' = exp(F + m - m') c + exp(M - m') dC          n' likewise
     """
-    m_new = torch.maximum(F_ + m, M)
-    keep, add = weight(F_ + m - m_new), weight(M - m_new)
+    m_new = constant_if_empty(torch.maximum(F_ + m, M))
+    base = finite(m_new)
+    keep, add = weight(F_ + m - base), weight(M - base)
     return keep[..., None] * c + add[..., None] * dC, keep * n + add * dn, m_new
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_xlstm_ops.decay import NEG_INF, constant_if_empty, finite
 from torch_xlstm_ops.shapes import state_dtype
 
 COLUMN = 128  # tokens of a chunk, or rows of a large c, that a CUDA kernel sums at once
@@ -25,6 +26,9 @@ def step(
         h  = (q DHQK^-1/2 . c') / (max(|q DHQK^-1/2 . n'|, exp(-m')) + eps)
 
     q, k: (..., DHQK); v: (..., DHHV); igate, fgate: (..., 1); c: (..., DHQK, DHHV); n: (..., DHQK); m: (..., 1).
+    -inf is legal for m and the gates, and exp(-inf) is 0. A state with m = -inf is empty: c and n are taken as 0. A
+    closed gate (log_f = -inf) makes the old state empty, whatever it holds, NaN included. If nothing is kept and
+    nothing added, the new state is empty: c = n = 0, m = -inf.
     Returns h in v's dtype and the new c, n, m.
     """
     return _step(_update, q, k, v, igate, fgate, c, n, m, eps)
@@ -51,8 +55,12 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = state_dtype(q.dtype)
     log_f, igate = F.logsigmoid(fgate.to(wide)), igate.to(wide)
-    m_new = torch.maximum(log_f + m, igate)
-    forget, add = torch.exp(log_f + m - m_new), torch.exp(igate - m_new)
+    empty = (log_f == NEG_INF) | (m == NEG_INF)
+    c, n, m = torch.where(empty[..., None], 0.0, c), torch.where(empty, 0.0, n), torch.where(empty, NEG_INF, m)
+    carried = log_f + m
+    m_new = constant_if_empty(torch.maximum(carried, igate))
+    base = finite(m_new)
+    forget, add = torch.exp(carried - base), torch.exp(igate - base)
     q_scaled = q.to(wide) * q.shape[-1] ** -0.5
     k_gated = add * k.to(wide)
     c_new, read = update(c, forget, k_gated, v.to(wide), q_scaled)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.decay import NEG_INF, across_chunks, causal, prefixes, span, weight
+from torch_xlstm_ops.decay import NEG_INF, across_chunks, causal, finite, prefixes, span, weight
 from torch_xlstm_ops.mlstm.chunks import Reach, absorb, before, fold, product_dtype, reaches, summaries
 from torch_xlstm_ops.mlstm.recurrence import floor
 from torch_xlstm_ops.shapes import state_dtype
@@ -65,7 +65,7 @@ def opening(
     P, q_gated = _answers(q, igate, within, reach, scores, n_before, eps)
     F_, M, m_before = span(within[..., -1:, -1]), chunks.M[:, -1:], reach.m_before[:, -1:]
     m = torch.maximum(F_ + m_before, M)
-    keep, add = weight(F_ + m_before - m), weight(M - m)
+    keep, add = weight(F_ + m_before - finite(m)), weight(M - finite(m))
     n = keep * n_before[:, -1] + add * chunks.dn[:, -1]
     return P, q_gated, reach.W.to(product_dtype(q.dtype)), chunks.dC, n, m, keep, add
 
@@ -95,7 +95,7 @@ def single(
     wide = state_dtype(q.dtype)
     within, igate = prefixes(fgate.to(wide)), igate.to(wide)
     look = looks(igate, within, torch.zeros_like(igate[..., 0]))
-    P = scores * q.shape[-1] ** -0.5 * weight(look.decay - look.m[..., None])
+    P = scores * q.shape[-1] ** -0.5 * look.weights()
     P = P * _inverse(P.sum(-1), look, eps)[..., None]
     (m, dC, dn), _, _ = summaries(k, v, igate, within, least=span(within[..., -1]))
     return P.to(q.dtype).flatten(0, 1), dC[:, 0].to(wide), dn[:, 0], m
@@ -118,8 +118,8 @@ def _answers(
     scale = q.shape[-1] ** -0.5
     q_wide = q.to(state_dtype(q.dtype))
     look = looks(igate, within, reach.m_before)
-    P = scores * scale * weight(look.decay - look.m[..., None])
-    w = weight(look.m_inter - look.m) * scale
+    P = scores * scale * look.weights()
+    w = look.w_state() * scale
     qn = (q_wide * n_before[..., None, :]).sum(-1)
     r = _inverse(P.sum(-1) + w * qn, look, eps)
     P, q_gated = P * r[..., None], q_wide * (w * r)[..., None]
@@ -137,6 +137,14 @@ class Look(NamedTuple):
     decay: Tensor  # (G, NC, L, L)
     m_inter: Tensor  # (G, NC, L)
     m: Tensor  # (G, NC, L), the largest of either
+
+    def weights(self) -> Tensor:
+        """Return what each token weighs (G, NC, L, L), relative to the largest."""
+        return weight(self.decay - finite(self.m)[..., None])
+
+    def w_state(self) -> Tensor:
+        """Return what the state before the chunk weighs (G, NC, L)."""
+        return weight(self.m_inter - finite(self.m))
 
 
 def looks(igate: Tensor, within: Tensor, m_before: Tensor) -> Look:

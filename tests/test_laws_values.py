@@ -1,0 +1,199 @@
+"""Laws of the values that gates and states may take: every operator and schedule gives what the recurrence gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, weigh
+from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_, slstm, slstm_sequence, slstm_step
+
+L = 16
+NONE, ALL = -math.inf, math.inf
+S = 40
+SCHEDULES = ["inductor", "queued", "recurrent"]
+DTYPES = [torch.float32, torch.float64]
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def empty_state(args: list[Tensor]) -> None:
+    """Begin as others write an empty state."""
+    for t, value in zip(args[5:], (0.0, 0.0, NONE), strict=True):
+        t.fill_(value)
+
+
+def empty_m(args: list[Tensor]) -> None:
+    args[7].fill_(NONE)
+
+
+def empty_some(args: list[Tensor]) -> None:
+    args[7][0].fill_(NONE)
+
+
+def large_m(args: list[Tensor]) -> None:
+    """Let the state outweigh every token; its q.n is no small difference, which would divide what is next to 0."""
+    args[7].fill_(100.0)
+    args[0].abs_(), args[6].abs_()
+
+
+def huge_m(args: list[Tensor]) -> None:
+    large_m(args)
+    args[7].fill_(1e30)
+
+
+def small_m(args: list[Tensor]) -> None:
+    args[7].fill_(-1e30)
+
+
+def empty_then_masked(args: list[Tensor]) -> None:
+    """Begin empty, with tokens that add nothing."""
+    empty_state(args)
+    args[3][:, :, :3] = NONE
+
+
+def masked_and_closed(args: list[Tensor]) -> None:
+    for at in (0, 11, 15, 16, 33):
+        args[3][0, :, at] = args[4][0, :, at] = NONE
+
+
+def masked_and_closed_at_the_end(args: list[Tensor]) -> None:
+    args[3][..., -3:], args[4][..., -3:] = NONE, NONE
+
+
+def all_masked_and_closed(args: list[Tensor]) -> None:
+    args[3][:], args[4][:] = NONE, NONE
+
+
+def closed_then_masked(args: list[Tensor]) -> None:
+    """Close, add nothing for longer than a chunk, and begin again."""
+    args[4][..., 5] = NONE
+    args[3][..., 5:30] = NONE
+
+
+def masked(args: list[Tensor]) -> None:
+    args[3][..., 3:9] = NONE
+
+
+def masked_from_zero(args: list[Tensor]) -> None:
+    for t in args[5:]:
+        t.zero_()
+    args[3][..., :20] = NONE
+
+
+def identities(args: list[Tensor]) -> None:
+    args[3][..., 7:19], args[4][..., 7:19] = NONE, ALL
+
+
+def identities_from_nothing(args: list[Tensor]) -> None:
+    empty_state(args)
+    args[3][..., :19], args[4][..., :19] = NONE, ALL
+
+
+LEGAL: dict[str, Callable[[list[Tensor]], None]] = {
+    f.__name__: f for f in (
+        empty_state, empty_m, empty_some, large_m, huge_m, small_m, empty_then_masked, masked_and_closed,
+        masked_and_closed_at_the_end, all_masked_and_closed, closed_then_masked, masked, masked_from_zero, identities,
+        identities_from_nothing,
+    )
+}
+every_legal = pytest.mark.parametrize("legal", LEGAL.values(), ids=LEGAL)
+
+
+def drawn(legal: Callable[[list[Tensor]], None], dtype: torch.dtype, sizes: Sizes = Sizes(S=S)) -> list[Tensor]:
+    args = draw(sizes, dtype)
+    legal(args)
+    return args
+
+
+def flat(results: tuple[Tensor, tuple[Tensor, ...]]) -> list[Tensor]:
+    h, state = results
+    return [h, *state]
+
+
+def hold(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    """Hold results to the oracle's; m may be -inf, in the same places; nothing is NaN."""
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a == NONE, b == NONE)
+        assert torch.isfinite(torch.where(a == NONE, 0.0, a)).all()
+    assert_close(found, wanted, tolerance)
+
+
+def usable(results: list[Tensor]) -> list[Tensor]:
+    """Return the results that a loss can look at: m only where it is finite."""
+    return [torch.where(t == NONE, 0.0, t) for t in results]
+
+
+@every_legal
+@every_schedule
+@every_dtype
+def test_chunkwise_equals_recurrence(legal, schedule, dtype):
+    args = drawn(legal, dtype)
+    wanted = exact(args)
+    for settings in ({}, {"segment": L, "heads_per_band": 2}):
+        with config.use(**settings):
+            hold(flat(mlstm_chunkwise(*args, chunk_size=L, schedule=schedule)), wanted, TOLERANCE[dtype])
+
+
+@every_legal
+@every_schedule
+@every_dtype
+def test_gradients_of_chunkwise_equal_those_of_the_recurrence(legal, schedule, dtype):
+    args = [t.requires_grad_() for t in drawn(legal, dtype)]
+    wide = [t.detach().double().requires_grad_() for t in args]
+    wanted = torch.autograd.grad(weigh(usable(exact(wide))), wide)
+    for settings in ({}, {"segment": L, "heads_per_band": 2}):
+        with config.use(**settings):
+            results = flat(mlstm_chunkwise(*args, chunk_size=L, schedule=schedule))
+        hold(torch.autograd.grad(weigh(usable(results)), args), wanted, GRADIENT_TOLERANCE[dtype])
+
+
+@every_legal
+@every_dtype
+def test_a_sequence_without_a_state_equals_recurrence(legal, dtype):
+    """From zeros: on the CPU one chunk is a case of its own."""
+    for size in (L, S):
+        args = [t[:, :, :size].contiguous() for t in drawn(legal, dtype)[:5]]
+        hold(flat(mlstm_chunkwise(*args, chunk_size=L, schedule="inductor")), exact(args), TOLERANCE[dtype])
+
+
+@every_legal
+@every_dtype
+def test_pieces_equal_the_whole(legal, dtype):
+    args = drawn(legal, dtype)
+    h, state = [], tuple(args[5:])
+    for start, stop in ((0, 5), (5, 11), (11, 12), (12, 17), (17, S)):
+        part, state = mlstm_chunkwise(*[t[:, :, start:stop] for t in args[:5]], *state, chunk_size=L)
+        h.append(part)
+    hold([torch.cat(h, 2), *state], exact(args), TOLERANCE[dtype])
+
+
+@every_legal
+@every_dtype
+def test_steps_equal_recurrence(legal, dtype):
+    args = drawn(legal, dtype)
+    state, written, h, h_written = tuple(args[5:]), [t.clone() for t in args[5:]], [], []
+    for t in range(S):
+        token = [*(x[:, :, t] for x in args[:3]), *(x[:, :, t, None] for x in args[3:5])]
+        part, state = mlstm_step(*token, *state)
+        h.append(part)
+        h_written.append(mlstm_step_(*token, *written))
+    wanted = exact(args)
+    hold([torch.stack(h, 2), *state], wanted, TOLERANCE[dtype])
+    hold([torch.stack(h_written, 2), *written], wanted, TOLERANCE[dtype])
+
+
+@every_legal
+@every_dtype
+def test_gradients_of_a_step_equal_those_of_the_recurrence(legal, dtype):
+    args = [t[:, :, :1] for t in drawn(legal, dtype)[:5]] + drawn(legal, dtype)[5:]
+    token = [t.requires_grad_() for t in [*(x[:, :, 0] for x in args[:3]), *args[3:]]]
+    found = torch.autograd.grad(weigh(usable(flat(mlstm_step(*token)))), token)
+    wide = [t.detach().double().requires_grad_() for t in args]
+    h, *state = exact(wide)
+    wanted = torch.autograd.grad(weigh(usable([h[:, :, 0], *state])), wide)
+    hold(found, [g.view(f.shape) for f, g in zip(found, wanted, strict=True)], GRADIENT_TOLERANCE[dtype])
