@@ -18,9 +18,8 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.models.xlstm import modeling_xlstm as peer  # noqa: E402
 
-from torch_xlstm_ops import patch as patch_package  # noqa: E402
 from torch_xlstm_ops.models import transformers as adapter  # noqa: E402
-from torch_xlstm_ops.patch import PEERS, Peer, kernels, patch  # noqa: E402
+from torch_xlstm_ops.patch import Peer, kernels, patch, peers  # noqa: E402
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 LAYERS, VOCABULARY = 2, 61
@@ -273,12 +272,13 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"must be one of transformers, mlstm_kernels, .*, got 'tranformers'"):
         patch("tranformers")
     absent = {"no_such_package": Peer("nowhere", "no-such-package", (3, 1), (3, 2), "no_such_package")}
-    monkeypatch.setattr(patch_package, "PEERS", absent)
+    known = peers.PEERS
+    monkeypatch.setattr(peers, "PEERS", absent)
     with pytest.raises(ImportError, match=r"no_such_package is not installed: pip install 'no-such-package>=3.1'"):
         patch("no_such_package")
     with pytest.raises(ImportError, match=r"there is nothing to patch: pip install 'no-such-package>=3.1'"):
         patch()
-    monkeypatch.setattr(patch_package, "PEERS", PEERS)
+    monkeypatch.setattr(peers, "PEERS", known)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1")
     with pytest.raises(RuntimeError, match=r"transformers must be transformers>=5.17, got 4.57.1: pip install"):
         patch("transformers")

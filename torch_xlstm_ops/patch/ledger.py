@@ -33,6 +33,7 @@ class Change(NamedTuple):
     effect: str  # what a user sees, one phrase for the report
     parameters: tuple[str, ...] | None = None  # what the original must take for us to know it
     place: str | None = None  # how to call it in reports, if not by its owner's name
+    beside: tuple[tuple[str, tuple[str, ...]], ...] = ()  # the owner's methods that ours calls, and what they must take
 
     @property
     def name(self) -> str:
@@ -56,6 +57,8 @@ def check(change: Change) -> None:
     """Raise RuntimeError unless what is to be replaced looks as we know it."""
     if change.parameters is not None:
         check_signature(_current(change), change.parameters)
+    for name, parameters in change.beside:
+        check_signature(getattr(change.owner, name), parameters)
 
 
 @dataclass

@@ -20,19 +20,19 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from torch_xlstm_ops.patch import PEERS, Handle, patch, row
+from torch_xlstm_ops.patch import Handle, patch, peers
 
 VARIABLE = "XLSTM_OPS_PATCH"
 
 
 def patch_on_import(*names: str, compat: bool = False) -> Watch:
-    """Patch the named packages, default all of `PEERS`, at once where they are imported, else as soon as they are.
+    """Patch the named packages, default all that we know, at once where they are imported, else as soon as they are.
 
     compat: as of `patch`. Raises ValueError for a name we do not know.
     """
-    watch = Watch([row(name) for name in names] or list(PEERS), compat)
+    watch = Watch([peers.row(name) for name in names] or list(peers.PEERS), compat)
     sys.meta_path.insert(0, watch)
-    for name, peer in PEERS.items():
+    for name, peer in peers.PEERS.items():
         if name in watch.waiting and peer.seam in sys.modules:
             watch.met(name)
     return watch
@@ -46,7 +46,7 @@ def patch_from_environment() -> Watch | None:
     try:
         return patch_on_import(*([] if value == "auto" else [name.strip() for name in value.split(",")]))
     except ValueError:
-        expected = f"auto or names of {', '.join(PEERS)}"
+        expected = f"auto or names of {', '.join(peers.PEERS)}"
         raise ValueError(f"environment variable {VARIABLE} must be {expected}, got {value!r}") from None
 
 
@@ -75,7 +75,7 @@ class Watch(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """Find a module that we wait for as everybody else would, to be told when it has been executed."""
-        names = [name for name in tuple(self.waiting) if PEERS[name].seam == fullname]
+        names = [name for name in tuple(self.waiting) if peers.PEERS[name].seam == fullname]
         if not names or getattr(self._searching, "now", False):
             return None
         self._searching.now = True
