@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +190,29 @@ def test_backends_side_by_side_keep_their_own_code():
 
 def test_rules_of_a_module_imported_later_are_installed():
     check = f"""
-import sys, torch
+import importlib.util, sys, torch
 fn = torch.compile(lambda run, ids: run(ids), backend="xlstm", fullgraph=True)
+assert importlib.util.find_spec("transformers.models.xlstm.modeling_xlstm")
 assert "transformers.models.xlstm.modeling_xlstm" not in sys.modules
 import transformers.models.xlstm.modeling_xlstm
 from torch_xlstm_ops.registrations import dynamo_rules
 assert "{WRAPPER}" in dynamo_rules._installed
 """
     child(check)
+
+
+def test_a_function_that_takes_other_arguments_is_left_with_a_warning(monkeypatch: pytest.MonkeyPatch):
+    index, rule = next((i, r) for i, r in enumerate(dynamo_rules.RULES) if r.place == WRAPPER)
+    rules = list(dynamo_rules.RULES)
+    rules[index] = rule._replace(module="made_up")
+    module = types.ModuleType("made_up")
+    setattr(module, rule.function, lambda query, key: query)
+    monkeypatch.setitem(sys.modules, "made_up", module)
+    monkeypatch.setattr(dynamo_rules, "RULES", rules)
+    message = r"the backend xlstm leaves it as it is: made_up.* must take value, .* to be replaced, got \(query, key\)"
+    with pytest.warns(RuntimeWarning, match=message):
+        dynamo_rules.install("made_up")
+    assert rules[index].place not in dynamo_rules._installed
 
 
 def test_every_rule_for_transformers_is_installed():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import io
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,17 +56,22 @@ def changes(compat: bool) -> list[Change]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make `patch` know the package, and hold every test to leaving it as it was."""
+def make_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `patch` know the package."""
     peer, drop_in = types.ModuleType("made_up"), types.ModuleType("made_up_drop_in")
     drop_in.changes = changes  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "made_up", peer)
     monkeypatch.setitem(sys.modules, "made_up_drop_in", drop_in)
     row = Peer("made_up_drop_in", "made-up", (1, 0), (1, 4), "made_up")
     monkeypatch.setattr(peers, "PEERS", {"made_up": row})
-    monkeypatch.setattr(patch_package, "_warned", set())
     version(monkeypatch, "1.2.3")
+
+
+@pytest.fixture(autouse=True)
+def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make `patch` know the package, and hold every test to leaving it as it was."""
+    make_up(monkeypatch)
+    monkeypatch.setattr(patch_package, "_warned", set())
     before = dict(vars(Layer))
     yield
     assert dict(vars(Layer)) == before
@@ -127,6 +134,58 @@ def test_copies_of_a_patched_model_are_patched_as_long_as_it_is() -> None:
     with patch(Model()):  # another handle's marks are not theirs
         assert torch.equal(twin(ten()), UNPATCHED)
         assert torch.equal(loaded(ten()), UNPATCHED)
+
+
+SAVE = """
+import sys, pytest, torch
+from tests import test_patch_handles as laws
+with pytest.MonkeyPatch.context() as context:
+    laws.make_up(context)
+    model = laws.Model()
+    with laws.patch(model), laws.patch(laws.Model()):
+        torch.save(model, sys.argv[1])
+"""
+
+
+def test_a_model_that_another_process_saved_while_it_was_patched_is_nobodys_here(tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    subprocess.run([sys.executable, "-c", SAVE, str(file)], check=True, cwd=Path(__file__).parent.parent)
+    with patch(Model()), patch(Model()):
+        loaded = torch.load(file, weights_only=False)
+        assert torch.equal(loaded(ten()), UNPATCHED)
+        with patch(loaded):
+            assert torch.equal(loaded(ten()), PATCHED)
+    assert all(set(vars(layer)) == set(vars(Layer())) for layer in loaded.layers)
+
+
+class Fixed(type):
+    """Classes that let nobody set an attribute."""
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        raise TypeError(f"{name} is fixed")
+
+
+class FixedLayer(Layer, metaclass=Fixed):
+    pass
+
+
+def test_a_patch_that_fails_on_the_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = Change(FixedLayer, "forward", build, "adds ten", ("self", "x"))
+    with monkeypatch.context() as context:
+        context.setattr(sys.modules["made_up_drop_in"], "changes", lambda compat: [*changes(compat), last])
+        for target in ("made_up", torch.nn.Sequential(Layer(), FixedLayer())):
+            with pytest.raises(TypeError, match="forward is fixed"):
+                patch(target)
+            assert torch.equal(Model()(ten()), UNPATCHED)
+            assert KERNELS == {"native": "theirs"}
+        context.setattr(sys.modules["made_up_drop_in"], "changes", changes)
+        held = patch("made_up")
+        context.setattr(sys.modules["made_up_drop_in"], "changes", lambda compat: [*changes(compat), last])
+        with pytest.raises(TypeError, match="forward is fixed"):
+            patch("made_up")
+    assert torch.equal(Model()(ten()), PATCHED)
+    held.remove()
+    assert torch.equal(Model()(ten()), UNPATCHED)
 
 
 def test_compiled_models_follow_patch_and_removal_of_the_model() -> None:

@@ -9,8 +9,9 @@
 
 A drop-in replaces attributes of the peer's classes, never what an instance holds: models built before and after are
 covered, pickles and deep copies hold nothing of ours, and removal leaves what was there. For one model, its layers are
-marked and the classes ask for the mark. What Dynamo compiled beforehand has the old code inlined and does not guard on
-it, so installing and removing reset `torch.compiler`.
+marked with the handle's token, a string, and the classes ask for it. A copy has the mark, and is patched as long as the
+model is; in another process, and after removal, the mark means nothing. What Dynamo compiled beforehand has the old
+code inlined and does not guard on it, so installing and removing reset `torch.compiler`.
 
 Where a peer computes something wrong ours is right; `compat=True` repeats the peer's results instead.
 One file a package: it offers ``changes(compat)``, and a row of `peers.PEERS` names it.
@@ -19,8 +20,8 @@ One file a package: it offers ``changes(compat)``, and a row of `peers.PEERS` na
 from __future__ import annotations
 
 import importlib
-import itertools
 import sys
+import uuid
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -30,13 +31,21 @@ from typing import Protocol, cast
 import torch
 
 from torch_xlstm_ops.patch import peers
-from torch_xlstm_ops.patch.ledger import MARK, Change, Replaced, check, forget_compiled, hold, lock, release
+from torch_xlstm_ops.patch.ledger import (
+    MARK,
+    Change,
+    Replaced,
+    check,
+    forget_compiled,
+    hold,
+    live_tokens,
+    lock,
+    release,
+)
 from torch_xlstm_ops.patch.peers import PEERS, Peer, row
 
 __all__ = ["PEERS", "Change", "Handle", "Peer", "patch", "row"]
 
-
-_tokens = itertools.count(1)
 _warned: set[str] = set()
 
 
@@ -44,10 +53,15 @@ class Handle:
     """What one call of `patch` holds; the peers stay patched until every handle on them is removed."""
 
     def __init__(self, changes: Sequence[Change], compat: bool = False, model: torch.nn.Module | None = None) -> None:
-        self._token = None if model is None else next(_tokens)
+        # No other handle has the token, in whichever process: a mark may get there in a pickled layer.
+        self._token = None if model is None else uuid.uuid4().hex
         with lock:
             self._held: Sequence[Replaced] = hold(changes, compat, self._token)
-            self._marked = [] if model is None else _mark(model, changes, cast(int, self._token))
+            try:
+                self._marked = [] if model is None else _mark(model, changes, cast(str, self._token))
+            except BaseException:
+                release(self._held, self._token)
+                raise
         self._removed = False
 
     def report(self) -> tuple[str, ...]:
@@ -72,7 +86,7 @@ class Handle:
             release(self._held, self._token)
             for module in (ref() for ref in self._marked):
                 if module is not None:
-                    _unmark(module, cast(int, self._token))
+                    _unmark(module, cast(str, self._token))
             self._removed = True
 
     def __enter__(self) -> Handle:
@@ -151,16 +165,17 @@ class _NoLayer:
     pass
 
 
-def _mark(model: torch.nn.Module, changes: Sequence[Change], token: int) -> list[weakref.ref[torch.nn.Module]]:
+def _mark(model: torch.nn.Module, changes: Sequence[Change], token: str) -> list[weakref.ref[torch.nn.Module]]:
     classes = tuple(_type(change) for change in changes)
     layers = [module for module in model.modules() if isinstance(module, classes)]
+    live = live_tokens()
     for layer in layers:
-        vars(layer)[MARK] = (*vars(layer).get(MARK, ()), token)
+        vars(layer)[MARK] = (*(other for other in vars(layer).get(MARK, ()) if other in live), token)
     forget_compiled()
     return [weakref.ref(layer) for layer in layers]
 
 
-def _unmark(layer: torch.nn.Module, token: int) -> None:
+def _unmark(layer: torch.nn.Module, token: str) -> None:
     left = tuple(other for other in vars(layer).get(MARK, ()) if other != token)
     if left:
         vars(layer)[MARK] = left
