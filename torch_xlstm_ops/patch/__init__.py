@@ -31,6 +31,7 @@ from typing import Protocol, cast
 import torch
 
 from torch_xlstm_ops.patch import peers
+from torch_xlstm_ops.patch.checkpoints import convert_slstm_state_dict
 from torch_xlstm_ops.patch.ledger import (
     MARK,
     Change,
@@ -44,7 +45,7 @@ from torch_xlstm_ops.patch.ledger import (
 )
 from torch_xlstm_ops.patch.peers import PEERS, Peer, row
 
-__all__ = ["PEERS", "Change", "Handle", "Peer", "patch", "row"]
+__all__ = ["PEERS", "Change", "Handle", "Peer", "convert_slstm_state_dict", "patch", "row"]
 
 _warned: set[str] = set()
 
