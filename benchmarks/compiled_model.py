@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import alternate, machine, save, timed
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of logits that are capped at 30
@@ -89,19 +90,19 @@ class Runner:
     def prefill(self) -> Tensor:
         """Read the prompt into a new cache; return the last token's logits."""
         self._begin()
-        return self._last(self.run(self.ids, use_cache=True))
+        return self._last(adapter.run(self.run, self.ids))
 
     def fill(self, eager: Any) -> None:
         """Fill the cache by the eager model, at addresses that stay."""
-        self.cache = eager(self.ids, use_cache=True).cache_params
+        self.cache = adapter.run(eager, self.ids).cache
         if self.contender.backend == "inductor" and self.contender.mode is not None:
-            for t in [t for state in self.cache.rnn_state.values() for t in state] + [self.cache.seqlen_offset]:
+            for t in adapter.tensors(self.cache):
                 torch._dynamo.mark_static_address(t)  # or it records no CUDA graph; the backend xlstm does so itself
 
     def decode(self) -> Tensor:
         """Advance the cache by a token; return its logits."""
         self._begin()
-        return self._last(self.run(self.ids[:, -1:], cache_params=self.cache, use_cache=True))
+        return self._last(adapter.run(self.run, self.ids[:, -1:], self.cache))
 
     def first(self, phase: str) -> Tensor:
         """Make a phase's first call, compilation from an empty Inductor cache included, and note its seconds."""
@@ -117,9 +118,8 @@ class Runner:
         if self.contender.mode is not None:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
-    def _last(self, out: Any) -> Tensor:
-        logits: Tensor = out.logits[:, -1].clone()
-        return logits
+    def _last(self, out: adapter.Output) -> Tensor:
+        return out.logits[:, -1].clone()
 
 
 @torch.no_grad()

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks.timing import machine, save
 from torch_xlstm_ops import mlstm_chunkwise
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.parallel import Workers, stretches
 from torch_xlstm_ops.parallel.keeper import Carry, Keeper
 from torch_xlstm_ops.patch import patch
@@ -100,12 +100,8 @@ def build(args: argparse.Namespace) -> Any:
         max_inference_chunksize=1 << 30, pad_token_id=0, bos_token_id=0, eos_token_id=None,
     )
     model = xLSTMForCausalLM(settings).eval()
-    model.get_output_embeddings().register_forward_pre_hook(_last)
+    adapter.last_position_only(model)
     return model
-
-
-def _last(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0][:, -1:],)
 
 
 def timed(call: Callable[[], Any]) -> float:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import machine, save, timed
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of logits that are capped at 30
@@ -39,11 +40,11 @@ def build(args: argparse.Namespace) -> Any:
 
 def one_round(model: Any, ids: Tensor, tokens: int) -> tuple[float, list[float], Tensor]:
     """Prefill `ids` and decode; return the milliseconds of the prefill and of each step, and all logits."""
-    results: list[Any] = []
-    prefill = timed(lambda: results.append(model(ids, use_cache=True)), ids.device)
-    cache = results[0].cache_params
+    results: list[adapter.Output] = []
+    prefill = timed(lambda: results.append(adapter.run(model, ids)), ids.device)
+    cache = results[0].cache
     steps = [
-        timed(lambda: results.append(model(ids[:, -1:], cache_params=cache, use_cache=True)), ids.device)
+        timed(lambda: results.append(adapter.run(model, ids[:, -1:], cache)), ids.device)
         for _ in range(tokens)
     ]
     return prefill, steps, torch.cat([out.logits for out in results], 1)

@@ -8,12 +8,10 @@ If not, a copy of the original is traced instead: other backends see the code th
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import inspect
 import sys
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from torch import fx
 
 from torch_xlstm_ops import torch_internals
 from torch_xlstm_ops.patch import functions
+from torch_xlstm_ops.patch.arrivals import when_imported
 from torch_xlstm_ops.shapes import STREAM_DTYPES
 
 Fact = tuple[torch.dtype, int] | None  # of an argument: dtype and rank; None where no tensor was given
@@ -178,9 +177,6 @@ def _substitute(index: int, original: types.FunctionType) -> Callable[..., Any]:
     parameters = inspect.signature(original).parameters
     names = tuple(parameters)
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    missing = [name for name in (*tensors, *judged) if name not in parameters]
-    if missing:
-        raise RuntimeError(f"{rule.place} must take {', '.join(missing)} to be replaced, got ({', '.join(parameters)})")
     copy = types.FunctionType(
         original.__code__, original.__globals__, original.__name__, original.__defaults__, original.__closure__
     )
@@ -203,40 +199,31 @@ _installed: set[str] = set()
 
 
 def install(module: str) -> None:
-    """Hand Dynamo the rules for an imported module. A function that this version of the peer lacks is passed over."""
+    """Hand Dynamo the rules for an imported module.
+
+    A function that this release of the peer lacks is passed over, one that takes other arguments with a warning.
+    """
     for index, rule in enumerate(RULES):
         original = vars(sys.modules[module]).get(rule.function)
         if rule.module == module and rule.place not in _installed and isinstance(original, types.FunctionType):
+            unlike = _unlike(rule, original)
+            if unlike is not None:
+                warnings.warn(f"the backend xlstm leaves it as it is: {unlike}", RuntimeWarning, stacklevel=2)
+                continue
             _installed.add(rule.place)
             torch.compiler.substitute_in_graph(original)(_substitute(index, original))
 
 
-class _Arrival(importlib.abc.MetaPathFinder):
-    """Installs the rules of a module that is imported later than the backend."""
-
-    def __init__(self) -> None:
-        self.awaited = {rule.module for rule in RULES}
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name not in self.awaited:
-            return None
-        self.awaited.remove(name)  # so that the search below meets the other finders alone
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_install(module: types.ModuleType) -> None:
-                execute(module)
-                install(name)
-
-            spec.loader.exec_module = execute_and_install  # type: ignore[method-assign]
-        return spec
+def _unlike(rule: Rule, original: types.FunctionType) -> str | None:
+    """Return how a peer's function differs from what the rule knows, or None."""
+    parameters = inspect.signature(original).parameters
+    missing = [name for name in (*rule.tensors.split(), *rule.judged) if name not in parameters]
+    if not missing:
+        return None
+    return f"{rule.place} must take {', '.join(missing)} to be replaced, got ({', '.join(parameters)})"
 
 
 def watch() -> None:
     """Install the rules of every peer that is imported, now or later."""
-    arrival = _Arrival()
-    for module in sorted(arrival.awaited & set(sys.modules)):
-        arrival.awaited.remove(module)
-        install(module)
-    sys.meta_path.insert(0, arrival)
+    for module in sorted({rule.module for rule in RULES}):
+        when_imported(module, functools.partial(install, module))

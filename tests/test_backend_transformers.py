@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ if peer.external_xlstm:
 import torch_xlstm_ops  # noqa: E402
 from tests.oracle import GRADIENT_TOLERANCE, assert_close  # noqa: E402
 from tests.test_patch_transformers import LAYERS, build, decode, logits, prefill, prompt  # noqa: E402
+from torch_xlstm_ops.models import transformers as adapter  # noqa: E402
 from torch_xlstm_ops.patch import patch  # noqa: E402
 from torch_xlstm_ops.registrations import dynamo, dynamo_rules, inline  # noqa: E402
 
@@ -52,23 +54,23 @@ def test_logits_equal_the_eager_models(dtype: torch.dtype, S: int):
 
 def test_a_step_is_one_graph_for_a_hundred_tokens_and_writes_its_states_in_place():
     model, ids = build(), prompt(140)
-    cache, twin = prefill(model, ids[:, :40]).cache_params, prefill(model, ids[:, :40]).cache_params
-    places = [t.data_ptr() for state in cache.rnn_state.values() for t in state]
+    cache, twin = prefill(model, ids[:, :40]).cache, prefill(model, ids[:, :40]).cache
+    places = [t.data_ptr() for t in adapter.tensors(cache)]
     found = decode(compiled(model), ids[:, 40:], cache)
     assert recompiles() == 0
     assert not counters["graph_break"]
-    assert [t.data_ptr() for state in cache.rnn_state.values() for t in state] == places
+    assert [t.data_ptr() for t in adapter.tensors(cache)] == places
     torch.testing.assert_close(found, decode(model, ids[:, 40:], twin), rtol=0, atol=TOLERANCE[torch.float32])
-    assert int(cache.seqlen_offset) == 140
+    assert adapter.position(cache) == 140
 
 
 def test_states_of_a_step_are_written_without_a_copy():
     from torch._inductor.utils import run_and_get_code
 
     model, ids = build(), prompt(3)
-    cache = prefill(model, ids).cache_params
+    cache = prefill(model, ids).cache
     with torch.no_grad():
-        _, (code,) = run_and_get_code(compiled(model), ids[:, -1:], cache_params=cache, use_cache=True)
+        _, (code,) = run_and_get_code(adapter.run, compiled(model), ids[:, -1:], cache)
     assert "xlstm.mlstm" not in code
     assert ".copy_(" not in code
 
@@ -77,7 +79,7 @@ def test_prefill_and_decode_share_a_cache():
     model, ids = build(), prompt(40)
     fast = compiled(model)
     out = prefill(fast, ids[:, :33])
-    found = torch.cat([out.logits.double(), decode(fast, ids[:, 33:], out.cache_params)], 1)
+    found = torch.cat([out.logits.double(), decode(fast, ids[:, 33:], out.cache)], 1)
     torch.testing.assert_close(found, logits(model, ids), rtol=0, atol=TOLERANCE[torch.float32])
 
 
@@ -188,14 +190,29 @@ def test_backends_side_by_side_keep_their_own_code():
 
 def test_rules_of_a_module_imported_later_are_installed():
     check = f"""
-import sys, torch
+import importlib.util, sys, torch
 fn = torch.compile(lambda run, ids: run(ids), backend="xlstm", fullgraph=True)
+assert importlib.util.find_spec("transformers.models.xlstm.modeling_xlstm")
 assert "transformers.models.xlstm.modeling_xlstm" not in sys.modules
 import transformers.models.xlstm.modeling_xlstm
 from torch_xlstm_ops.registrations import dynamo_rules
 assert "{WRAPPER}" in dynamo_rules._installed
 """
     child(check)
+
+
+def test_a_function_that_takes_other_arguments_is_left_with_a_warning(monkeypatch: pytest.MonkeyPatch):
+    index, rule = next((i, r) for i, r in enumerate(dynamo_rules.RULES) if r.place == WRAPPER)
+    rules = list(dynamo_rules.RULES)
+    rules[index] = rule._replace(module="made_up")
+    module = types.ModuleType("made_up")
+    setattr(module, rule.function, lambda query, key: query)
+    monkeypatch.setitem(sys.modules, "made_up", module)
+    monkeypatch.setattr(dynamo_rules, "RULES", rules)
+    message = r"the backend xlstm leaves it as it is: made_up.* must take value, .* to be replaced, got \(query, key\)"
+    with pytest.warns(RuntimeWarning, match=message):
+        dynamo_rules.install("made_up")
+    assert rules[index].place not in dynamo_rules._installed
 
 
 def test_every_rule_for_transformers_is_installed():
@@ -251,7 +268,7 @@ def test_an_explanation_can_be_had_any_number_of_times():
 
 def test_under_cuda_graphs_the_states_are_known_to_stay_where_they_are():
     model, ids = build(), prompt(3)
-    cache = prefill(model, ids).cache_params
+    cache = prefill(model, ids).cache
     held: list[int] = []
 
     def count(module: fx.GraphModule) -> int:
@@ -273,7 +290,7 @@ def test_under_cuda_graphs_the_states_are_known_to_stay_where_they_are():
 
 def test_a_mode_is_inductors_and_decodes_alike():
     model, ids = build(), prompt(12)
-    cache, twin = prefill(model, ids).cache_params, prefill(model, ids).cache_params
+    cache, twin = prefill(model, ids).cache, prefill(model, ids).cache
     fast = torch.compile(model, backend="xlstm", mode="reduce-overhead", fullgraph=True)
     torch.testing.assert_close(decode(fast, ids, cache), decode(model, ids, twin), rtol=0, atol=1e-4)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_xlstm_ops import cli
 from torch_xlstm_ops.cli import check
+from torch_xlstm_ops.patch import peers
 
 TOKENS = [case for case in check.CASES if case.name in ("mlstm_step", "slstm_step")]
 
@@ -45,6 +46,12 @@ def test_every_operator_is_within_tolerance(monkeypatch: pytest.MonkeyPatch, tmp
     assert {row["operator"] for row in report["results"]} == {case.name for case in check.CASES}
     assert all(0 < row["error"] <= row["tolerance"] and row["milliseconds"] > 0 for row in report["results"])
     assert report["versions"]["torch"] == torch.__version__
+
+
+def test_the_report_names_every_supported_package() -> None:
+    versions = check.report(torch.device("cpu"), [])["versions"]
+    assert {peer.distribution for peer in peers.PEERS.values()} <= versions.keys()
+    assert versions["torch"] == torch.__version__
 
 
 def test_a_wrong_result_fails(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:

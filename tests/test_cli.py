@@ -23,6 +23,7 @@ from tests.conftest import Command
 from torch_xlstm_ops import config, devices, schedules, trace
 from torch_xlstm_ops.cli import generate, info, loading, meter, sampling
 from torch_xlstm_ops.context import allocation
+from torch_xlstm_ops.patch import peers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = "def main(argv):\n"
@@ -481,6 +482,13 @@ def test_info_tells_devices_versions_schedules_and_sources(
     reasons = {config.Schedule.RAY: "ray is not installed: pip install torch_xlstm_ops[ray]"}
     monkeypatch.setattr(schedules, "unavailable", lambda schedule, device: reasons.get(schedule), raising=False)
     monkeypatch.setattr(info, "PACKAGES", ("no_such_package",))
+    table = {name: peers.Peer("", f"{name}-ts", (1, 4), newest, name) for name, newest in
+             (("no_such_peer", (1, 4)), ("there", (1, 6)), ("fork", (1, 4)), ("copied", (1, 4)))}
+    monkeypatch.setattr(peers, "PEERS", table)
+    monkeypatch.setattr(peers, "installed", lambda name: name != "no_such_peer")
+    versions = {"there": peers.Found("1.5.2", "there-ts"), "fork": peers.Found("0.3", "my-fork"),
+                "copied": peers.Found(None, None)}
+    monkeypatch.setattr(peers, "found", versions.get)
     monkeypatch.setattr(info.platform, "python_version", lambda: "3.11.0")
     there = devices.Capabilities("cpu", None, ("8 threads",), False, False, devices.Memory(2**29, 2**30, None))
     gone = devices.Capabilities("mps", "MPS needs macOS, and this is linux", (), False, False, None)
@@ -493,6 +501,12 @@ def test_info_tells_devices_versions_schedules_and_sources(
 versions
   python           3.11.0
   no_such_package  not installed
+
+supported packages
+  no_such_peer-ts  not installed   tested with 1.4
+  there-ts         1.5.2           tested with 1.4 to 1.6
+  fork-ts          0.3 of my-fork  tested with 1.4
+  copied-ts        unknown         tested with 1.4
 
 devices
   cpu                          8 threads, no streams, no events, memory 0.50 GiB of unknown

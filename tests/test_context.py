@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from tests.context_models import SEGMENT, Interrupting, build, equal, some_tokens
 from torch_xlstm_ops import config, devices
 from torch_xlstm_ops.context import StreamError, allocation, prefill, restore, states, storage, text_tokens
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,9 +72,9 @@ def test_the_cache_of_a_snapshot_goes_on_where_it_was_taken_and_leaves_it_alone(
     before = snapshot.layers[0].c.clone()
     with torch.no_grad():
         cache = restore(model, [snapshot])
-        following = model(input_ids=torch.tensor([[5]]), cache_params=cache, use_cache=True).logits[0, -1]
+        following = adapter.run(model, torch.tensor([[5]]), cache).logits[0, -1]
         whole = model(input_ids=torch.tensor([[*tokens, 5]]), use_cache=True).logits[0, -1]
-    assert int(cache.seqlen_offset) == 41
+    assert adapter.position(cache) == 41
     torch.testing.assert_close(following, whole, rtol=1e-4, atol=1e-5)
     assert torch.equal(snapshot.layers[0].c, before)
 
@@ -197,7 +198,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, most: int, error: BaseException) ->
 
     def read(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         if ids.shape[1] > most:
-            cache.rnn_state[0][0].add_(1)
+            adapter.layers(cache)[0][0].add_(1)
             raise error
         sizes.append(ids.shape[1])
         return original(model, ids, cache)

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from tests.context_models import build, some_tokens
 from torch_xlstm_ops.context import Batch, ChatSession, StatePool, prefill, states
+from torch_xlstm_ops.models import transformers as adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,7 +100,7 @@ def test_rows_that_find_no_memory_are_read_in_halves(pool: StatePool, monkeypatc
     def read(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         shapes.append(tuple(ids.shape))
         if ids.numel() > 128:
-            cache.rnn_state[0][0].add_(1)
+            adapter.layers(cache)[0][0].add_(1)
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(model, ids, cache)
 

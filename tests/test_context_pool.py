@@ -19,6 +19,7 @@ from torch_xlstm_ops.context import StatePool, Storage, StreamError, prefill, st
 from torch_xlstm_ops.context.tiers import Memory
 from torch_xlstm_ops.context.tokens import as_array, digest
 from torch_xlstm_ops.context.tree import RadixTree, shared
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -336,7 +337,7 @@ def test_states_that_a_patch_made_wider_are_not_taken_for_the_others(tmp_path: P
 
 def prefill_by_hand(model: Any, tokens: list[int]) -> states.Snapshot:
     """Return a snapshot as if `tokens` were read: nothing is compiled."""
-    cache = states.empty_cache(model)
+    cache = adapter.empty_cache(model)
     return states.Snapshot(states.identity(model), len(tokens), digest(as_array(tokens)), None,
                            states.capture(cache), torch.zeros(64))
 

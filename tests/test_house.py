@@ -25,6 +25,7 @@ FLOORS = [
     ["patch"],
     ["backend"],
     ["explain"],
+    ["models"],
     ["context"],
     ["parallel"],
     ["tune"],
@@ -43,7 +44,8 @@ ONLY = {
     "schedules": {"shapes", "config", "devices", "trace", "winners"},
     "functional": {"shapes"},
     "patch": {"shapes", "compiled", "functional", "torch_internals"},
-    "context": {"shapes", "config", "devices", "trace"},
+    "models": set(),
+    "context": {"shapes", "config", "devices", "trace", "models"},
     "explain": {"config", "schedules", "registrations", "torch_internals"},
 }
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tests.oracle import TOLERANCE, assert_close
 from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, parallel, slstm_sequence
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.parallel import stretches
 from torch_xlstm_ops.parallel.passing import Passing, check_splits
 
@@ -403,8 +404,8 @@ def one_process(model: Any, ids: Tensor) -> tuple[Tensor, Any]:
     from torch_xlstm_ops.patch import patch
 
     with config.use(chunk_size=L), patch(model), torch.inference_mode():
-        out = model(input_ids=ids, use_cache=True)
-    return out.logits[:, -1], out.cache_params
+        logits, cache = adapter.run(model, ids)
+    return logits[:, -1], cache
 
 
 @on_ray
@@ -427,15 +428,15 @@ def check_transformers(model: Any, workers: Workers, weights: Sequence[float], a
     ids = tokens(150)
     wanted_logits, wanted = one_process(model, ids)  # what is compiled here first, workers take from the disk
     logits, cache, report = workers.prefill(ids, weights, ahead)
-    found_states = [cache.rnn_state[layer] for layer in range(3)]
-    wanted_states = [wanted.rnn_state[layer] for layer in range(3)]
+    found_states = adapter.layers(cache)
+    wanted_states = adapter.layers(wanted)
     assert_close(flat(logits, found_states), flat(wanted_logits, wanted_states), 5 * TOLERANCE[torch.float32])
-    assert int(cache.seqlen_offset) == 150
+    assert adapter.position(cache) == 150
     assert len(report.reads) == len(weights)
     following = torch.full((2, 1), 7)
     with torch.inference_mode():
-        found = model(input_ids=following, cache_params=cache, use_cache=True).logits
-        again = model(input_ids=following, cache_params=wanted, use_cache=True).logits
+        found = adapter.run(model, following, cache).logits
+        again = adapter.run(model, following, wanted).logits
     assert_close([found], [again], 5 * TOLERANCE[torch.float32])
 
 

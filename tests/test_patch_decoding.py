@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 
 from tests import test_patch_transformers as laws
 from tests.test_patch_transformers import LAYERS, decode, decode_from, logits, prefill, prompt
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import decoding, kernels, patch
 
 IDS = prompt(6)
@@ -50,7 +51,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def after(model: Any, change: Callable[[Any], object] = lambda model: None) -> Tensor:
     """Decode a token, change the model, and return the logits of the tokens after that."""
-    cache = prefill(model, IDS[:, :3]).cache_params
+    cache = prefill(model, IDS[:, :3]).cache
     decode(model, IDS[:, 3:4], cache)
     change(model)
     return decode(model, IDS[:, 4:], cache)
@@ -194,23 +195,23 @@ def test_whoever_is_to_see_the_computation_sees_it(
 ) -> None:
     model = build()
     with patch("transformers"), torch.no_grad():
-        cache = prefill(model, IDS[:, :3]).cache_params
+        cache = prefill(model, IDS[:, :3]).cache
         twin = copy.deepcopy(cache)
         with observer():
-            found = model(IDS[:, 3:4], cache_params=cache).logits
+            found = adapter.run(model, IDS[:, 3:4], cache).logits
         assert not taken
         monkeypatch.setattr(decoding, "_decodes", lambda x, state: False)
         with observer():
-            assert torch.equal(model(IDS[:, 3:4], cache_params=twin).logits, found)
+            assert torch.equal(adapter.run(model, IDS[:, 3:4], twin).logits, found)
 
 
 def test_hidden_states_equal_unpatched() -> None:
     model = build()
 
     def states() -> list[Tensor]:
-        cache = prefill(model, IDS[:, :3]).cache_params
+        cache = prefill(model, IDS[:, :3]).cache
         with torch.no_grad():
-            out = model(IDS[:, 3:4], cache_params=cache, output_hidden_states=True)
+            out = model(IDS[:, 3:4], **{adapter.cache_parameter(model): cache}, output_hidden_states=True)
         return list(out.hidden_states)
 
     unpatched = states()

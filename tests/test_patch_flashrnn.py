@@ -60,6 +60,24 @@ def test_a_sequence_may_be_cut_anywhere() -> None:
     assert_close([torch.cat([first[0], second[0]], 1), after], [whole[0], last], 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_last_states_are_in_the_inputs_dtype_as_the_peers(dtype: torch.dtype) -> None:
+    args = arguments(dtype)
+    theirs = run("vanilla", args)[1].dtype
+    with patch("flashrnn"):
+        assert run("vanilla", args)[1].dtype == theirs == dtype
+
+
+def test_states_that_are_carried_in_float32_stay_so() -> None:
+    x, r, b, state = (t.bfloat16() for t in arguments(state=True))
+    with patch("flashrnn"):
+        last = run("vanilla", [x, r, b, state.float()])[1]
+        rounded = run("vanilla", [x, r, b, state])[1]
+    assert last.dtype == torch.float32
+    assert torch.equal(last.bfloat16(), rounded)
+    assert not torch.equal(last, rounded.float())
+
+
 def test_gradients_equal_vanilla() -> None:
     def gradients() -> list[Tensor]:
         leaves = [t.requires_grad_() for t in arguments(torch.float64, state=True)]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import io
+import subprocess
 import sys
 import types
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from torch_xlstm_ops import patch as patch_package
-from torch_xlstm_ops.patch import Change, Peer, patch
+from torch_xlstm_ops.patch import Change, Peer, patch, peers
 from torch_xlstm_ops.patch.on_import import patch_from_environment, patch_on_import
 
 
@@ -55,18 +56,22 @@ def changes(compat: bool) -> list[Change]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make `patch` know the package, and hold every test to leaving it as it was."""
+def make_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `patch` know the package."""
     peer, drop_in = types.ModuleType("made_up"), types.ModuleType("made_up_drop_in")
     drop_in.changes = changes  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "made_up", peer)
     monkeypatch.setitem(sys.modules, "made_up_drop_in", drop_in)
     row = Peer("made_up_drop_in", "made-up", (1, 0), (1, 4), "made_up")
-    monkeypatch.setattr(patch_package, "PEERS", {"made_up": row})
-    monkeypatch.setattr("torch_xlstm_ops.patch.on_import.PEERS", {"made_up": row})
-    monkeypatch.setattr(patch_package, "_warned", set())
+    monkeypatch.setattr(peers, "PEERS", {"made_up": row})
     version(monkeypatch, "1.2.3")
+
+
+@pytest.fixture(autouse=True)
+def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make `patch` know the package, and hold every test to leaving it as it was."""
+    make_up(monkeypatch)
+    monkeypatch.setattr(patch_package, "_warned", set())
     before = dict(vars(Layer))
     yield
     assert dict(vars(Layer)) == before
@@ -131,6 +136,58 @@ def test_copies_of_a_patched_model_are_patched_as_long_as_it_is() -> None:
         assert torch.equal(loaded(ten()), UNPATCHED)
 
 
+SAVE = """
+import sys, pytest, torch
+from tests import test_patch_handles as laws
+with pytest.MonkeyPatch.context() as context:
+    laws.make_up(context)
+    model = laws.Model()
+    with laws.patch(model), laws.patch(laws.Model()):
+        torch.save(model, sys.argv[1])
+"""
+
+
+def test_a_model_that_another_process_saved_while_it_was_patched_is_nobodys_here(tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    subprocess.run([sys.executable, "-c", SAVE, str(file)], check=True, cwd=Path(__file__).parent.parent)
+    with patch(Model()), patch(Model()):
+        loaded = torch.load(file, weights_only=False)
+        assert torch.equal(loaded(ten()), UNPATCHED)
+        with patch(loaded):
+            assert torch.equal(loaded(ten()), PATCHED)
+    assert all(set(vars(layer)) == set(vars(Layer())) for layer in loaded.layers)
+
+
+class Fixed(type):
+    """Classes that let nobody set an attribute."""
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        raise TypeError(f"{name} is fixed")
+
+
+class FixedLayer(Layer, metaclass=Fixed):
+    pass
+
+
+def test_a_patch_that_fails_on_the_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = Change(FixedLayer, "forward", build, "adds ten", ("self", "x"))
+    with monkeypatch.context() as context:
+        context.setattr(sys.modules["made_up_drop_in"], "changes", lambda compat: [*changes(compat), last])
+        for target in ("made_up", torch.nn.Sequential(Layer(), FixedLayer())):
+            with pytest.raises(TypeError, match="forward is fixed"):
+                patch(target)
+            assert torch.equal(Model()(ten()), UNPATCHED)
+            assert KERNELS == {"native": "theirs"}
+        context.setattr(sys.modules["made_up_drop_in"], "changes", changes)
+        held = patch("made_up")
+        context.setattr(sys.modules["made_up_drop_in"], "changes", lambda compat: [*changes(compat), last])
+        with pytest.raises(TypeError, match="forward is fixed"):
+            patch("made_up")
+    assert torch.equal(Model()(ten()), PATCHED)
+    held.remove()
+    assert torch.equal(Model()(ten()), UNPATCHED)
+
+
 def test_compiled_models_follow_patch_and_removal_of_the_model() -> None:
     model, other = Model(), Model()
     compiled, others = (torch.compile(one, backend="eager", fullgraph=True) for one in (model, other))
@@ -184,21 +241,52 @@ def test_an_old_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         patch()
 
 
-def test_a_newer_version_warns_once_and_patches_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_version_that_looks_the_same_is_patched_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     version(monkeypatch, "1.5.0")
-    with pytest.warns(RuntimeWarning, match=r"made_up 1.5.0 is newer than 1.4, the newest we were tested with"):
-        patch("made_up").remove()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with patch("made_up") as handle:
-            assert len(handle.report()) == 3
+    with patch("made_up") as handle:
+        assert len(handle.report()) == 3
+
+
+def test_a_newer_version_that_differs_warns_once_and_is_patched_where_it_does_not(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version(monkeypatch, "1.5.0")
     with monkeypatch.context() as context:
         context.setattr(Layer, "forward", lambda self, x, y=None: x + 1)
-        with pytest.warns(RuntimeWarning, match=r"left as it is: .*must take \(self, x\)"):
+        message = r"made_up 1.5.0 differs from 1.0 to 1.4, .* left as it is there: .*must take \(self, x\)"
+        with pytest.warns(RuntimeWarning, match=message):
             handle = patch("made_up")
         assert len(handle.report()) == 2
         assert torch.equal(Model()(ten()), UNPATCHED)
         handle.remove()
+        patch("made_up").remove()
+
+
+def test_a_newer_version_of_which_nothing_is_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    version(monkeypatch, "1.5.0")
+    unlike = Change(Layer, "forward", build, "adds ten", ("self", "x"), beside=(("forward", ("self", "y")),))
+    monkeypatch.setattr(sys.modules["made_up_drop_in"], "changes", lambda compat: [unlike])
+    with pytest.raises(RuntimeError, match=r"made_up 1.5.0 does not look as we know 1.0 to 1.4: .*\(self, y\)"):
+        patch("made_up")
+
+
+@pytest.mark.parametrize("providers", [{"made_up": ["made-up-fork"]}, {}], ids=["fork", "no distribution"])
+def test_a_fork_is_known_by_its_looks(monkeypatch: pytest.MonkeyPatch, providers: dict[str, list[str]]) -> None:
+    def version(name: str) -> str:
+        if name != "made-up-fork":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.1"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: providers)
+    assert peers.found("made_up") == (("0.1", "made-up-fork") if providers else (None, None))
+    for name in ("made_up", "made-up"):
+        with patch(name) as handle:
+            assert len(handle.report()) == 3
+    with monkeypatch.context() as context:
+        context.setattr(Layer, "forward", lambda self, x, y=None: x + 1)
+        with pytest.warns(RuntimeWarning, match="made_up (0.1|of unknown version) differs from 1.0 to 1.4"):
+            patch("made_up").remove()
 
 
 def test_a_known_version_that_looks_different_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.models.xlstm import modeling_xlstm as peer  # noqa: E402
 
-from torch_xlstm_ops import patch as patch_package  # noqa: E402
-from torch_xlstm_ops.patch import PEERS, Peer, kernels, patch  # noqa: E402
+from torch_xlstm_ops.models import transformers as adapter  # noqa: E402
+from torch_xlstm_ops.patch import Peer, kernels, patch, peers  # noqa: E402
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 LAYERS, VOCABULARY = 2, 61
@@ -52,22 +52,22 @@ def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
     return result
 
 
-def prefill(model: Any, ids: Tensor) -> Any:
+def prefill(model: Any, ids: Tensor) -> adapter.Output:
     with torch.no_grad():
-        return model(ids, use_cache=True)
+        return adapter.run(model, ids)
 
 
 def decode(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Return the logits of `ids`, fed one by one."""
     with torch.no_grad():
-        steps = [model(column, cache_params=cache, use_cache=True).logits for column in ids.split(1, dim=1)]
+        steps = [adapter.run(model, column, cache).logits for column in ids.split(1, dim=1)]
     return torch.cat(steps, 1).double()
 
 
 def decode_from(model: Any, ids: Tensor, S: int) -> Tensor:
     """Prefill S tokens, decode the rest one by one, and return the logits of all."""
     out = prefill(model, ids[:, :S])
-    return torch.cat([out.logits.double(), decode(model, ids[:, S:], out.cache_params)], 1)
+    return torch.cat([out.logits.double(), decode(model, ids[:, S:], out.cache)], 1)
 
 
 def assert_no_worse(patched: Tensor, unpatched: Tensor, exact: Tensor) -> None:
@@ -164,8 +164,8 @@ def test_a_prompt_and_a_token_with_gradients_are_one_op_call_a_layer(monkeypatch
     for name in ("mlstm_chunkwise", "mlstm_step"):
         monkeypatch.setattr(kernels, name, counting(name, getattr(kernels, name)))
     with patch("transformers"):
-        cache = prefill(model, prompt(333)).cache_params
-        model(prompt(1), cache_params=cache, use_cache=True)
+        cache = prefill(model, prompt(333)).cache
+        adapter.run(model, prompt(1), cache)
     assert calls == ["mlstm_chunkwise"] * LAYERS + ["mlstm_step"] * LAYERS
 
 
@@ -173,9 +173,9 @@ def test_a_prompt_and_a_token_with_gradients_are_one_op_call_a_layer(monkeypatch
 def test_states_stay_float32_between_calls(dtype: torch.dtype) -> None:
     model, ids = build(dtype), prompt(40)
     with patch("transformers"):
-        cache = prefill(model, ids[:, :33]).cache_params
+        cache = prefill(model, ids[:, :33]).cache
         decode(model, ids[:, 33:], cache)
-    c, n, m = cache.rnn_state[0]
+    c, n, m = adapter.layers(cache)[0]
     assert c.dtype == n.dtype == m.dtype == torch.float32
     assert cache.dtype == dtype
     assert dtype == torch.float32 or not torch.equal(c, c.to(dtype).float())
@@ -185,7 +185,7 @@ def test_a_cache_made_while_patched_outlives_the_patch() -> None:
     model, ids = build(torch.bfloat16), prompt(40)
     exact, unpatched = logits(build(torch.float64), ids)[:, 33:], decode_from(model, ids, 33)[:, 33:]
     with patch("transformers"):
-        cache = prefill(model, ids[:, :33]).cache_params
+        cache = prefill(model, ids[:, :33]).cache
     assert_no_worse(decode(model, ids[:, 33:], cache), unpatched, exact)
 
 
@@ -272,12 +272,13 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"must be one of transformers, mlstm_kernels, .*, got 'tranformers'"):
         patch("tranformers")
     absent = {"no_such_package": Peer("nowhere", "no-such-package", (3, 1), (3, 2), "no_such_package")}
-    monkeypatch.setattr(patch_package, "PEERS", absent)
+    known = peers.PEERS
+    monkeypatch.setattr(peers, "PEERS", absent)
     with pytest.raises(ImportError, match=r"no_such_package is not installed: pip install 'no-such-package>=3.1'"):
         patch("no_such_package")
     with pytest.raises(ImportError, match=r"there is nothing to patch: pip install 'no-such-package>=3.1'"):
         patch()
-    monkeypatch.setattr(patch_package, "PEERS", PEERS)
+    monkeypatch.setattr(peers, "PEERS", known)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1")
     with pytest.raises(RuntimeError, match=r"transformers must be transformers>=5.17, got 4.57.1: pip install"):
         patch("transformers")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.oracle import assert_close, error
-from torch_xlstm_ops.patch import patch
+from torch_xlstm_ops import slstm
+from torch_xlstm_ops.patch import convert_slstm_state_dict, patch
 
 pytest.importorskip("xlstm", reason="needs the package xlstm")
 
@@ -80,6 +81,70 @@ def test_cells_of_the_default_backend_live_on_after_removal() -> None:
     for one in (cell, copy.deepcopy(cell)):
         found, found_after = one(x)
         assert_close([found, found_after], [h, after], 1e-5)
+
+
+def exact_slstm(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
+    """Return h (B, S, H) of x (B, S, 4 H) by r (NH, DH_in, 4, DH_out) and b (NH, 4, DH), in float64, token by token."""
+    S = x.shape[1]
+    streams = x.double().view(B, S, 4, NH, DH)
+    weights, bias = r.double().permute(2, 0, 3, 1), b.double().transpose(0, 1)
+    return slstm.recurrent(streams, weights, bias, *torch.zeros(4, B, NH, DH, dtype=torch.float64),
+                           floor=0.0)[0].reshape(B, S, H)
+
+
+@pytest.mark.parametrize("source", ["vanilla", "cuda"])
+@pytest.mark.parametrize("by", ["loading", "converting"])
+def test_a_cell_runs_on_the_weights_of_the_other_backend(source: str, by: str) -> None:
+    target = {"vanilla": "cuda", "cuda": "vanilla"}[source]
+    x = drawn(B, 7, 4 * H).double()
+    with patch("xlstm"):
+        cell, other = (slstm_cell(backend, output_shape="BSH").double() for backend in (source, target))
+        torch.nn.init.normal_(other._recurrent_kernel_)
+        torch.nn.init.normal_(other._bias_)
+        saved = cell.state_dict()
+        before = {name: tensor.clone() for name, tensor in saved.items()}
+        if by == "loading":
+            other.load_state_dict(saved)
+        with_converted = convert_slstm_state_dict(saved, to=target)
+        if by == "converting":
+            other.load_state_dict(with_converted)
+        wanted = exact_slstm(x, cell._recurrent_kernel_int2ext(cell._recurrent_kernel_.detach()),
+                             cell._bias_int2ext(cell._bias_.detach()))
+        assert_close([cell(x)[0], other(x)[0]], [wanted, wanted], 1e-10)
+    assert all(torch.equal(saved[name], before[name]) for name in before)
+    again = convert_slstm_state_dict(with_converted, to=source)
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    assert convert_slstm_state_dict(saved, to=source).keys() == saved.keys()
+
+
+def test_a_stack_loads_what_the_other_backend_saved() -> None:
+    x = drawn(B, 6, H)
+    theirs = stack("vanilla")
+    for name, weight in theirs.named_parameters():
+        if "slstm_cell" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    wanted = theirs(x)
+    with patch("xlstm"):
+        model = stack("cuda", dtype="float32")
+        model.load_state_dict(theirs.state_dict())
+        assert_close([model(x)], [wanted], 1e-4)
+        back = stack("vanilla")
+        back.load_state_dict(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), theirs.parameters(), strict=True))
+    kept = convert_slstm_state_dict(theirs.state_dict(), to="cuda", prefix="blocks.0.")
+    assert all(kept[name] is tensor or torch.equal(kept[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_weights_that_fit_no_backend_are_refused() -> None:
+    saved = slstm_cell("vanilla").state_dict()
+    with pytest.raises(ValueError, match="to must be one of vanilla, cuda, got 'triton'"):
+        convert_slstm_state_dict(saved, to="triton")
+    with pytest.raises(ValueError, match=r"must hold a\._bias_ beside a\._recurrent_kernel_, got none"):
+        convert_slstm_state_dict({"a._recurrent_kernel_": saved["_recurrent_kernel_"]}, to="cuda")
+    with pytest.raises(ValueError, match=r"must be \(NH, 4 DH, DH\) or \(NH, DH, 4 DH\) .*got \(4, 32, 7\) and"):
+        convert_slstm_state_dict({**saved, "_recurrent_kernel_": saved["_recurrent_kernel_"][..., 1:]}, to="cuda")
+    with patch("xlstm"), pytest.raises(RuntimeError, match="size mismatch for _recurrent_kernel_"):
+        slstm_cell("cuda").load_state_dict({**saved, "_recurrent_kernel_": torch.zeros(1, 2, 3)})
 
 
 @pytest.mark.parametrize("options", [{"gradient_recurrent_cut": True}, {"gradient_recurrent_clipval": 1.0}])

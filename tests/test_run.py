@@ -64,8 +64,9 @@ def test_its_end_is_its_own(tmp_path: Path, end: str, status: int) -> None:
 def test_the_environment_alone_patches_a_program_that_imports_us(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     program = """
-import sys, torch_xlstm_ops
+import importlib.util, sys, torch_xlstm_ops
 assert "transformers" not in sys.modules
+assert importlib.util.find_spec("transformers.models.xlstm.modeling_xlstm")
 from transformers.models.xlstm.modeling_xlstm import xLSTMCache
 print(hasattr(xLSTMCache.__init__, "__wrapped__"))
 """

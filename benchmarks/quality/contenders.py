@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_xlstm_ops import config, schedules
 from torch_xlstm_ops.config import Schedule
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
 
 THEIRS = "transformers"  # the contender that is not patched
@@ -62,7 +63,6 @@ def read(model: Any, ids: Tensor, pieces: Sequence[int], state: Any = None) -> I
     start = 0
     for size in pieces:
         where = slice(start, start + size)
-        out = model(input_ids=ids[:, where], cache_params=state, use_cache=True)
-        state = out.cache_params
-        yield where, out.logits.float(), state
+        logits, state = adapter.run(model, ids[:, where], state)
+        yield where, logits.float(), state
         start += size

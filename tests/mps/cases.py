@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import mlstm, slstm
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.registrations import slstm as registered
 from torch_xlstm_ops.slstm import Product
 
@@ -189,10 +190,10 @@ def xlstm_model() -> Any:
 def logits(model: Any, ids: Tensor, tokens: int) -> Tensor:
     """Return the logits of a prompt of `tokens` and of the rest of `ids` fed one by one."""
     with torch.no_grad():
-        result = model(ids[:, :tokens], use_cache=True)
+        result = adapter.run(model, ids[:, :tokens])
         found = [result.logits]
         for t in range(tokens, ids.shape[1]):
-            result = model(ids[:, t : t + 1], cache_params=result.cache_params, use_cache=True)
+            result = adapter.run(model, ids[:, t : t + 1], result.cache)
             found.append(result.logits)
     return torch.cat(found, 1)
 

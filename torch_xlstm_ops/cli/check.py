@@ -184,7 +184,7 @@ def report(device: torch.device, results: Sequence[Result]) -> dict[str, Any]:
     return {
         "device": {"kind": device.type, "names": found.names, "mps_fallback": devices.mps_fallback()},
         "system": {"platform": platform.platform(), "machine": platform.machine(), "macos": platform.mac_ver()[0]},
-        "versions": {row[0]: row[1] for row in info.versions()},
+        "versions": {row[0]: row[1] for row in (*info.versions(), *info.supported())},
         "sizes": {"mlstm": MLSTM, "slstm": SLSTM},
         "passed": not any(result.failure for result in results),
         "results": rows,

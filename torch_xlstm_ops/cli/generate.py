@@ -14,6 +14,7 @@ from torch_xlstm_ops import devices, trace
 from torch_xlstm_ops.cli.loading import BadInput, Loaded, Prompt
 from torch_xlstm_ops.cli.meter import Meter
 from torch_xlstm_ops.context import Progress, StatePool, allocation, prefill, restore
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.torch_internals import OperatorMode, operator_name
 
 
@@ -94,12 +95,12 @@ class _Counter:
 @contextmanager
 def prepared(loaded: Loaded) -> Iterator[None]:
     """Make the model's head see the last position only, and its layers tell the trace which one runs."""
-    head = loaded.model.get_output_embeddings()
-    hooks = [head.register_forward_pre_hook(lambda module, args: (args[0][:, -1:],))]
+    hooks = [adapter.last_position_only(loaded.model)]
     if trace.active():
-        for index, block in enumerate(loaded.model.backbone.blocks):
+        for index, block in enumerate(adapter.blocks(loaded.model)):
             hooks.append(block.register_forward_pre_hook(lambda module, args, index=index: trace.set_layer(index)))
-        hooks.append(loaded.model.backbone.register_forward_hook(lambda module, args, out: trace.set_layer(None)))
+        last = adapter.backbone(loaded.model)
+        hooks.append(last.register_forward_hook(lambda module, args, out: trace.set_layer(None)))
     try:
         with torch.inference_mode():
             yield
@@ -124,7 +125,7 @@ def warm_up(loaded: Loaded, prompt: Prompt) -> Ran:
     """
     sizes = sorted(set(pieces(len(prompt), loaded.device)), reverse=True)
     prompt = list(itertools.islice(prompt, sizes[0]))
-    with _first_block(loaded.model), trace.paused():
+    with adapter.first_block_alone(loaded.model), trace.paused():
         state: object = None
         for size in sizes:
             state = _forward(loaded, prompt[:size], state)[1]
@@ -139,16 +140,6 @@ def warm_up(loaded: Loaded, prompt: Prompt) -> Ran:
     schedules = dict.fromkeys(entry.schedule for entry in recording.entries() if entry.schedule is not None)
     devices.synchronize(loaded.device)
     return Ran(tuple(schedules), tuple(prefill.names), tuple(decode.names))
-
-
-@contextmanager
-def _first_block(model: Any) -> Iterator[None]:
-    blocks = model.backbone.blocks
-    model.backbone.blocks = blocks[:1]
-    try:
-        yield
-    finally:
-        model.backbone.blocks = blocks
 
 
 class _Seen(OperatorMode):
@@ -168,5 +159,5 @@ class _Seen(OperatorMode):
 def _forward(loaded: Loaded, tokens: Sequence[int], state: object) -> tuple[Tensor, object]:
     """Run the model over tokens from a state (None is the beginning); return the last logits (V,) and the state."""
     ids = torch.tensor([tokens], device=loaded.device)
-    out = loaded.model(input_ids=ids, cache_params=state, use_cache=True)
-    return out.logits[0, -1], out.cache_params
+    logits, state = adapter.run(loaded.model, ids, state)
+    return logits[0, -1], state

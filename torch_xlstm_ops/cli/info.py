@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from torch_xlstm_ops import config, devices, schedules, winners
+from torch_xlstm_ops.patch import peers
 
-PACKAGES = ("torch_xlstm_ops", "torch", "triton", "transformers", "safetensors", "rich", "xlstm", "mlstm_kernels",
-            "flashrnn", "tirex-ts", "ray", "optuna", "matplotlib")
+PACKAGES = ("torch_xlstm_ops", "torch", "triton", "safetensors", "rich", "ray", "optuna", "matplotlib")
 _UNSET = {"trace": "off", "ray_address": "none"}
 
 
@@ -19,6 +19,7 @@ def report(device: torch.device) -> str:
     """Return the text of `xlstm-ops info`; `device` is the one that schedules are asked about."""
     sections = {
         "versions": versions(),
+        "supported packages": supported(),
         "devices": device_rows(devices.report()),
         f"schedules on {device.type}": schedule_rows(device),
         "configuration": configuration_rows(),
@@ -36,6 +37,19 @@ def versions() -> list[tuple[str, ...]]:
         except importlib.metadata.PackageNotFoundError:
             rows.append((package, "not installed"))
     return rows
+
+
+def supported() -> list[tuple[str, ...]]:
+    """Return a line for each package that `patch` knows: the version that is there, and those we were tested with."""
+    return [(peer.distribution, _version(name), f"tested with {peer.tested}") for name, peer in peers.PEERS.items()]
+
+
+def _version(name: str) -> str:
+    if not peers.installed(name):
+        return "not installed"
+    version, distribution = peers.found(name)
+    fork = distribution is not None and distribution != peers.PEERS[name].distribution
+    return f"{version} of {distribution}" if fork else version or "unknown"
 
 
 def device_rows(report: Sequence[devices.Capabilities]) -> list[tuple[str, ...]]:

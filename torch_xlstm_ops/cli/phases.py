@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_xlstm_ops.cli import generate
 from torch_xlstm_ops.cli.loading import Loaded
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.tolerance import TOLERANCE
 from torch_xlstm_ops.tune.workloads import Workload
 
@@ -37,7 +38,7 @@ def decode(loaded: Loaded, length: int, weight: float) -> Workload:
     def steps(state: object, count: int) -> Tensor:
         token = _ids(loaded, [0])
         for _ in range(count):
-            logits, state = _forward(loaded, token, state)
+            logits, state = adapter.run(loaded.model, token, state)
             token = logits[:, -1].argmax(-1, keepdim=True)
         return logits
 
@@ -51,14 +52,9 @@ def _read(loaded: Loaded, prompt: Sequence[int]) -> tuple[Tensor, object]:
     """Return the logits and the state after a prompt."""
     state: object = None
     for size in generate.pieces(len(prompt), loaded.device):
-        logits, state = _forward(loaded, _ids(loaded, prompt[:size]), state)
+        logits, state = adapter.run(loaded.model, _ids(loaded, prompt[:size]), state)
         prompt = prompt[size:]
     return logits, state
-
-
-def _forward(loaded: Loaded, ids: Tensor, state: object) -> tuple[Tensor, object]:
-    out = loaded.model(input_ids=ids, cache_params=state, use_cache=True)
-    return out.logits, out.cache_params
 
 
 def _prompt(loaded: Loaded, length: int) -> list[int]:

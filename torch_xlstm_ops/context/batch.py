@@ -14,6 +14,7 @@ from torch_xlstm_ops.context.allocation import Allocation, is_out_of_memory
 from torch_xlstm_ops.context.reader import Pool
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import as_array, digest
+from torch_xlstm_ops.models import transformers as adapter
 
 
 class Batch:
@@ -93,13 +94,12 @@ class Batch:
 
 
 def _take(model: Any, cache: Any, rows: Sequence[int]) -> Any:
-    taken = states.empty_cache(model, len(rows))
-    for layer, tensors in cache.rnn_state.items():
-        taken.rnn_state[layer] = tuple(tensor[rows] for tensor in tensors)
+    taken = adapter.empty_cache(model, len(rows))
+    adapter.put_layers(taken, [(c[rows], n[rows], m[rows]) for c, n, m in adapter.layers(cache)])
     return taken
 
 
 def _put(cache: Any, rows: Sequence[int], part: Any) -> None:
-    for layer, tensors in cache.rnn_state.items():
-        for tensor, changed in zip(tensors, part.rnn_state[layer], strict=True):
-            tensor[rows] = changed
+    for layer, changed in zip(adapter.layers(cache), adapter.layers(part), strict=True):
+        for tensor, new in zip(layer, changed, strict=True):
+            tensor[rows] = new

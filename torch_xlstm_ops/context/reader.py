@@ -13,6 +13,7 @@ from torch_xlstm_ops.context import states
 from torch_xlstm_ops.context.allocation import Allocation, is_out_of_memory
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import Digest, Source
+from torch_xlstm_ops.models import transformers as adapter
 
 _BLOCK = 1 << 16  # tokens that are skipped at once
 
@@ -42,7 +43,7 @@ class Reader:
         self._segment: int | None = allocation.size  # None once pieces were of different sizes
         self._digest = Digest()
         self._tokens: array[int] = array("i")  # all of them, for a pool alone
-        self._cache = states.empty_cache(model)
+        self._cache = adapter.empty_cache(model)
 
     @property
     def position(self) -> int:
@@ -118,4 +119,4 @@ class Reader:
         self._cache = self._restored()
 
     def _restored(self) -> Any:
-        return states.empty_cache(self._model) if self.last is None else states.restore(self._model, [self.last])
+        return adapter.empty_cache(self._model) if self.last is None else states.restore(self._model, [self.last])

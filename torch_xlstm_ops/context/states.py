@@ -1,6 +1,6 @@
 """A model's whole past as data: a `Snapshot` of every layer's state, whose model it is, and the way in and out.
 
-The model is one of transformers' xLSTM, patched or not; the states stand in its `xLSTMCache`.
+The model is one of transformers' xLSTM, patched or not; the states are in its cache, which `models.transformers` reads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.shapes import MLSTMState
 
 UNKNOWN = ""  # the identity of a model that nobody asked for
@@ -61,34 +62,23 @@ def device_of(model: Any) -> torch.device:
     return model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
 
-def empty_cache(model: Any, rows: int = 1, device: torch.device | str | None = None) -> Any:
-    """Return the cache that a model begins with, of the very kind that its own forward makes."""
-    from transformers.models.xlstm.modeling_xlstm import xLSTMCache
-
-    weight = model.get_input_embeddings().weight
-    return xLSTMCache(model.config, rows, dtype=weight.dtype, device=weight.device if device is None else device)
-
-
 def outline(model: Any) -> Snapshot:
     """Return a snapshot of the shapes and dtypes that a model's have, on the meta device, where nothing is stored."""
-    layers = tuple(MLSTMState(*layer) for layer in empty_cache(model, device="meta").rnn_state.values())
-    logits = torch.empty(model.get_output_embeddings().out_features, device="meta")
+    layers = tuple(MLSTMState(*layer) for layer in adapter.layers(adapter.empty_cache(model, device="meta")))
+    logits = torch.empty(adapter.output_embeddings(model).out_features, device="meta")
     return Snapshot("", 0, "", None, layers, logits)
 
 
 @torch.no_grad()
 def read(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Move a cache on by tokens (B, S), and return the logits (B, V) after the last; the head sees that one alone."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][:, -1:],))
-    try:
-        return model(input_ids=ids, cache_params=cache, use_cache=True).logits[:, -1]  # type: ignore[no-any-return]
-    finally:
-        hook.remove()
+    with adapter.last_position_only(model):
+        return adapter.run(model, ids, cache).logits[:, -1]
 
 
 def capture(cache: Any, row: int = 0) -> tuple[MLSTMState, ...]:
     """Return a copy of one row of every layer's state."""
-    return tuple(MLSTMState(*(tensor[row : row + 1].clone() for tensor in layer)) for layer in cache.rnn_state.values())
+    return tuple(MLSTMState(*(tensor[row : row + 1].clone() for tensor in layer)) for layer in adapter.layers(cache))
 
 
 @torch.no_grad()
@@ -97,14 +87,14 @@ def restore(model: Any, snapshots: Sequence[Snapshot]) -> Any:
 
     Raises Refused, a ValueError, for the snapshot of another model, TypeError for states of another dtype.
     """
-    cache = empty_cache(model, len(snapshots))
+    cache = adapter.empty_cache(model, len(snapshots))
     for snapshot in snapshots:
         check_fits(model, snapshot)
-    for index, states in cache.rnn_state.items():
+    for index, states in enumerate(adapter.layers(cache)):
         for part, tensor in enumerate(states):
             for row, snapshot in enumerate(snapshots):
                 tensor[row].copy_(snapshot.layers[index][part][0])
-    cache.seqlen_offset.fill_(max(snapshot.position for snapshot in snapshots))
+    adapter.place(cache, max(snapshot.position for snapshot in snapshots))
     return cache
 
 
@@ -129,7 +119,7 @@ def identity(model: Any) -> str:
     Found once, and again when a weight was written since.
     """
     weights = model.state_dict(keep_vars=True)
-    states = empty_cache(model, device="meta").rnn_state[0][0].dtype
+    states = adapter.layers(adapter.empty_cache(model, device="meta"))[0][0].dtype
     written = (states, *((tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
                          for tensor in weights.values()))
     known = _known.get(model)

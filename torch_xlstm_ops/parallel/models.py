@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.schedules.ray import wire
 
 Call = Callable[[Any, Tensor, int], tuple[Tensor, Any]]
@@ -70,15 +71,14 @@ def unpack(parcel: Parcel, device: torch.device, *, owned: bool) -> Any:
 
 def transformers_call(model: Any, tokens: Tensor, before: int) -> tuple[Tensor, Any]:
     """Run an xLSTM of transformers over tokens (B, S) that stand behind `before` others, as `prefill` has it."""
-    out = model(input_ids=tokens, use_cache=True)
-    out.cache_params.seqlen_offset += before
-    return out.logits[:, -1], out.cache_params
+    logits, cache = adapter.run(model, tokens)
+    adapter.move(cache, before)
+    return logits[:, -1], cache
 
 
 def check_transformers(model: Any) -> None:
     """Raise ValueError for a model that `transformers_call` cannot run."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind != "xlstm" or model.get_output_embeddings() is None:
+    if not adapter.is_causal_lm(model):
         raise ValueError(f"model must be an xLSTMForCausalLM of transformers, or come with call=, got "
                          f"{type(model).__name__}")
 
@@ -87,4 +87,4 @@ def prepare_transformers(model: Any) -> None:
     """Have an xLSTM of transformers read a stretch in one piece, and compute the logits of its last token alone."""
     model.config.mode, model.config.return_last_states = "inference", True
     model.config.max_inference_chunksize = 1 << 62
-    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][:, -1:],))
+    adapter.last_position_only(model)

@@ -9,62 +9,44 @@
 
 A drop-in replaces attributes of the peer's classes, never what an instance holds: models built before and after are
 covered, pickles and deep copies hold nothing of ours, and removal leaves what was there. For one model, its layers are
-marked and the classes ask for the mark. What Dynamo compiled beforehand has the old code inlined and does not guard on
-it, so installing and removing reset `torch.compiler`.
+marked with the handle's token, a string, and the classes ask for it. A copy has the mark, and is patched as long as the
+model is; in another process, and after removal, the mark means nothing. What Dynamo compiled beforehand has the old
+code inlined and does not guard on it, so installing and removing reset `torch.compiler`.
 
 Where a peer computes something wrong ours is right; `compat=True` repeats the peer's results instead.
-One file a package: it offers ``changes(compat)``, and a row of `PEERS` names it.
+One file a package: it offers ``changes(compat)``, and a row of `peers.PEERS` names it.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
-import itertools
-import re
 import sys
+import uuid
 import warnings
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 
-from torch_xlstm_ops.patch.ledger import MARK, Change, Replaced, check, forget_compiled, hold, lock, release
+from torch_xlstm_ops.patch import peers
+from torch_xlstm_ops.patch.checkpoints import convert_slstm_state_dict
+from torch_xlstm_ops.patch.ledger import (
+    MARK,
+    Change,
+    Replaced,
+    check,
+    forget_compiled,
+    hold,
+    live_tokens,
+    lock,
+    release,
+)
+from torch_xlstm_ops.patch.peers import PEERS, Peer, row
 
-__all__ = ["PEERS", "Change", "Handle", "Peer", "patch", "row"]
+__all__ = ["PEERS", "Change", "Handle", "Peer", "convert_slstm_state_dict", "patch", "row"]
 
-
-class Peer(NamedTuple):
-    """A package we know how to patch."""
-
-    drop_in: str  # our module, imported when asked for
-    distribution: str  # what pip installs
-    minimum: tuple[int, int]  # the oldest release we were tested with
-    newest: tuple[int, int]  # and the newest
-    seam: str  # the module of theirs after whose import everything that we replace is there
-
-    @property
-    def requirement(self) -> str:
-        """What to hand to ``pip install``."""
-        return f"{self.distribution}>={self.minimum[0]}.{self.minimum[1]}"
-
-
-_HERE = "torch_xlstm_ops.patch"
-PEERS = {
-    "transformers": Peer(f"{_HERE}.transformers", "transformers", (5, 17), (5, 23),
-                         "transformers.models.xlstm.modeling_xlstm"),
-    "mlstm_kernels": Peer(f"{_HERE}.mlstm_kernels", "mlstm_kernels", (2, 0), (2, 0),
-                          "mlstm_kernels.torch.backend_module"),
-    "xlstm": Peer(f"{_HERE}.xlstm", "xlstm", (2, 0), (2, 0), "xlstm"),
-    "flashrnn": Peer(f"{_HERE}.flashrnn", "flashrnn", (1, 0), (1, 0), "flashrnn"),
-    "tirex": Peer(f"{_HERE}.tirex", "tirex-ts", (1, 4), (1, 4), "tirex"),
-    "tirex2": Peer(f"{_HERE}.tirex2", "tirex-2", (0, 4), (0, 4), "tirex2"),
-}
-
-_tokens = itertools.count(1)
 _warned: set[str] = set()
 
 
@@ -72,10 +54,15 @@ class Handle:
     """What one call of `patch` holds; the peers stay patched until every handle on them is removed."""
 
     def __init__(self, changes: Sequence[Change], compat: bool = False, model: torch.nn.Module | None = None) -> None:
-        self._token = None if model is None else next(_tokens)
+        # No other handle has the token, in whichever process: a mark may get there in a pickled layer.
+        self._token = None if model is None else uuid.uuid4().hex
         with lock:
             self._held: Sequence[Replaced] = hold(changes, compat, self._token)
-            self._marked = [] if model is None else _mark(model, changes, cast(int, self._token))
+            try:
+                self._marked = [] if model is None else _mark(model, changes, cast(str, self._token))
+            except BaseException:
+                release(self._held, self._token)
+                raise
         self._removed = False
 
     def report(self) -> tuple[str, ...]:
@@ -100,7 +87,7 @@ class Handle:
             release(self._held, self._token)
             for module in (ref() for ref in self._marked):
                 if module is not None:
-                    _unmark(module, cast(int, self._token))
+                    _unmark(module, cast(str, self._token))
             self._removed = True
 
     def __enter__(self) -> Handle:
@@ -131,16 +118,8 @@ def patch(*targets: str | torch.nn.Module, compat: bool = False) -> Handle:
     chosen = [row(name) for name in names]
     with lock:
         if names:
-            return Handle([change for name in dict.fromkeys(chosen) for change in _changes(name, compat)], compat)
+            return Handle(_of_names(list(dict.fromkeys(chosen)), compat), compat)
         return Handle(_of_all(compat), compat)
-
-
-def row(name: str) -> str:
-    """Return the row of `PEERS` for a package, by its own name or pip's. Raises ValueError for one we do not know."""
-    by_any_name = {peer.distribution: row for row, peer in PEERS.items()} | {row: row for row in PEERS}
-    if name not in by_any_name:
-        raise ValueError(f"a package to patch must be one of {', '.join(PEERS)}, got {name!r}")
-    return by_any_name[name]
 
 
 class _DropIn(Protocol):
@@ -148,9 +127,9 @@ class _DropIn(Protocol):
 
 
 def _of_all(compat: bool) -> list[Change]:
-    installed = list(filter(_installed, PEERS))
+    installed = list(filter(peers.installed, peers.PEERS))
     if not installed:
-        wanted = " or ".join(f"pip install '{peer.requirement}'" for peer in PEERS.values())
+        wanted = " or ".join(f"pip install '{peer.requirement}'" for peer in peers.PEERS.values())
         raise ImportError(f"there is nothing to patch: {wanted}")
     found: list[Change] = []
     failures: list[Exception] = []
@@ -168,13 +147,12 @@ def _of_all(compat: bool) -> list[Change]:
 
 def _of_model(model: torch.nn.Module, compat: bool) -> list[Change]:
     """Return the changes that concern layers of the model, of whichever packages are imported."""
-    imported = [name for name, peer in PEERS.items() if peer.seam in sys.modules]
-    changes = [change for name in imported for change in _changes(name, compat)]
+    changes = _of_names([name for name, peer in peers.PEERS.items() if peer.seam in sys.modules], compat)
     types = {type(module) for module in model.modules()}
     concerned = [c for c in changes if any(issubclass(t, _type(c)) for t in types)]
     if not concerned:
-        raise ValueError(f"a model to patch must have xLSTM layers of {', '.join(PEERS)}, got {type(model).__name__} "
-                         "without")
+        raise ValueError(f"a model to patch must have xLSTM layers of {', '.join(peers.PEERS)}, got "
+                         f"{type(model).__name__} without")
     return concerned
 
 
@@ -188,16 +166,17 @@ class _NoLayer:
     pass
 
 
-def _mark(model: torch.nn.Module, changes: Sequence[Change], token: int) -> list[weakref.ref[torch.nn.Module]]:
+def _mark(model: torch.nn.Module, changes: Sequence[Change], token: str) -> list[weakref.ref[torch.nn.Module]]:
     classes = tuple(_type(change) for change in changes)
     layers = [module for module in model.modules() if isinstance(module, classes)]
+    live = live_tokens()
     for layer in layers:
-        vars(layer)[MARK] = (*vars(layer).get(MARK, ()), token)
+        vars(layer)[MARK] = (*(other for other in vars(layer).get(MARK, ()) if other in live), token)
     forget_compiled()
     return [weakref.ref(layer) for layer in layers]
 
 
-def _unmark(layer: torch.nn.Module, token: int) -> None:
+def _unmark(layer: torch.nn.Module, token: str) -> None:
     left = tuple(other for other in vars(layer).get(MARK, ()) if other != token)
     if left:
         vars(layer)[MARK] = left
@@ -206,51 +185,45 @@ def _unmark(layer: torch.nn.Module, token: int) -> None:
     forget_compiled()
 
 
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ValueError:  # half-imported: the module is there without a spec
-        return name in sys.modules
+def _of_names(names: Sequence[str], compat: bool) -> list[Change]:
+    found: list[Change] = []
+    for name in names:
+        found += _changes(name, compat)
+    return found
 
 
 def _changes(name: str, compat: bool) -> list[Change]:
-    """Return the changes of one package, each checked against what is installed."""
-    peer = PEERS[name]
-    newer = _check_version(name, peer)
+    """Return the changes of one package, each checked against what is there.
+
+    Of a release that we were tested with, all must look as we know it. Of another, what looks different is left as it
+    is with a warning.
+    """
+    peer, tested = peers.PEERS[name], peers.is_tested(name)
     try:
         found = cast(_DropIn, importlib.import_module(peer.drop_in)).changes(compat)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(f"{name} does not look as we know it: {error}") from error
-    known = []
+    known, unlike = [], []
     for change in found:
         try:
             check(change)
         except RuntimeError as error:
-            if not newer:
+            if tested:
                 raise
-            warnings.warn(f"left as it is: {error}", RuntimeWarning, stacklevel=4)
-            continue
-        known.append(change)
+            unlike.append(str(error))
+        else:
+            known.append(change)
+    if unlike:
+        _tell_of(unlike, f"{name} {peers.found(name)}", peer.tested, nothing_left=not known)
     return known
 
 
-def _check_version(name: str, peer: Peer) -> bool:
-    """Say whether the package is newer than any that we were tested with, and warn of that once.
-
-    Raises ImportError when it is missing, RuntimeError when it is too old.
-    """
-    if not _installed(name):
-        raise ImportError(f"{name} is not installed: pip install '{peer.requirement}'")
-    try:
-        version = importlib.metadata.version(peer.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"{name} is there but not installed: pip install '{peer.requirement}'") from None
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or (int(numbers[1]), int(numbers[2])) < peer.minimum:
-        raise RuntimeError(f"{name} must be {peer.requirement}, got {version}: pip install '{peer.requirement}'")
-    newer = (int(numbers[1]), int(numbers[2])) > peer.newest
-    if newer and name not in _warned:
-        _warned.add(name)
-        warnings.warn(f"{name} {version} is newer than {peer.newest[0]}.{peer.newest[1]}, the newest we were tested "
-                      "with: patching what looks as we know it", RuntimeWarning, stacklevel=5)
-    return newer
+def _tell_of(unlike: Sequence[str], package: str, tested: str, *, nothing_left: bool) -> None:
+    """Warn once of what a release that we were not tested with has otherwise. Raises RuntimeError if that is all."""
+    differences = "; ".join(unlike)
+    if nothing_left:
+        raise RuntimeError(f"{package} does not look as we know {tested}: {differences}")
+    message = f"{package} differs from {tested}, which we were tested with, and is left as it is there: {differences}"
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)

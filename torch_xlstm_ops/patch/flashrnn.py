@@ -46,14 +46,18 @@ def _ours_or(original: Callable[[Any], Kernel]) -> Callable[[Any], Kernel]:
 
 
 def run(config: Any, Wx: Tensor, states: Tensor, R: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Run an sLSTM on tensors as the config lays them out; return all tokens' states and the last."""
+    """Run an sLSTM on tensors as the config lays them out; return all tokens' states and the last.
+
+    The last are in the dtype of Wx, as the peer's, or in that of `states` where it is wider.
+    """
     x = stream(config, _permuted(Wx, config._internal_input_shape, "BTGHD"))
     r = _permuted(R, config._internal_recurrent_shape, "GHDP")
     bias = _permuted(b, config._internal_bias_shape.split(",")[0], "GHD")
     layout = config._internal_output_shape
     before = _permuted(states, layout, "STBHD")[:, 0]
     h, after = slstm(x, r, bias, before.unbind(0), floor=FLOOR)
-    return _permuted(every_state(h, after), "STBHD", layout), _permuted(torch.stack(after)[:, None], "STBHD", layout)
+    last = torch.stack(after)[:, None].to(torch.promote_types(Wx.dtype, states.dtype))
+    return _permuted(every_state(h, after), "STBHD", layout), _permuted(last, "STBHD", layout)
 
 
 def every_state(h: Tensor, after: Sequence[Tensor]) -> Tensor:

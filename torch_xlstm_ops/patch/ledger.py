@@ -33,6 +33,7 @@ class Change(NamedTuple):
     effect: str  # what a user sees, one phrase for the report
     parameters: tuple[str, ...] | None = None  # what the original must take for us to know it
     place: str | None = None  # how to call it in reports, if not by its owner's name
+    beside: tuple[tuple[str, tuple[str, ...]], ...] = ()  # the owner's methods that ours calls, and what they must take
 
     @property
     def name(self) -> str:
@@ -56,6 +57,8 @@ def check(change: Change) -> None:
     """Raise RuntimeError unless what is to be replaced looks as we know it."""
     if change.parameters is not None:
         check_signature(_current(change), change.parameters)
+    for name, parameters in change.beside:
+        check_signature(getattr(change.owner, name), parameters)
 
 
 @dataclass
@@ -69,7 +72,7 @@ class Replaced:
     ours: Any
     standing: Any  # what is there now
     everyone: int = 0  # handles that replace it for everybody
-    tokens: set[int] = field(default_factory=set)  # handles that replace it for the instances that they marked
+    tokens: set[str] = field(default_factory=set)  # handles that replace it for the instances that they marked
 
     @functools.cached_property
     def gate(self) -> Any:
@@ -87,11 +90,11 @@ class Replaced:
 _replaced: dict[tuple[int, str], Replaced] = {}  # by owner's id and attribute; the record keeps the owner alive
 
 
-def hold(changes: Sequence[Change], compat: bool, token: int | None = None) -> list[Replaced]:
+def hold(changes: Sequence[Change], compat: bool, token: str | None = None) -> list[Replaced]:
     """Replace what is not replaced yet, for everybody or for the instances marked with a token.
 
-    Raises RuntimeError, changing nothing, when somebody holds it with the other `compat`, or replaced one of our
-    attributes in the meantime.
+    Raises RuntimeError when somebody holds it with the other `compat`, or replaced one of our attributes in the
+    meantime. Whatever is raised, nothing is changed then.
     """
     with lock:
         chosen = {(id(change.owner), change.attribute): change for change in changes}
@@ -100,29 +103,48 @@ def hold(changes: Sequence[Change], compat: bool, token: int | None = None) -> l
                 raise RuntimeError(f"{chosen[key].name} is held with compat={not compat}: remove that handle first")
         held = [_replaced.get(key) or _new(change, compat) for key, change in chosen.items()]
         _check_standing(held)
-        for one in held:
-            _replaced[id(one.change.owner), one.change.attribute] = one
-            if token is None:
-                one.everyone += 1
-            else:
-                one.tokens.add(token)
-        _settle(held)
+        _count(held, token, 1)
+        try:
+            _settle(held)
+        except BaseException:
+            _count(held, token, -1)
+            _settle(held)
+            raise
         return held
 
 
-def release(held: Sequence[Replaced], token: int | None = None) -> None:
+def release(held: Sequence[Replaced], token: str | None = None) -> None:
     """Let go of what `hold` returned for the same token, and put back what nobody else holds.
 
-    Raises RuntimeError, changing nothing, when somebody replaced one of our attributes in the meantime.
+    Raises RuntimeError when somebody replaced one of our attributes in the meantime. Whatever is raised, nothing is
+    changed then.
     """
     with lock:
         _check_standing(held)
-        for one in held:
-            if token is None:
-                one.everyone -= 1
-            else:
-                one.tokens.discard(token)
-        _settle(held)
+        _count(held, token, -1)
+        try:
+            _settle(held)
+        except BaseException:
+            _count(held, token, 1)
+            _settle(held)
+            raise
+
+
+def live_tokens() -> set[str]:
+    """Return the tokens of the handles that hold something for marked instances."""
+    with lock:
+        return {token for one in _replaced.values() for token in one.tokens}
+
+
+def _count(records: Sequence[Replaced], token: str | None, by: int) -> None:
+    """Note that a handle holds the records, or no longer does."""
+    for one in records:
+        if token is None:
+            one.everyone += by
+        elif by > 0:
+            one.tokens.add(token)
+        else:
+            one.tokens.discard(token)
 
 
 def forget_compiled() -> None:
@@ -146,14 +168,17 @@ def _settle(records: Sequence[Replaced]) -> None:
     """Put in place what the holders of each record ask for."""
     changed = False
     for one in records:
-        wanted = one.ours if one.everyone else one.gate if one.tokens else one.original
-        if wanted is one.standing:
-            continue
-        changed = True
-        _put(one.change, wanted)
-        one.standing = wanted
-        if wanted is one.original:
-            del _replaced[id(one.change.owner), one.change.attribute]
+        key = id(one.change.owner), one.change.attribute
+        held = one.everyone > 0 or bool(one.tokens)
+        wanted = one.ours if one.everyone else one.gate if held else one.original
+        if wanted is not one.standing:
+            changed = True
+            _put(one.change, wanted)
+            one.standing = wanted
+        if held:
+            _replaced[key] = one
+        else:
+            _replaced.pop(key, None)
     if changed:
         forget_compiled()
 

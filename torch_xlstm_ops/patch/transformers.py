@@ -33,8 +33,10 @@ def changes(compat: bool) -> Sequence[Change]:
     """Return what to replace for the branch that transformers chose when it was imported."""
     from transformers.models.xlstm import modeling_xlstm as peer
 
-    states = Change(peer.xLSTMCache, "__init__", _with_wide_states, "states stay float32 between calls")
-    token = Change(peer.xLSTMBlock, "__call__", decoding.call_or, decoding.EFFECT)
+    states = Change(peer.xLSTMCache, "__init__", _with_wide_states, "states stay float32 between calls",
+                    ("self", "config", "max_batch_size", "dtype", "device", "kwargs"))
+    token = Change(peer.xLSTMBlock, "__call__", decoding.call_or, decoding.EFFECT,
+                   beside=(("forward", ("self", "x", "state")),))
     kept = [token] if compat else [states, token]
     if peer.external_xlstm:
         return [*kept, *mlstm_kernels.changes(compat)]

@@ -1,8 +1,8 @@
 """Drop-in for the package xlstm: mLSTM cells, sLSTM cells, and xlstm_large through mlstm_kernels.
 
 The sLSTM's default backend, "cuda", compiles CUDA when a layer is built, which fails elsewhere. While patched it is
-built without, runs anywhere, and loads the checkpoints of either backend: cuda keeps the recurrent weights
-(NH, DH_in, 4 DH_out), vanilla (NH, 4 DH_out, DH_in), under one name.
+built without and runs anywhere. A cell of either backend loads the weights of the other, which are laid out otherwise:
+`checkpoints` has the layouts.
 
 mLSTM cells keep k / sqrt(DH) in c and n, where our operators keep k: so q is scaled up and k down at the border, and
 the states stay the peer's. States are float32 between calls, where the peer's take the model's dtype. `sLSTMCell.step`
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.patch import mlstm_kernels
+from torch_xlstm_ops.patch.checkpoints import load_either
 from torch_xlstm_ops.patch.flashrnn import every_state
 from torch_xlstm_ops.patch.kernels import mlstm, slstm
 from torch_xlstm_ops.patch.ledger import Change
@@ -44,6 +45,7 @@ def changes(compat: bool) -> Sequence[Change]:
         Change(slstms, "forward", functools.partial(_slstm_forward_or, compat=compat),
                "an sLSTM sequence is one op call", ("self", "input", "state", "lengths")),
         Change(slstms, "step", functools.partial(_slstm_step_or, compat=compat), stepped, ("self", "input", "state")),
+        Change(slstms, "_load_from_state_dict", load_either, "the weights of either backend are loaded"),
         Change(slstm_cell, "sLSTMCellFuncGenerator", _generator_or, 'backend "cuda" needs no CUDA compiler',
                ("training", "config")),
     ]
