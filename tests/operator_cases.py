@@ -30,7 +30,9 @@ def mlstm_sequence(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 def mlstm_token(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     q, k, v, igate, fgate, *state = oracle.draw(SIZES, dtype)
-    return [q[:, :, 0], k[:, :, 0], v[:, :, 0], igate[:, :, :1], fgate[:, :, :1], *state]
+    token = (q[:, :, 0], k[:, :, 0], v[:, :, 0], igate[:, :, :1], fgate[:, :, :1])
+    # Contiguous: in compiled forward mode torch 2.13 asserts that views of a strided input and of its tangent agree.
+    return [*(t.contiguous() for t in token), *state]
 
 
 def slstm_sequence(dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -47,7 +49,7 @@ def slstm_sequence(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 def slstm_token(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     x, *rest = slstm_sequence(dtype)
-    return [x[:, 0], *rest]
+    return [x[:, 0].contiguous(), *rest]
 
 
 def by_steps(*args: Tensor) -> Sequence[Tensor]:
