@@ -2,9 +2,9 @@
 
 __version__ = "0.1.0"
 
-from torch_xlstm_ops import checkout as _checkout
+from torch_xlstm_ops import checkout
 
-_checkout.load_registrations()
+checkout.load_registrations()
 
 from torch_xlstm_ops import registrations as registrations  # noqa: E402
 from torch_xlstm_ops.explain import explain  # noqa: E402
@@ -15,7 +15,7 @@ from torch_xlstm_ops.functional import (  # noqa: E402
     slstm_sequence,
     slstm_step,
 )
-from torch_xlstm_ops.patch import on_import as _on_import  # noqa: E402
+from torch_xlstm_ops.patch.on_import import patch_from_environment  # noqa: E402
 from torch_xlstm_ops.shapes import MLSTMState, SLSTMState  # noqa: E402
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "slstm_step",
 ]
 
-_on_import.patch_from_environment()
+patch_from_environment()
+del patch_from_environment
