@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
+import torch_xlstm_ops
 from torch_xlstm_ops import config, devices, schedules, winners
 
-PACKAGES = ("torch_xlstm_ops", "torch", "triton", "transformers", "safetensors", "rich", "xlstm", "mlstm_kernels",
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "rich", "xlstm", "mlstm_kernels",
             "flashrnn", "tirex-ts", "ray", "optuna", "matplotlib")
 _UNSET = {"trace": "off", "ray_address": "none"}
 
@@ -30,6 +31,7 @@ def report(device: torch.device) -> str:
 def versions() -> list[tuple[str, ...]]:
     """Return Python's version and those of the packages that are installed."""
     rows: list[tuple[str, ...]] = [("python", platform.python_version())]
+    rows.append(("torch_xlstm_ops", torch_xlstm_ops.__version__))
     for package in PACKAGES:
         try:
             rows.append((package, importlib.metadata.version(package)))
