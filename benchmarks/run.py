@@ -5,7 +5,7 @@
 
 Each part runs in a process of its own and is kept in benchmarks/results/, by suite and device, with the versions and
 the commit it measured; RESULTS.md is written from all that is kept there. A quick look is only shown, unless --json
-names a file. Peers take part where they are installed: pip install "torch_xlstm_ops[peers]".
+names a file. Peers take part where they are installed: pip install -e ".[peers]".
 """
 
 from __future__ import annotations

@@ -82,10 +82,22 @@ def test_an_operator_that_raises_is_recorded_and_the_rest_go_on(quick: pytest.Mo
     assert [row["failure"] for row in report["results"]] == ["RuntimeError: no such kernel", ""]
 
 
-def test_what_does_not_fit_into_the_time_is_not_called_passed(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_does_not_fit_into_the_time_is_neither_passed_nor_failed(
+    quick: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, report = checked(tmp_path / "check.json", seconds=0)
     assert status == 1
     assert all(row["failure"].startswith("not run") for row in report["results"])
+    assert "cpu: 0 passed, 0 failed, 2 not run as the time was up: give a larger --seconds; " in capsys.readouterr().out
+
+
+def test_the_summary_tells_failures_from_what_was_not_run() -> None:
+    def results(*failures: str) -> list[check.Result]:
+        return [check.Result("mlstm_step", "float32", None, 1e-5, None, failure) for failure in failures]
+
+    assert check.summary(results("", "", "out of tolerance", "RuntimeError: no")) == "2 passed, 2 failed"
+    assert check.summary(results("", "out of tolerance", check.NOT_RUN, check.NOT_RUN)) == (
+        "1 passed, 1 failed, 2 not run as the time was up: give a larger --seconds")
 
 
 def test_the_table_needs_no_rich(quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

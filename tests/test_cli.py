@@ -23,6 +23,7 @@ from tests.conftest import Command
 from torch_xlstm_ops import config, devices, schedules, trace
 from torch_xlstm_ops.cli import generate, info, loading, meter, sampling
 from torch_xlstm_ops.context import allocation
+from torch_xlstm_ops.extras import how_to_install
 from torch_xlstm_ops.patch import peers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -400,7 +401,7 @@ def test_a_schedule_that_cannot_run_says_why(run: Command, monkeypatch: pytest.M
 def test_a_missing_extra_says_what_to_install(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     assert_expected_inline(error(run("generate")), """\
-generate needs transformers, safetensors, rich: pip install torch_xlstm_ops[models]""")
+generate needs transformers, safetensors, rich: run pip install -e ".[models]" in a checkout of torch_xlstm_ops""")
 
 
 def test_directories_that_hold_no_usable_xlstm_are_one_line(
@@ -479,7 +480,7 @@ def test_a_failed_run_leaves_no_log(write: Command, tmp_path: Path, monkeypatch:
 def test_info_tells_devices_versions_schedules_and_sources(
     run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reasons = {config.Schedule.RAY: "ray is not installed: pip install torch_xlstm_ops[ray]"}
+    reasons = {config.Schedule.RAY: f"ray is not installed: {how_to_install('ray')}"}
     monkeypatch.setattr(schedules, "unavailable", lambda schedule, device: reasons.get(schedule), raising=False)
     monkeypatch.setattr(info, "PACKAGES", ("no_such_package",))
     table = {name: peers.Peer("", f"{name}-ts", (1, 4), newest, name) for name, newest in
@@ -517,7 +518,7 @@ schedules on cpu
   auto       can run
   inductor   can run
   queued     can run
-  ray        cannot run: ray is not installed: pip install torch_xlstm_ops[ray]
+  ray        cannot run: ray is not installed: run pip install -e ".[ray]" in a checkout of torch_xlstm_ops
   recurrent  can run
 
 configuration

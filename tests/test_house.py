@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each floor may import from itself and from those before it.
 FLOORS = [
-    ["checkout"],
+    ["checkout", "extras"],
     ["torch_internals"],
     ["shapes", "tolerance", "config", "devices", "trace", "trace_files", "winners"],
     ["decay"],
@@ -41,7 +41,8 @@ ONLY = {
     "compiled": {"torch_internals"},
     "torch_internals": set(),
     "checkout": set(),
-    "schedules": {"shapes", "config", "devices", "trace", "winners"},
+    "extras": set(),
+    "schedules": {"extras", "shapes", "config", "devices", "trace", "winners"},
     "functional": {"shapes"},
     "patch": {"shapes", "compiled", "functional", "torch_internals"},
     "models": set(),

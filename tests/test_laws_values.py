@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, weigh
-from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_, slstm, slstm_sequence, slstm_step
+from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_
 
 L = 16
 NONE, ALL = -math.inf, math.inf

@@ -346,7 +346,7 @@ def test_threads_that_hand_out_a_gpus_tasks_see_the_host_alone():
 def test_without_ray_the_reason_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert schedules.unavailable(Schedule.RAY, torch.device("cpu")) == (
-        "ray is not installed: pip install torch_xlstm_ops[ray]"
+        'ray is not installed: run pip install -e ".[ray]" in a checkout of torch_xlstm_ops'
     )
     with pytest.raises(NotImplementedError, match=r"got ray .ray is not installed"):
         call(draw(Sizes()))

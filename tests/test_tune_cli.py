@@ -230,7 +230,7 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == package else real(name))
     status, out, err = run("tune", action)
     assert (status, out) == (2, "")
-    assert f"needs {package}: pip install torch_xlstm_ops[{extra}]" in err
+    assert f'needs {package}: run pip install -e ".[{extra}]" in a checkout of torch_xlstm_ops' in err
 
 
 def test_a_space_without_a_choice_says_so(run: Command) -> None:

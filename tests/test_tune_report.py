@@ -87,6 +87,26 @@ def test_there_is_no_picture_of_what_was_not_measured(tmp_path: Path) -> None:
     assert "prefill_decode.png" not in [path.name for path in report.write(tmp_path)]
 
 
+def test_a_trial_without_an_interval_is_shown_without_one(tmp_path: Path) -> None:
+    class Hurried(OnlyPrefill):
+        wide = True
+
+        def measure(self, challenger: Candidate, best: Candidate | None, seconds: float) -> Measured:
+            found = super().measure(challenger, best, seconds)
+            self.wide = not self.wide
+            value = found.times_as_fast.value
+            bounds = (0.0, float("inf")) if self.wide else (value, value)
+            return found._replace(times_as_fast=Interval(value, *bounds))
+
+    store = open_store(tmp_path / "study.sqlite")
+    search(Hurried(), name="prefill-1-random-seed0", store=store, trials=8).run()
+    page = report.write(tmp_path)[0].read_text(encoding="utf-8")
+    shown = re.findall(r"<tr><td>\d+</td><td>([\d.]+)</td><td>(.*?)</td>", page)
+    known = [(value, bounds) for value, bounds in shown if bounds != "no interval, too few rounds"]
+    assert 0 < len(known) < len(shown)
+    assert all(bounds == f"{value} to {value}" for value, bounds in known)
+
+
 def test_a_folder_without_searches_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--out must be a folder with searches"):
         report.write(tmp_path)

@@ -1,22 +1,13 @@
 """xLSTM operators for PyTorch, compiled by Inductor."""
 
+from torch_xlstm_ops import checkout as checkout
+from torch_xlstm_ops import registrations as registrations
+from torch_xlstm_ops.explain import explain
+from torch_xlstm_ops.functional import mlstm_chunkwise, mlstm_step, mlstm_step_, slstm_sequence, slstm_step
+from torch_xlstm_ops.patch.on_import import patch_from_environment
+from torch_xlstm_ops.shapes import MLSTMState, SLSTMState
+
 __version__ = "0.1.0"
-
-from torch_xlstm_ops import checkout as _checkout
-
-_checkout.load_registrations()
-
-from torch_xlstm_ops import registrations as registrations  # noqa: E402
-from torch_xlstm_ops.explain import explain  # noqa: E402
-from torch_xlstm_ops.functional import (  # noqa: E402
-    mlstm_chunkwise,
-    mlstm_step,
-    mlstm_step_,
-    slstm_sequence,
-    slstm_step,
-)
-from torch_xlstm_ops.patch import on_import as _on_import  # noqa: E402
-from torch_xlstm_ops.shapes import MLSTMState, SLSTMState  # noqa: E402
 
 __all__ = [
     "MLSTMState",
@@ -30,4 +21,5 @@ __all__ = [
     "slstm_step",
 ]
 
-_on_import.patch_from_environment()
+patch_from_environment()
+del patch_from_environment

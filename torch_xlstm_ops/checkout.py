@@ -2,7 +2,8 @@
 
 An installed package has `registrations` inside. In a checkout the folder lies beside the package, and only an editable
 install maps it. Without this module a checkout on PYTHONPATH, or a Python that was started in the checkout's root,
-could not import the package, or would mix the checkout with the installed copy.
+could not import the package, or would mix the checkout with the installed copy. Importing this module is what loads
+`registrations`.
 """
 
 from __future__ import annotations
@@ -37,3 +38,6 @@ def load_registrations() -> None:
     except BaseException:
         del sys.modules[_NAME]
         raise
+
+
+load_registrations()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+import torch_xlstm_ops
 from torch_xlstm_ops import config, torch_internals
 from torch_xlstm_ops.schedules import plan, tuned
 from torch_xlstm_ops.schedules.tasks import machine
@@ -69,9 +69,8 @@ def _look(module: fx.GraphModule, options: Any) -> _Graph:
 
 
 def _lines(graphs: Sequence[_Graph], breaks: Mapping[str, int]) -> list[str]:
-    ours = importlib.metadata.version("torch_xlstm_ops")
-    lines = [f"torch_xlstm_ops {ours}, torch {torch.__version__}: {_count(len(graphs), 'graph')}, "
-             f"{_count(sum(breaks.values()), 'graph break')}"]
+    lines = [f"torch_xlstm_ops {torch_xlstm_ops.__version__}, torch {torch.__version__}: "
+             f"{_count(len(graphs), 'graph')}, {_count(sum(breaks.values()), 'graph break')}"]
     for number, graph in enumerate(graphs):
         lines.append(f"graph {number}: {_count(graph.nodes, 'node')}")
         lines += [f"  {times} x {call}" for call, times in Counter(graph.calls).items()] or ["  no xLSTM found"]

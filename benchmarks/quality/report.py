@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import plots as drawing
+from torch_xlstm_ops.extras import how_to_install
 
 Result = Mapping[str, Any]
 EXAMPLES = (0, 11)  # prompts whose texts are shown
@@ -23,7 +24,7 @@ does less. Nothing here is typed by hand."""
 def check_plots() -> None:
     """Raise SystemExit where matplotlib is missing."""
     if find_spec("matplotlib") is None:
-        raise SystemExit("plots need matplotlib: pip install torch_xlstm_ops[plot], or --no-plots")
+        raise SystemExit(f"plots need matplotlib: {how_to_install('plot')}, or give --no-plots")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

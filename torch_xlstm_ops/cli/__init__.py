@@ -8,12 +8,12 @@ What cannot be used ends with one line on stderr and exit status 2, before a mod
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch_xlstm_ops
 from torch_xlstm_ops import config, devices, trace_files
 from torch_xlstm_ops.cli import cache, check, info, request, run, tune, writing
 from torch_xlstm_ops.cli.loading import BadInput, check_extra
@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="xlstm-ops", description="xLSTM operators for PyTorch.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=importlib.metadata.version("torch_xlstm_ops"))
+    parser.add_argument("--version", action="version", version=torch_xlstm_ops.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     write = commands.add_parser("generate", help="write text with an xLSTM and time it", allow_abbrev=False)
     request.add_flags(write)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(parsed: argparse.Namespace) -> int:
-    check_extra()
+    check_extra("generate")
     return writing.run(request.read(parsed))
 
 

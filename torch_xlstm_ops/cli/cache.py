@@ -29,7 +29,7 @@ def run(parsed: argparse.Namespace) -> int:
 
     Raises BadInput for a folder that is not there, or that cannot be written by prune.
     """
-    check_extra()
+    check_extra("cache")
     folder = Path(parsed.pool)
     if not folder.is_dir():
         raise BadInput(f"--pool must be a folder of states, got {folder}, which is no folder")

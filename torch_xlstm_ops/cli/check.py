@@ -22,6 +22,7 @@ from torch_xlstm_ops.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SECONDS = 600.0  # nothing is started after so many; two busy CPU cores took 308
 TIMING_S, TIMING_CALLS = 0.3, 20
+NOT_RUN = "not run: out of time"
 
 MLSTM = {"B": 1, "NH": 4, "S": 300, "DHQK": 64, "DHHV": 128}  # whole chunks and a tail
 SLSTM = {"B": 2, "NH": 4, "S": 40, "DH": 64}  # blocks and a tail
@@ -51,7 +52,7 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of one case: `failure` is empty if the error is within `tolerance`."""
+    """What came of one case: `failure` is empty if the error is within `tolerance`, and `NOT_RUN` if time ran out."""
 
     operator: str
     dtype: str
@@ -133,18 +134,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(device: torch.device, path: str | None, seconds: float) -> int:
-    """Check every operator, print a table, write `path` if given; return 0 if all are within tolerance, else 1."""
+    """Check every operator, print a table, write `path` if given; return 0 if all passed, else 1."""
     began = time.perf_counter()
     results = [check(case, dtype, device, began + seconds) for dtype in DTYPES for case in CASES]
     print_table(results)
-    failures = [result for result in results if result.failure]
-    print(f"{len(results) - len(failures)} of {len(results)} within tolerance on {device.type}, "
-          f"{time.perf_counter() - began:.0f} s")
+    print(f"{device.type}: {summary(results)}; {time.perf_counter() - began:.0f} s")
     if path is not None:
         with trace_files.whole_file(path) as file:
             json.dump(report(device, results), file, indent=1)
         print(f"wrote {path}")
-    return 1 if failures else 0
+    return 1 if any(result.failure for result in results) else 0
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Return how many passed, failed and, where time ran out, were not run."""
+    idle = sum(result.failure == NOT_RUN for result in results)
+    passed = sum(not result.failure for result in results)
+    counted = f"{passed} passed, {len(results) - passed - idle} failed"
+    return f"{counted}, {idle} not run as the time was up: give a larger --seconds" if idle else counted
 
 
 def check(case: Case, dtype: torch.dtype, device: torch.device, end: float) -> Result:
@@ -152,7 +159,7 @@ def check(case: Case, dtype: torch.dtype, device: torch.device, end: float) -> R
     tolerance = (GRADIENT_TOLERANCE if case.inputs else TOLERANCE)[dtype]
     failed = Result(case.name, str(dtype).removeprefix("torch."), None, tolerance, None, "")
     if time.perf_counter() > end:
-        return failed._replace(failure="not run: out of time")
+        return failed._replace(failure=NOT_RUN)
     try:
         args = case.draw(dtype)
         wanted = case.results(case.exact, [t.double() for t in args])

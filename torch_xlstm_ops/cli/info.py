@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
-from torch_xlstm_ops import config, devices, schedules, winners
+import torch_xlstm_ops
+from torch_xlstm_ops import config, devices, schedules, torch_internals, winners
 from torch_xlstm_ops.patch import peers
 
-PACKAGES = ("torch_xlstm_ops", "torch", "triton", "safetensors", "rich", "ray", "optuna", "matplotlib")
+PACKAGES = ("torch", "triton", "safetensors", "rich", "ray", "optuna", "matplotlib")
 _UNSET = {"trace": "off", "ray_address": "none"}
 
 
@@ -24,6 +25,7 @@ def report(device: torch.device) -> str:
         f"schedules on {device.type}": schedule_rows(device),
         "configuration": configuration_rows(),
         "tuned plans": tuned_rows(device),
+        "private APIs of torch": internals(),
     }
     return "\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in sections.items())
 
@@ -31,6 +33,7 @@ def report(device: torch.device) -> str:
 def versions() -> list[tuple[str, ...]]:
     """Return Python's version and those of the packages that are installed."""
     rows: list[tuple[str, ...]] = [("python", platform.python_version())]
+    rows.append(("torch_xlstm_ops", torch_xlstm_ops.__version__))
     for package in PACKAGES:
         try:
             rows.append((package, importlib.metadata.version(package)))
@@ -50,6 +53,14 @@ def _version(name: str) -> str:
     version, distribution = peers.found(name)
     fork = distribution is not None and distribution != peers.PEERS[name].distribution
     return f"{version} of {distribution}" if fork else version or "unknown"
+
+
+def internals() -> list[tuple[str, ...]]:
+    """Return a line for each private API of torch that we use: that it is there, or what is done without it."""
+    return [
+        (one.name, "native" if one.moved is None else f"fallback: {one.moved}; {one.without}")
+        for one in torch_internals.status()
+    ]
 
 
 def device_rows(report: Sequence[devices.Capabilities]) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ import torch
 
 from torch_xlstm_ops.cli.sampling import CONTEXT
 from torch_xlstm_ops.context import text_tokens
+from torch_xlstm_ops.extras import how_to_install
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 EXTRA = ("transformers", "safetensors", "rich")
@@ -23,11 +24,11 @@ class BadInput(Exception):
     """What the user gave cannot be used; the message is one line."""
 
 
-def check_extra() -> None:
-    """Raise BadInput unless the packages of the extra `models` are installed."""
+def check_extra(command: str) -> None:
+    """Raise BadInput unless the packages of the extra `models`, which `command` needs, are installed."""
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
-        raise BadInput(f"generate needs {', '.join(missing)}: pip install torch_xlstm_ops[models]")
+        raise BadInput(f"{command} needs {', '.join(missing)}: {how_to_install('models')}")
 
 
 class Loaded(NamedTuple):

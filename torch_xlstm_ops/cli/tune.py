@@ -14,6 +14,7 @@ from torch_xlstm_ops import config, devices, schedules, winners
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput, check_extra
 from torch_xlstm_ops.cli.request import COUNT, Option, bad_input, one_of, value
 from torch_xlstm_ops.config import Kind, Schedule
+from torch_xlstm_ops.extras import how_to_install
 
 METHODS = ("random", "ga", "tpe", "bandit", "boltzmann", "grid")
 OP_PHASES, MODEL_PHASES = ("prefill", "train"), ("decode", "first-token")
@@ -118,7 +119,7 @@ def run(parsed: argparse.Namespace) -> int:
 
     request = read(parsed)
     if request.needs_model:
-        check_extra()
+        check_extra("tune")
     with bad_input():
         return tuning.search(request) if parsed.action == "search" else tuning.ablate(request)
 
@@ -182,4 +183,4 @@ def _hand_over(parsed: argparse.Namespace) -> int:
 def _need(command: str, extra: str, *packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise BadInput(f"{command} needs {', '.join(missing)}: pip install torch_xlstm_ops[{extra}]")
+        raise BadInput(f"{command} needs {', '.join(missing)}: {how_to_install(extra)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import optuna
 import torch
 
+import torch_xlstm_ops
 from torch_xlstm_ops import config, winners
 from torch_xlstm_ops.cli import generate, phases
 from torch_xlstm_ops.cli.info import aligned
@@ -129,7 +129,7 @@ def _name(request: Request, length: int) -> str:
 def _about(request: Request) -> dict[str, Any]:
     return {
         "device": winners.device_name(request.device), "torch": torch.__version__,
-        "torch_xlstm_ops": importlib.metadata.version("torch_xlstm_ops"),
+        "torch_xlstm_ops": torch_xlstm_ops.__version__,
         "model": request.model.resolve().name if request.needs_model else None,
     }
 

@@ -9,11 +9,12 @@ from types import ModuleType
 import torch
 
 from torch_xlstm_ops.config import Schedule
+from torch_xlstm_ops.extras import how_to_install
 
 _MODULES = {
     Schedule.INDUCTOR: "inductor", Schedule.QUEUED: "queued", Schedule.RAY: "ray", Schedule.RECURRENT: "recurrent",
 }
-RAY_MISSING = "ray is not installed: pip install torch_xlstm_ops[ray]"
+RAY_MISSING = f"ray is not installed: {how_to_install('ray')}"
 
 
 def unavailable(schedule: Schedule, device: torch.device) -> str | None:

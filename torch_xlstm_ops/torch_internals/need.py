@@ -86,7 +86,9 @@ def status() -> tuple[Status, ...]:
 
 
 def _missing(one: Need[..., object]) -> str | None:
-    gone = [] if one.called else [name for name in one.where if not _exists(name)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch warns of itself when Inductor is imported
+        gone = [] if one.called else [name for name in one.where if not _exists(name)]
     return f"there is no {', '.join(gone)}" if gone else None
 
 

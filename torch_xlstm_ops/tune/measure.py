@@ -33,7 +33,14 @@ class Interval(NamedTuple):
 
 def in_words(value: float, low: float | None, high: float | None) -> str:
     """Return a ratio with its confidence interval, if it has one."""
-    return f"{value:.3f} times (95%: {'-' if not low else f'{low:.3f}'} to {'-' if high is None else f'{high:.3f}'})"
+    return f"{value:.3f} times (95%: {bounds(low, high)})"
+
+
+def bounds(low: float | None, high: float | None) -> str:
+    """Return the two ends of a confidence interval, each of which may be None, zero or infinite where there is none."""
+    if not low or high is None or math.isinf(high):
+        return "no interval, too few rounds"
+    return f"{low:.3f} to {high:.3f}"
 
 
 def median(values: Sequence[float]) -> Interval:

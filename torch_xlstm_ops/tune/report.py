@@ -12,7 +12,7 @@ import optuna
 
 from torch_xlstm_ops import trace_files
 from torch_xlstm_ops.tune import plots, study
-from torch_xlstm_ops.tune.measure import in_words
+from torch_xlstm_ops.tune.measure import bounds, in_words
 from torch_xlstm_ops.tune.records import Outcome, Record, measured
 
 PAGE = "report.html"
@@ -65,7 +65,7 @@ def _section(name: str, records: Sequence[Record], attributes: Mapping[str, Any]
     counts = [(str(outcome), str(sum(record.outcome is outcome for record in records))) for outcome in Outcome]
     best = sorted(measured(records), key=lambda record: -(record.reward or 0))[:10]
     head = ("trial", "times as fast", "95%", "tok/s", "MB, estimated", "settings")
-    rows = [(str(r.number), f"{r.reward or 0:.3f}", f"{r.reward_low or 0:.3f} to {r.reward_high or 0:.3f}",
+    rows = [(str(r.number), f"{r.reward or 0:.3f}", bounds(r.reward_low, r.reward_high),
              ", ".join(f"{t.workload}: {t.tokens_per_second:.0f}" for t in r.timings),
              f"{(r.estimated_bytes or 0) / 2**20:.0f}", " ".join(f"{k}={v}" for k, v in r.params.items()))
             for r in best]
