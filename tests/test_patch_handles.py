@@ -296,6 +296,18 @@ def test_a_known_version_that_looks_different_is_refused(monkeypatch: pytest.Mon
             patch("made_up")
 
 
+@pytest.mark.parametrize("gone", [Change(Layer, "other", build, "", ("self", "x")),
+                                  Change(Layer, "forward", build, "", beside=(("other", ("self",)),))])
+def test_what_is_not_there_is_no_attribute_that_we_know(monkeypatch: pytest.MonkeyPatch, gone: Change) -> None:
+    monkeypatch.setattr(sys.modules["made_up_drop_in"], "changes", lambda compat: [*changes(compat)[1:], gone])
+    message = r"the owner of .*Layer\.(other|forward) must have other to be patched, got none"
+    with pytest.raises(RuntimeError, match=message):
+        patch("made_up")
+    version(monkeypatch, "1.5.0")
+    with pytest.warns(RuntimeWarning, match=message):
+        patch("made_up").remove()
+
+
 def test_a_half_imported_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(compat: bool) -> list[Change]:
         raise AttributeError("module 'made_up' has no attribute 'Layer'")

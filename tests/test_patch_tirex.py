@@ -138,6 +138,14 @@ def test_tirex2_forecasts_equal_unpatched() -> None:
     assert all(torch.equal(a, b) for a, b in zip(forecasts(model), theirs, strict=True))
 
 
+def test_a_fork_whose_layers_call_flashrnn_themselves_has_that_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = pytest.importorskip("tirex2.model.component.flashrnn_slstm", reason="needs the package tirex-2")
+    pytest.importorskip("flashrnn", reason="needs the package flashrnn")
+    monkeypatch.delattr(layers._FlashRNNLayer, "recurrence")
+    with patch("tirex2") as handle:
+        assert any("flashrnn.flashrnn._get_kernel:" in line for line in handle.report())
+
+
 def test_tirex2_layers_step_as_they_run() -> None:
     model = tirex2_model()
     (layer,) = {m for m in model.modules() if type(m).__name__ == "sLSTMFlashRNNLayer"}

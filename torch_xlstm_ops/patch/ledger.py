@@ -55,10 +55,12 @@ def check_signature(function: Callable[..., object], names: Sequence[str]) -> No
 
 def check(change: Change) -> None:
     """Raise RuntimeError unless what is to be replaced looks as we know it."""
-    if change.parameters is not None:
-        check_signature(_current(change), change.parameters)
-    for name, parameters in change.beside:
-        check_signature(getattr(change.owner, name), parameters)
+    known = [(change.attribute, _current(change), change.parameters)] if change.parameters is not None else []
+    known += [(name, getattr(change.owner, name, None), parameters) for name, parameters in change.beside]
+    for name, found, parameters in known:
+        if not callable(found):
+            raise RuntimeError(f"the owner of {change.name} must have {name} to be patched, got none")
+        check_signature(found, parameters)
 
 
 @dataclass

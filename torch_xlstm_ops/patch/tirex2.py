@@ -1,6 +1,7 @@
 """Drop-in for tirex-2: its sLSTM layers, and its mLSTM layers through mlstm_kernels.
 
-The layers call flashrnn and use y alone, so they are given y alone: flashrnn itself stays as it is.
+The layers call flashrnn and use y alone, so they are given y alone: flashrnn itself stays as it is. Where the call is
+no method of the layer's own, as in some forks, it is flashrnn that is patched.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ def changes(compat: bool) -> Sequence[Change]:
     """Return what to replace."""
     from tirex2.model.component.flashrnn_slstm import _FlashRNNLayer
 
+    if not hasattr(_FlashRNNLayer, "recurrence"):
+        return [*flashrnn.changes(compat), *mlstm_kernels.changes(compat)]
     effect = "an sLSTM sequence is one op call"
     layer = Change(_FlashRNNLayer, "recurrence", lambda theirs: _recurrence, effect, ("self", "Wx", "states"))
     return [*([] if compat else [layer]), *mlstm_kernels.changes(compat)]
