@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, weigh
-from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_, slstm, slstm_sequence, slstm_step
+from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_
 
 L = 16
 NONE, ALL = -math.inf, math.inf
@@ -197,3 +197,41 @@ def test_gradients_of_a_step_equal_those_of_the_recurrence(legal, dtype):
     h, *state = exact(wide)
     wanted = torch.autograd.grad(weigh(usable([h[:, :, 0], *state])), wide)
     hold(found, [g.view(f.shape) for f, g in zip(found, wanted, strict=True)], GRADIENT_TOLERANCE[dtype])
+
+
+# What is not finite
+
+
+NAMES = ["q", "k", "v", "igate", "fgate", "c", "n", "m"]
+BAD = 22
+
+
+def spoiled(name: str, value: float, dtype: torch.dtype) -> list[Tensor]:
+    """Return arguments with one element that is not finite, of token BAD or of the state of the same head."""
+    args = draw(Sizes(S=S), dtype)
+    t = args[NAMES.index(name)]
+    head = t[0, 1, BAD] if name in NAMES[:5] else t[0, 1]
+    head.view(-1)[-1:] = value
+    return args
+
+
+def hold_where_finite(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float) -> None:
+    for name, a, b in zip(NAMES, found, wanted, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()), name
+    found, wanted = ([torch.where(t.isfinite(), t, 0.0) for t in ts] for ts in (found, wanted))
+    assert_close(found, wanted, tolerance)
+
+
+@pytest.mark.parametrize("seen", [BAD - 2, S], ids=["earlier tokens", "all tokens"])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@every_schedule
+@every_dtype
+def test_what_is_not_finite_spreads_over_gradients_as_in_the_recurrence(dtype, schedule, name, value, seen):
+    args = [t.requires_grad_() for t in spoiled(name, value, dtype)]
+    wide = [t.detach().double().requires_grad_() for t in args]
+    wanted = torch.autograd.grad(weigh([exact(wide)[0][:, :, :seen]]), wide)
+    for settings in ({}, {"segment": L, "heads_per_band": 2}):
+        with config.use(**settings):
+            h = mlstm_chunkwise(*args, chunk_size=L, schedule=schedule)[0][:, :, :seen]
+        hold_where_finite(torch.autograd.grad(weigh([h]), args), wanted, GRADIENT_TOLERANCE[dtype])
