@@ -61,11 +61,11 @@ def _factors(
         return (P, q_gated, C_before, v), [state[0], n, m]
     if kernels.single is not None:
         P, *new = kernels.single(streams)
-        if finite(new[0]):
+        if finite(*new[:2]):
             return (P, None, None, v), new
         return None, [t.zero_() for t in state]
     P, q_gated, W, dC, *new = kernels.operands([*streams, *state])
-    if finite(new[0]):
+    if finite(*new[:2]):
         return (P, q_gated, kernels.stand(W, dC, state[0]), v), new
     return None, state
 
@@ -132,7 +132,7 @@ class BandGradient:
         """Find the state after segment `number`."""
         segment, before = self._rows.segments[number], self._before[-1]
         state = list(self._kernels.after([*self._rows.take_all(self._band, segment)[1:], *before]))
-        if not finite(state[0]):
+        if not finite(*state[:2]):
             state = state_after(self._kernels, self._rows, self._band, segment, before)
         self._before.append(state)
 
@@ -145,7 +145,7 @@ class BandGradient:
         streams, dh = rows.take_all(band, segment), rows.gradient(self._dh, band, segment)
         parts = self._kernels.backward([*streams, *state, dh, *self.dstate])
         step_gradient = self._kernels.step_gradient
-        if step_gradient is not None and not finite(state[0], *self.dstate, parts[0][..., 0]):
+        if step_gradient is not None and not finite(*state[:2], *self.dstate, parts[0][..., 0]):
             self._retreat_by_steps(step_gradient, segment, state)
             return
         for index, (whole, part) in enumerate(zip(self._gradients, parts[:5], strict=True)):

@@ -26,6 +26,12 @@ def finite(*tensors: Tensor) -> bool:
     return math.isfinite(sum(t.sum(dtype=state_dtype(t.dtype)).item() for t in tensors))
 
 
+def finite_state(state: State) -> bool:
+    """Return whether c, n, m are finite, or m -inf; as of `finite`."""
+    c, n, m = state
+    return finite(c, n, m.clamp(min=0))
+
+
 def step_through(kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: State) -> State:
     """Compute one task: write its slice of h and return the state after it."""
     for t, (h, *after) in _steps(kernels, rows, band, range(segment.start, segment.stop), state):
