@@ -81,16 +81,23 @@ def vmap(name: str) -> None:
     op = overload(name)
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any, **kwargs: Any) -> Any:
-        size = info.batch_size
-        folded = [
-            _batch_first(a, dim, size).flatten(0, 1) if isinstance(a, Tensor) else a
-            for a, dim in zip(args, in_dims, strict=True)
-        ]
-        out = op(*folded, **kwargs)
-        unfolded = [t.unflatten(0, (size, -1)) if t.shape[0] else t.view(size, 0, *t.shape[1:]) for t in out]
-        return tuple(unfolded), (0,) * len(unfolded)
+        out = mapped(op, info.batch_size, in_dims, args, kwargs)
+        return out, (0,) * len(out)
 
     torch.library.register_vmap(f"xlstm::{name}", rule, lib=LIBRARY)
+
+
+def mapped(
+    op: Callable[..., Sequence[Tensor]], size: int, in_dims: Sequence[int | None], args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    """Call an operator with the mapped axis of its arguments folded into the batch; it comes first in the results."""
+    folded = [
+        _batch_first(a, dim, size).flatten(0, 1) if isinstance(a, Tensor) else a
+        for a, dim in zip(args, in_dims, strict=True)
+    ]
+    out = op(*folded, **kwargs)
+    return tuple(t.unflatten(0, (size, -1)) if t.shape[0] else t.view(size, 0, *t.shape[1:]) for t in out)
 
 
 def _batch_first(t: Tensor, dim: int | None, size: int) -> Tensor:

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import compiled, config, devices, mlstm, pure, schedules, torch_internals
+from torch_xlstm_ops import compiled, config, devices, mlstm, packing, pure, schedules, torch_internals
 from torch_xlstm_ops.config import Schedule
-from torch_xlstm_ops.packing import Packing
 from torch_xlstm_ops.schedules import inductor, plan, tuned
 from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state, machine
 from torch_xlstm_ops.shapes import (
@@ -26,7 +25,7 @@ from torch_xlstm_ops.shapes import (
 
 from . import derivatives, memory
 from .derivatives import Derivative
-from .dispatch import autocast, fake, fresh, implement, overload, step_threads, vmap
+from .dispatch import autocast, fake, fresh, implement, mapped, overload, step_threads, vmap
 from .schemas import LIBRARY
 from .seen import Seen
 
@@ -88,6 +87,7 @@ def _kernels(eps: float, *, opens: bool = False, single: bool = False, release_g
         stand=mlstm.stand, emit=mlstm.emit, close=run(mlstm.close),
         step=_joined(_run(mlstm.advance, eps=eps)), after=run(mlstm.after), backward=backward,
         summarize=run(mlstm.summarize), answers=answers, absorb=run(mlstm.absorb),
+        step_gradient=lambda args: mlstm.step_gradient(*args, eps=eps),
     )
 
 
@@ -152,8 +152,7 @@ def _step_vmap(info: Any, in_dims: Sequence[int | None], *args: Tensor, eps: flo
     for name, dim in zip(("c", "n", "m"), in_dims[5:], strict=True):
         if dim is None:
             raise ValueError(f"{name} must be mapped where vmap maps another argument of mlstm_step_, got in_dims None")
-    step = functools.partial(overload("mlstm_step"), eps=eps)
-    h, *new = torch.func.vmap(step, in_dims=tuple(in_dims))(*args)
+    h, *new = mapped(overload("mlstm_step"), info.batch_size, in_dims, args, {"eps": eps})
     for state, dim, value in zip(args[5:], in_dims[5:], new, strict=True):
         state.movedim(cast(int, dim), 0).copy_(value)
     return h, 0
@@ -235,11 +234,9 @@ def _chunkwise(
 ) -> _Results:
     if reset is not None:
         check_mlstm_sequence(q, k, v, igate, fgate, c, n, m, reset)
-        packing = Packing(reset)
-        h, c_after, n_after, m_after = _chunkwise(
-            *packing.spread(q, k, v, igate, fgate), c, n, m, chunk_size=chunk_size, schedule=schedule, eps=eps
-        )
-        return packing.gather(h), c_after, n_after, m_after
+        run = functools.partial(_chunkwise, chunk_size=chunk_size, schedule=schedule, eps=eps)
+        h, c_after, n_after, m_after = packing.forward(run, reset, (q, k, v, igate, fgate), (c, n, m))
+        return h, c_after, n_after, m_after
     route = _route((q, k, v, igate, fgate, c, n, m), chunk_size, schedule, eps)
     with devices.submission(q.device):
         state = initial_state(q, v, (c, n, m), read=route.kernels.read_state)
@@ -287,12 +284,8 @@ def _chunkwise_backward(
     streams = (q, k, v, igate, fgate)
     if reset is not None:
         check_mlstm_sequence(*streams, c, n, m, reset)
-        packing = Packing(reset)
-        found = _chunkwise_backward(
-            packing.spread_one(dh), dc, dn, dm, *packing.spread(*streams), c, n, m, chunk_size=chunk_size,
-            schedule=schedule, eps=eps,
-        )
-        return *[packing.gather(g) for g in found[:5]], *found[5:]
+        run = functools.partial(_chunkwise_backward, chunk_size=chunk_size, schedule=schedule, eps=eps)
+        return tuple(packing.backward(run, reset, (dh, dc, dn, dm), streams, (c, n, m)))
     route = _route((*streams, c, n, m, dh, dc, dn, dm), chunk_size, schedule, eps)
     with devices.submission(q.device):
         state, dstate = initial_state(q, v, (c, n, m)), initial_state(q, v, (dc, dn, dm))

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, weigh
-from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_
+from torch_xlstm_ops import config, mlstm, mlstm_chunkwise, mlstm_step, mlstm_step_, packing
 
 L = 16
 NONE, ALL = -math.inf, math.inf
@@ -104,8 +105,8 @@ LEGAL: dict[str, Callable[[list[Tensor]], None]] = {
 every_legal = pytest.mark.parametrize("legal", LEGAL.values(), ids=LEGAL)
 
 
-def drawn(legal: Callable[[list[Tensor]], None], dtype: torch.dtype, sizes: Sizes = Sizes(S=S)) -> list[Tensor]:
-    args = draw(sizes, dtype)
+def drawn(legal: Callable[[list[Tensor]], None], dtype: torch.dtype) -> list[Tensor]:
+    args = draw(Sizes(S=S), dtype)
     legal(args)
     return args
 
@@ -197,3 +198,176 @@ def test_gradients_of_a_step_equal_those_of_the_recurrence(legal, dtype):
     h, *state = exact(wide)
     wanted = torch.autograd.grad(weigh(usable([h[:, :, 0], *state])), wide)
     hold(found, [g.view(f.shape) for f, g in zip(found, wanted, strict=True)], GRADIENT_TOLERANCE[dtype])
+
+
+# What is not finite
+
+
+NAMES = ["q", "k", "v", "igate", "fgate", "c", "n", "m"]
+BAD = 22
+
+
+def spoiled(name: str, value: float, dtype: torch.dtype) -> list[Tensor]:
+    """Return arguments with one element that is not finite, of token BAD or of the state of the same head."""
+    args = draw(Sizes(S=S), dtype)
+    t = args[NAMES.index(name)]
+    head = t[0, 1, BAD] if name in NAMES[:5] else t[0, 1]
+    head.view(-1)[-1:] = value
+    return args
+
+
+def hold_where_finite(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float) -> None:
+    for name, a, b in zip(NAMES, found, wanted, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()), name
+    found, wanted = ([torch.where(t.isfinite(), t, 0.0) for t in ts] for ts in (found, wanted))
+    assert_close(found, wanted, tolerance)
+
+
+@pytest.mark.parametrize("seen", [BAD - 2, S], ids=["earlier tokens", "all tokens"])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@every_schedule
+@every_dtype
+def test_what_is_not_finite_spreads_over_gradients_as_in_the_recurrence(dtype, schedule, name, value, seen):
+    args = [t.requires_grad_() for t in spoiled(name, value, dtype)]
+    wide = [t.detach().double().requires_grad_() for t in args]
+    wanted = torch.autograd.grad(weigh([exact(wide)[0][:, :, :seen]]), wide)
+    for settings in ({}, {"segment": L, "heads_per_band": 2}):
+        with config.use(**settings):
+            h = mlstm_chunkwise(*args, chunk_size=L, schedule=schedule)[0][:, :, :seen]
+        hold_where_finite(torch.autograd.grad(weigh([h]), args), wanted, GRADIENT_TOLERANCE[dtype])
+
+
+# Resets
+
+
+CUTS = [14, 25]  # where documents begin
+
+
+def documents(args: list[Tensor], starts: list[int]) -> list[Tensor]:
+    """Run the documents of all rows one by one in float64, the first from the given state unless it is reset."""
+    state, h = list(args[5:]), []
+    for start, stop in zip([0, *starts], [*starts, S], strict=True):
+        if start in starts:
+            state = [torch.zeros_like(t) for t in state]
+        part, *state = exact([*(t[:, :, start:stop] for t in args[:5]), *state])
+        h.append(part)
+    return [torch.cat(h, 2), *state]
+
+
+def reset_at(starts: list[int]) -> Tensor:
+    reset = torch.zeros(2, S, dtype=torch.bool)
+    reset[:, starts] = True
+    return reset
+
+
+def spoil_a_document(name: str, value: float, dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
+    """Return arguments with something that is not finite before the last document, and where documents begin."""
+    args = spoiled(name, value, dtype)
+    return args, CUTS if name in NAMES[:5] else [0, *CUTS]
+
+
+@pytest.fixture(params=["on the CPU", "as on a GPU"])
+def shut_out(request, monkeypatch):
+    """Hold resets with looks at data, and as where looking would stall the device; return whether the latter."""
+    apart = request.param == "as on a GPU"
+    if apart:
+        monkeypatch.setattr(packing, "_apart", lambda reset, static=False: True)
+    return apart
+
+
+every_spoiled = pytest.mark.parametrize("name", NAMES)
+every_value = pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+
+
+@every_value
+@every_spoiled
+@every_schedule
+@every_dtype
+def test_a_reset_shuts_out_what_is_not_finite(dtype, schedule, name, value, shut_out):
+    args, starts = spoil_a_document(name, value, dtype)
+    found = flat(mlstm_chunkwise(*args, reset=reset_at(starts), chunk_size=L, schedule=schedule))
+    wanted = documents(args, starts)
+    for a, b in zip(found, wanted, strict=True):
+        finite = a.isfinite()
+        # As on a GPU, what is spoiled is so in every element.
+        assert torch.equal(finite, b.isfinite()) if not shut_out else not (finite & ~b.isfinite()).any()
+    assert found[0][:, :, :BAD if name in NAMES[:5] else S].isfinite().all()
+    assert all(t.isfinite().all() for t in (found[0][:, :, CUTS[-1]:], *found[1:]))
+    finite = found[0].isfinite()
+    kept = [[torch.where(finite, h, 0.0), *state] for h, *state in (found, wanted)]
+    assert_close(*kept, TOLERANCE[dtype])
+
+
+@every_value
+@every_spoiled
+@every_schedule
+@every_dtype
+def test_a_documents_gradients_see_nothing_of_another(dtype, schedule, name, value, shut_out):
+    args, starts = spoil_a_document(name, value, dtype)
+    args = [t.requires_grad_() for t in args]
+    wide = [t.detach().double().requires_grad_() for t in args]
+    reset = reset_at(starts)
+    for start, stop in ((0, CUTS[0]), (CUTS[-1], S)):
+        h = mlstm_chunkwise(*args, reset=reset, chunk_size=L, schedule=schedule)[0]
+        found = torch.autograd.grad(weigh([h[:, :, start:stop]]), args)
+        state = wide[5:] if start not in starts else [torch.zeros_like(t) for t in wide[5:]]
+        apart = exact([*(t[:, :, start:stop] for t in wide[:5]), *state])[0]
+        wanted = torch.autograd.grad(weigh([apart]), wide, materialize_grads=True)
+        hold(found, wanted, GRADIENT_TOLERANCE[dtype])
+
+
+@every_value
+@every_spoiled
+def test_gradients_of_all_documents(name, value, shut_out):
+    args, starts = spoil_a_document(name, value, torch.float64)
+    args = [t.requires_grad_() for t in args]
+    h = mlstm_chunkwise(*args, reset=reset_at(starts), chunk_size=L)[0]
+    found = torch.autograd.grad(weigh([h]), args)
+    wanted = torch.autograd.grad(weigh([documents(args, starts)[0]]), args, materialize_grads=True)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.isfinite() <= b.isfinite()).all()
+        of_others = torch.ones_like(a, dtype=torch.bool)
+        if a.dim() > 2 and a.shape[2] == S and name in NAMES[:5]:
+            of_others[:, :, CUTS[0]:CUTS[1]] = False
+        assert a[of_others].isfinite().all()
+        assert_close([torch.where(a.isfinite(), a, 0.0)], [torch.where(a.isfinite(), b, 0.0)], 1e-9)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_a_static_packing_equals_a_packing(rate):
+    args = draw(Sizes(S=S), torch.float64)
+    reset = torch.rand(2, S, generator=torch.Generator().manual_seed(0)) < rate
+    found = packing.forward(mlstm_recurrent, reset, args[:5], args[5:], static=True)
+    assert_close(found, packing.forward(mlstm_recurrent, reset, args[:5], args[5:]), TOLERANCE[torch.float64])
+
+
+def mlstm_recurrent(*args: Tensor) -> tuple[Tensor, ...]:
+    return mlstm.recurrent(*args, eps=1e-6)
+
+
+def test_a_static_packing_maps_and_traces_over_resets():
+    args = draw(Sizes(S=9), torch.float64)
+    resets = torch.rand(4, 2, 9, generator=torch.Generator().manual_seed(0)) < 0.3
+
+    def run(reset: Tensor) -> tuple[Tensor, ...]:
+        return tuple(packing.forward(mlstm_recurrent, reset, args[:5], args[5:], static=True))
+
+    wanted = [packing.forward(mlstm_recurrent, reset, args[:5], args[5:]) for reset in resets]
+    mapped = torch.func.vmap(run)(resets)
+    assert_close(mapped, [torch.stack(ts) for ts in zip(*wanted, strict=True)], TOLERANCE[torch.float64])
+    traced = make_fx(run)(resets[0])
+    assert_close(traced(resets[1]), wanted[1], TOLERANCE[torch.float64])
+
+
+@every_value
+@every_spoiled
+def test_a_static_packing_shuts_out_what_is_not_finite(name, value):
+    args, starts = spoil_a_document(name, value, torch.float64)
+    args = [t.requires_grad_() for t in args]
+    h = packing.forward(mlstm_recurrent, reset_at(starts), args[:5], args[5:], static=True)[0][:, :, CUTS[-1]:]
+    found = torch.autograd.grad(weigh([h]), args)
+    wanted = torch.autograd.grad(weigh([documents(args, starts)[0][:, :, CUTS[-1]:]]), args, materialize_grads=True)
+    assert_close([h], [documents(args, starts)[0][:, :, CUTS[-1]:]], 1e-10)
+    for a, b in zip(found, wanted, strict=True):
+        assert_close([a], [torch.where(b.isfinite(), b, 0.0)], 1e-9)

@@ -209,3 +209,78 @@ def test_float16_products_over_a_segment_do_not_overflow():
     args[3][:], args[4][:] = 0.0, 40.0  # nothing is forgotten: c sums 4,096 products of 64
     h, *_ = mlstm.segment(*chunked(args, 64), eps=EPS)
     assert error(h.flatten(1, 2)[None], exact(args)[0]) <= TOLERANCE[torch.float16]
+
+
+def with_infinities(args: list[torch.Tensor], L: int) -> list[torch.Tensor]:
+    """Return a segment's arguments with gates of -inf and an empty state in its first row."""
+    args = chunked(args, L)
+    igate, fgate, m = args[3], args[4], args[7]
+    igate[0, 0, 0] = igate[0, 1, 1] = fgate[0, 1, 1] = igate[1, 0, 2] = fgate[1, 1, 0] = -torch.inf
+    igate[1, 1, 1], fgate[1, 1, 1] = -torch.inf, torch.inf
+    m[0] = -torch.inf
+    return args
+
+
+@pytest.fixture(params=["finite", "with -inf"])
+def segment_args(request):
+    args = draw(Sizes(1, 2, 6, 2, 3), torch.float64, seed=1)
+    return with_infinities(args, 3) if request.param == "with -inf" else chunked(args, 3)
+
+
+def pure(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return mlstm.segment(*args, eps=EPS)
+
+
+def test_the_pure_segment_has_exact_first_and_second_derivatives(segment_args):
+    args = [t.requires_grad_() for t in segment_args]
+    assert torch.autograd.gradcheck(pure, args)
+    assert torch.autograd.gradgradcheck(pure, args)
+
+
+def test_the_pure_segment_has_an_exact_forward_derivative(segment_args):
+    g = torch.Generator().manual_seed(2)
+    tangents = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in segment_args]
+    results, found = torch.func.jvp(pure, tuple(segment_args), tuple(tangents))
+    inputs = [t.clone().requires_grad_() for t in segment_args]
+    for number, derivative in enumerate(found):
+        weight = torch.randn(derivative.shape, generator=g, dtype=torch.float64)
+        gradients = torch.autograd.grad(pure(*inputs)[number], inputs, weight, materialize_grads=True)
+        wanted = sum((a * b).sum() for a, b in zip(gradients, tangents, strict=True))
+        assert_close([(weight * derivative).sum()[None]], [wanted[None]], 1e-9)
+    assert_close(results, pure(*segment_args), 1e-12)
+
+
+def test_the_pure_segment_maps(segment_args):
+    many = [torch.stack([t, t * 0.5]) for t in segment_args]
+    mapped = torch.func.vmap(pure)(*many)
+    looped = [pure(*[t[i] for t in many]) for i in range(2)]
+    assert_close(mapped, [torch.stack(ts) for ts in zip(*looped, strict=True)], 1e-12)
+
+
+@pytest.mark.parametrize("L", [2, 3, 6])
+def test_minus_infinity_in_every_form_of_a_segment_equals_recurrence(L):
+    args = draw(Sizes(1, 2, 12, 2, 3), torch.float64, seed=1)
+    for fresh in (False, True):
+        parts = with_infinities([t.clone() for t in args], 3)
+        for state in parts[5:] if fresh else []:
+            state.zero_()
+        streams = [t.flatten(1, 2) for t in parts[:5]]
+        wanted = mlstm.recurrent(*streams, *parts[5:], eps=EPS)
+        parts = [*(t.unflatten(1, (-1, L)) for t in streams), *parts[5:]]
+        one_by_one = mlstm.absorb(*mlstm.summarize(*parts[1:5])[:4], *parts[5:])
+        found = [pure(*parts), emitted(parts), *([opened(parts)] if fresh else [])]
+        for h, *state in found:
+            assert_close([h.flatten(1, 2), *state], wanted, 1e-12)
+            assert_close(one_by_one, state, 1e-12)
+        if fresh:
+            h, *state = single([*(t.flatten(1, 2)[:, None] for t in parts[:5]), *parts[5:]])
+            assert_close([h.flatten(1, 2), *state], wanted, 1e-12)
+
+
+def test_combine_of_elements_of_nothing_is_the_whole():
+    args = chunked(draw(Sizes(1, 2, 12, 2, 3), torch.float64), 3)
+    args[3][:, 0], args[4][:, 0, 1] = -torch.inf, -torch.inf
+    args[3][0, 1:3], args[4][0, 1] = -torch.inf, -torch.inf
+    parts = [mlstm.summarize(*[t[:, a:b] for t in args[1:5]])[:4] for a, b in ((0, 1), (1, 3), (3, 4))]
+    found = mlstm.absorb(*mlstm.combine(mlstm.combine(parts[0], parts[1]), parts[2]), *args[5:])
+    assert_close(found, pure(*args)[1:], 1e-12)

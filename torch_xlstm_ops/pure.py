@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_xlstm_ops import mlstm, slstm
+from torch_xlstm_ops import mlstm, packing, slstm
 from torch_xlstm_ops.shapes import EPS, state_dtype
 
 Results = tuple[Tensor, ...]
@@ -50,9 +50,9 @@ def mlstm_chunkwise(
     A length that a tracer left symbolic is one segment, so that nothing depends on its value. schedule: ignored.
     """
     if reset is not None:
-        q, k, v, igate, fgate = _interleave(reset, q, k, v, igate, fgate)
-        h_all, *after = mlstm_chunkwise(q, k, v, igate, fgate, c, n, m, chunk_size=chunk_size, eps=eps)
-        return h_all[:, :, 1::2].clone(), *after
+        run = functools.partial(mlstm_chunkwise, chunk_size=chunk_size, eps=eps, chunks=chunks)
+        h, *after = packing.forward(run, reset, (q, k, v, igate, fgate), (c, n, m), static=True)
+        return h.clone(), *after
     (B, NH, S, _), L = q.shape, chunk_size or CHUNK
     given = _mlstm_state(q, v) if c is None or n is None or m is None else (c, n, m)
     streams, state = [t.flatten(0, 1) for t in (q, k, v, igate, fgate)], [t.flatten(0, 1) for t in given]
@@ -66,16 +66,6 @@ def mlstm_chunkwise(
         h, *state = _segment(streams, state, L, eps)
     results = [torch.unflatten(t, 0, (B, NH)) for t in (h, *state)]
     return tuple(results if S != 0 else [t.clone() for t in results])
-
-
-def _interleave(reset: Tensor, *streams: Tensor) -> list[Tensor]:
-    """Return streams (B, NH, 2 S, ...) with a token before each: a fresh start at resets, else the identity."""
-    mark = reset[:, None]
-    fills = [*[torch.zeros_like(t) for t in streams[:3]], *[
-        torch.where(mark, start, fill).to(t.dtype).expand_as(t)
-        for t, start, fill in ((streams[3], 0.0, -_INF), (streams[4], -_INF, _INF))
-    ]]
-    return [torch.stack([fill, t], 3).flatten(2, 3) for fill, t in zip(fills, streams, strict=True)]
 
 
 def _segment(streams: Sequence[Tensor], state: Sequence[Tensor], L: int, eps: float) -> Results:

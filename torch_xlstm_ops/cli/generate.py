@@ -36,7 +36,7 @@ class Kept(NamedTuple):
 
 def stream(
     loaded: Loaded, prompt: Prompt, choose: Callable[[Tensor], int], limit: int, meter: Meter,
-    progress: Callable[[Progress], None] = lambda step: None, kept: Kept = Kept(),
+    progress: Callable[[Progress], None] = lambda step: None, kept: Kept = Kept(),  # noqa: B008
     read: Callable[[Prompt], tuple[Tensor, object]] | None = None,
 ) -> Generator[int, None, None]:
     """Yield new tokens after a prompt, at most `limit`; the meter has a phase `prefill` and a phase `decode`.

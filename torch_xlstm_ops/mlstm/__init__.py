@@ -9,6 +9,7 @@ same masked product again.
 from torch_xlstm_ops.mlstm.backward import finish_gradient, gradient
 from torch_xlstm_ops.mlstm.chunks import absorb, combine
 from torch_xlstm_ops.mlstm.recurrence import advance, recurrent, step, step_
+from torch_xlstm_ops.mlstm.reverse import step_gradient
 from torch_xlstm_ops.mlstm.segments import (
     after,
     answers,
@@ -45,6 +46,7 @@ __all__ = [
     "stand",
     "step",
     "step_",
+    "step_gradient",
     "summarize",
 ]
 

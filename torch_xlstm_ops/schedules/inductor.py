@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from torch_xlstm_ops import trace
 from torch_xlstm_ops.schedules.plan import Plan, Segment
-from torch_xlstm_ops.schedules.tasks import Kernels, Rows
+from torch_xlstm_ops.schedules.strict import finite, gradient, state_after, step_through
+from torch_xlstm_ops.schedules.tasks import Kernels, Rows, Run
 
 OP = "mlstm_chunkwise"
 Summary = tuple[Tensor, Tensor, Tensor, Tensor]  # F M dC dn
@@ -61,18 +61,13 @@ def _factors(
         return (P, q_gated, C_before, v), [state[0], n, m]
     if kernels.single is not None:
         P, *new = kernels.single(streams)
-        if _finite(new[0]):
+        if finite(*new[:2]):
             return (P, None, None, v), new
         return None, [t.zero_() for t in state]
     P, q_gated, W, dC, *new = kernels.operands([*streams, *state])
-    if _finite(new[0]):
+    if finite(*new[:2]):
         return (P, q_gated, kernels.stand(W, dC, state[0]), v), new
     return None, state
-
-
-def _finite(c: Tensor) -> bool:
-    """Return whether c is finite; elsewhere than on the CPU True, as looking would stall the device."""
-    return c.device.type != "cpu" or math.isfinite(c.sum().item())
 
 
 def summaries(plan: Plan, kernels: Kernels, streams: Sequence[Tensor]) -> Iterator[Iterator[Summary]]:
@@ -95,20 +90,6 @@ def emit(kernels: Kernels, rows: Rows, band: slice, segment: Segment, factors: F
     kernels.emit(*factors, out)
     if slot is None:
         rows.put(rows.h, band, segment, out.view(v.shape))
-
-
-def step_through(kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: list[Tensor]) -> list[Tensor]:
-    """Compute one task token by token.
-
-    Also where a NaN or an infinity came in: in a matrix product 0 * NaN would carry it to earlier tokens, in the
-    recurrence it touches what follows it alone.
-    """
-    state = [t[None] for t in state]  # the step's shapes: one batch entry, G heads
-    for t in range(segment.start, segment.stop):
-        q, k, v, igate, fgate = (s[None, band, t] for s in rows.streams)
-        args = [x.contiguous() for x in (q, k, v, igate[..., None], fgate[..., None])]
-        rows.h[None, band, t], *state = kernels.step([*args, *state])
-    return [t[0] for t in state]
 
 
 def backward(
@@ -149,14 +130,24 @@ class BandGradient:
 
     def advance(self, number: int) -> None:
         """Find the state after segment `number`."""
-        args = self._rows.take_all(self._band, self._rows.segments[number])[1:]
-        self._before.append(list(self._kernels.after([*args, *self._before[-1]])))
+        segment, before = self._rows.segments[number], self._before[-1]
+        state = list(self._kernels.after([*self._rows.take_all(self._band, segment)[1:], *before]))
+        if not finite(*state[:2]):
+            state = state_after(self._kernels, self._rows, self._band, segment, before)
+        self._before.append(state)
 
     def retreat(self, number: int) -> None:
-        """Write the gradients of segment `number`'s streams."""
-        rows, band, segment = self._rows, self._band, self._rows.segments[number]
+        """Write the gradients of segment `number`'s streams.
+
+        On the CPU token by token where anything is not finite: that makes dq so, if it is not in the states.
+        """
+        rows, band, segment, state = self._rows, self._band, self._rows.segments[number], self._before.pop()
         streams, dh = rows.take_all(band, segment), rows.gradient(self._dh, band, segment)
-        parts = self._kernels.backward([*streams, *self._before.pop(), dh, *self.dstate])
+        parts = self._kernels.backward([*streams, *state, dh, *self.dstate])
+        step_gradient = self._kernels.step_gradient
+        if step_gradient is not None and not finite(*state[:2], *self.dstate, parts[0][..., 0]):
+            self._retreat_by_steps(step_gradient, segment, state)
+            return
         for index, (whole, part) in enumerate(zip(self._gradients, parts[:5], strict=True)):
             all_of_it = part.shape[0] == whole.shape[0] and part.shape[1] * part.shape[2] == whole.shape[1]
             if all_of_it and part.dtype == whole.dtype:
@@ -164,6 +155,17 @@ class BandGradient:
             else:
                 rows.put(whole, band, segment, part)
         self.dstate = list(parts[5:])
+
+    def _retreat_by_steps(self, step_gradient: Run, segment: Segment, state: list[Tensor]) -> None:
+        rows, band = self._rows, self._band
+        found, self.dstate = gradient(
+            self._kernels, step_gradient, rows, band, segment, state, self._dh, self.dstate
+        )
+        for index, part in enumerate(found):
+            if part.shape == self._gradients[index].shape:
+                self._gradients[index] = part
+            else:
+                self._gradients[index][band, segment.start:segment.stop] = part
 
 
 def _keep(state: list[Tensor], band: slice, current: list[Tensor]) -> list[Tensor]:

@@ -166,7 +166,7 @@ def max_chunks(device: str) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def make(shape: Shape, device: str, config: Config, machine: Machine = Machine()) -> Plan:
+def make(shape: Shape, device: str, config: Config, machine: Machine = Machine()) -> Plan:  # noqa: B008
     """Return the plan for a call on a device of type `device`; sizes in `config` come before the habitual ones."""
     schedule = config.schedule
     at_once = schedule in (Schedule.QUEUED, Schedule.RAY)

@@ -14,6 +14,7 @@ from torch_xlstm_ops.schedules.inductor import OP
 from torch_xlstm_ops.schedules.job import Job
 from torch_xlstm_ops.schedules.lanes import Abreast, Lane, State, Steps, Strict, Summary
 from torch_xlstm_ops.schedules.plan import Plan, Segment
+from torch_xlstm_ops.schedules.strict import finite_state, step_through
 from torch_xlstm_ops.schedules.tasks import Kernels, Rows
 
 
@@ -55,7 +56,7 @@ def _steps(plan: Plan, kernels: Kernels, rows: Rows, band: slice) -> Steps:
     return Steps(
         emit=lambda number, state: inductor.run(kernels, rows, band, segments[number], state),
         summarize=lambda number: finite(kernels.summarize(rows.take_all(band, segments[number])[1:])),
-        absorb=lambda summary, state: list(kernels.absorb([*summary[:4], *state])),
+        absorb=lambda summary, state: absorb(kernels, summary, state),
         answer=lambda number, summary, state: _answer(kernels, rows, band, segments[number], summary, state),
     )
 
@@ -76,8 +77,19 @@ def lane(plan: Plan, steps: Steps, band: slice, whole: State) -> Lane:
     return Strict((number, partial(work, number)) for number in range(count))
 
 
+def absorb(kernels: Kernels, summary: Summary, state: State) -> State:
+    """Return the state after a segment from its summary; what is not finite ends at a closed gate (on the CPU)."""
+    if not finite_state(state):
+        cut = summary[0] == -math.inf  # (G, 1), whether the segment has a closed gate
+        state = [torch.where(cut.view(-1, *[1] * (t.dim() - 1)), 0.0, t) for t in state]
+    return list(kernels.absorb([*summary[:4], *state]))
+
+
 def _answer(kernels: Kernels, rows: Rows, band: slice, segment: Segment, summary: Summary, state: State) -> None:
     """Write a summarised segment's h."""
+    if not finite_state(state):
+        step_through(kernels, rows, band, segment, state)
+        return
     q, k, v, igate, fgate = rows.take_all(band, segment)
     (M, dC, dn), (c, n, m) = summary[4:], state
     P, q_gated, W = kernels.answers([q, k, igate, fgate, M, dn, n, m])

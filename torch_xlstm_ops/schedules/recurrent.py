@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torch_xlstm_ops import trace
-from torch_xlstm_ops.schedules.inductor import OP, step_through
+from torch_xlstm_ops.schedules.inductor import OP
 from torch_xlstm_ops.schedules.inductor import backward as backward
 from torch_xlstm_ops.schedules.plan import Plan, Segment
+from torch_xlstm_ops.schedules.strict import step_through
 from torch_xlstm_ops.schedules.tasks import Kernels, Rows
 
 

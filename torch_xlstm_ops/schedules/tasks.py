@@ -37,6 +37,8 @@ class Kernels(NamedTuple):
     summarize: Run  # k v igate fgate -> F M dC dn, and M dC dn of the chunks
     answers: Run  # q k igate fgate, M dn of the chunks, n m -> P q_gated W
     absorb: Run  # F M dC dn c n m -> c n m
+    # One token's gradient: q k v igate fgate c n m dh dc dn dm -> theirs. Without it NaN spreads over segments.
+    step_gradient: Run | None = None
 
     @property
     def read_state(self) -> bool:

@@ -78,7 +78,7 @@ def _steps(
     def answer(number: int, summary: Summary, state: State) -> None:
         emit(number, state)
 
-    return Steps(emit, sum_up, lambda summary, state: list(kernels.absorb([*summary, *state])), answer)
+    return Steps(emit, sum_up, lambda summary, state: queued.absorb(kernels, summary, state), answer)
 
 
 def _to(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
