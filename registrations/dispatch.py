@@ -97,7 +97,7 @@ def mapped(
         for a, dim in zip(args, in_dims, strict=True)
     ]
     out = op(*folded, **kwargs)
-    return tuple(t.unflatten(0, (size, -1)) if t.shape[0] else t.view(size, 0, *t.shape[1:]) for t in out)
+    return tuple(torch.unflatten(t, 0, (size, -1)) if t.shape[0] else t.view(size, 0, *t.shape[1:]) for t in out)
 
 
 def _batch_first(t: Tensor, dim: int | None, size: int) -> Tensor:

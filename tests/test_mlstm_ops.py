@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, float32_tolerance, weigh
-from torch_xlstm_ops import config, mlstm, mlstm_chunkwise, mlstm_step, mlstm_step_, registrations
+from torch_xlstm_ops import (
+    compiled,
+    config,
+    mlstm,
+    mlstm_chunkwise,
+    mlstm_step,
+    mlstm_step_,
+    registrations,
+    trace,
+)
 
 L = 16  # one chunk size and one pair of head dimensions: each new one is a compile
 ops = torch.ops.xlstm
@@ -383,3 +392,19 @@ def test_inference_mode_and_no_grad():
         with mode():
             found = flat(mlstm_chunkwise(*args, chunk_size=L))
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_an_auto_schedule_as_an_argument_wins_over_the_configured_one():
+    args = draw(Sizes(S=20))
+    with config.use(schedule="recurrent"), trace.record() as recording:
+        mlstm_chunkwise(*args, chunk_size=L)
+        mlstm_chunkwise(*args, chunk_size=L, schedule="auto")
+    assert [entry.schedule for entry in recording.entries()] == ["recurrent", "inductor"]
+
+
+def test_clear_forgets_what_calls_found():
+    step = step_args(draw(Sizes(S=1)))
+    wanted = flat(mlstm_step(*step))
+    compiled.clear()
+    assert registrations.mlstm._steps.again(tuple(step), mlstm.advance, 1e-6) is None
+    assert all(map(torch.equal, flat(mlstm_step(*step)), wanted))
