@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import torch_xlstm_ops
 from tests.conftest import Command
-from torch_xlstm_ops import config, devices, schedules, trace
-from torch_xlstm_ops.cli import generate, info, loading, meter, sampling
+from torch_xlstm_ops import config, devices, schedules, torch_internals, trace
+from torch_xlstm_ops.cli import foreign, generate, info, loading, meter, sampling
 from torch_xlstm_ops.context import allocation
 from torch_xlstm_ops.extras import how_to_install
 from torch_xlstm_ops.patch import peers
+from torch_xlstm_ops.torch_internals.need import Status
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = "def main(argv):\n"
@@ -76,10 +80,9 @@ def write(run: Command, model_directory: Path) -> Command:
     return write
 
 
-def text_and_table(out: str) -> tuple[str, dict[str, str]]:
-    text, _, rest = out.partition("┌")
-    rows = re.findall(r"│ (.+?) +│ (.+?) +│", rest)
-    return text.removesuffix("\n"), dict(rows)
+def text_and_table(out: str, err: str) -> tuple[str, dict[str, str]]:
+    """Return the text on stdout, which holds nothing else, and the table on stderr."""
+    return out.removesuffix("\n"), dict(re.findall(r"│ (.+?) +│ (.+?) +│", err))
 
 
 def reference(loaded: loading.Loaded, count: int) -> str:
@@ -94,16 +97,15 @@ def reference(loaded: loading.Loaded, count: int) -> str:
 
 
 def test_the_text_is_transformers_own_greedy_text(write: Command, loaded: loading.Loaded) -> None:
-    status, out, _ = write("--max-new-tokens", 30)
-    text, table = text_and_table(out)
+    status, *written = write("--max-new-tokens", 30)
+    text, table = text_and_table(*written)
     assert status == 0
     assert text == reference(loaded, 30)
     assert (table["new tokens"], table["prompt tokens"], table["ended by"]) == ("30", str(len(PROMPT)), "length")
 
 
 def test_the_table_tells_what_ran_and_how_fast(write: Command) -> None:
-    _, out, _ = write("--max-new-tokens", 3)
-    table = text_and_table(out)[1]
+    table = text_and_table(*write("--max-new-tokens", 3)[1:])[1]
     for name in ("prefill tok/s", "decode tok/s", "time to first token s", "peak memory GiB"):
         assert float(table[name]) > 0
     assert table["schedule"] == "none, as not patched"
@@ -111,15 +113,14 @@ def test_the_table_tells_what_ran_and_how_fast(write: Command) -> None:
 
 
 def test_one_token_has_no_decode_speed(write: Command) -> None:
-    table = text_and_table(write("--max-new-tokens", 1)[1])[1]
+    table = text_and_table(*write("--max-new-tokens", 1)[1:])[1]
     assert (table["new tokens"], table["decode tok/s"]) == ("1", "-")
 
 
 def test_text_ends_before_the_stop(write: Command, loaded: loading.Loaded) -> None:
     text = reference(loaded, 30)
     stop = text[10:12]
-    _, out, _ = write("--max-new-tokens", 30, "--stop", stop, "--stop", "never written")
-    shown, table = text_and_table(out)
+    shown, table = text_and_table(*write("--max-new-tokens", 30, "--stop", stop, "--stop", "never written")[1:])
     assert shown == text[: text.index(stop)]
     assert table["ended by"] == "stop text"
 
@@ -129,13 +130,13 @@ def test_text_ends_at_the_models_end_token(
 ) -> None:
     third = loading.encode(loaded, PROMPT)[2]
     monkeypatch.setattr(generate, "stream", lambda *a: (t for t in (third, third, 256, third)))
-    shown, table = text_and_table(write()[1])
+    shown, table = text_and_table(*write()[1:])
     assert (shown, table["ended by"]) == (PROMPT[2] * 2, "end of text")
 
 
 def test_sampling_repeats_with_its_seed_and_changes_with_another(write: Command) -> None:
     def text(seed: int) -> str:
-        return text_and_table(write("--temperature", 5, "--top-k", 50, "--top-p", 0.9, "--seed", seed)[1])[0]
+        return write("--temperature", 5, "--top-k", 50, "--top-p", 0.9, "--seed", seed)[1]
 
     assert text(1) == text(1) != text(2)
 
@@ -149,9 +150,9 @@ def test_an_interrupt_shows_what_there_is_and_exits_130(write: Command, monkeypa
         return push(self, token)
 
     monkeypatch.setattr(sampling.TextStream, "push", interrupted)
-    status, out, _ = write("--max-new-tokens", 30)
+    status, *written = write("--max-new-tokens", 30)
     assert status == 130
-    assert text_and_table(out)[1]["ended by"] == "interrupt"
+    assert text_and_table(*written)[1]["ended by"] == "interrupt"
 
 
 @pytest.mark.parametrize(("segment", "length", "sizes"), [
@@ -233,10 +234,11 @@ def test_the_clock_is_read_only_after_a_synchronise(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_trace_has_both_phases_and_a_summary_ends_the_run(write: Command, tmp_path: Path) -> None:
-    _, out, _ = write("--max-new-tokens", 4, "--trace", tmp_path / "t.json")
+    _, out, err = write("--max-new-tokens", 4, "--trace", tmp_path / "t.json")
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert [e["cat"] for e in events if e["ph"] == "X" and e["name"] == "model"] == ["prefill", *["decode"] * 3]
-    assert re.search(r"^model  prefill  cpu +1 ", out, re.MULTILINE)
+    assert re.search(r"^model  prefill  cpu +1 ", err, re.MULTILINE)
+    assert "prefill" not in out
     assert not trace.active()
 
 
@@ -244,9 +246,9 @@ def test_a_trace_has_both_phases_and_a_summary_ends_the_run(write: Command, tmp_
 def test_our_operators_write_the_same_text_and_say_so(
     run: Command, model_directory: Path, loaded: loading.Loaded, tmp_path: Path
 ) -> None:
-    status, out, _ = run("generate", "--model", model_directory, "--prompt", PROMPT, "--max-new-tokens", 30,
-                         "--schedule", "inductor", "--trace", tmp_path / "t.jsonl")
-    text, table = text_and_table(out)
+    status, *written = run("generate", "--model", model_directory, "--prompt", PROMPT, "--max-new-tokens", 30,
+                           "--schedule", "inductor", "--trace", tmp_path / "t.jsonl")
+    text, table = text_and_table(*written)
     assert status == 0
     assert text == reference(loaded, 30)
     ran = ("inductor", "xlstm::mlstm_chunkwise", "xlstm::mlstm_step")
@@ -361,6 +363,7 @@ def test_bad_flags_are_one_line(run: Command, write: Command, tmp_path: Path, mo
         error(run("generate", "--stats-log", tmp_path / "no" / "s.csv")),
         error(run("generate", "--stats-log", "s.txt")),
         error(run("generate", "--stats-every", "3")),
+        error(run("generate", "--model", tmp_path / "none")),
         error(write("--workers", "2", "--segment", "64")),
         error(run("info", "--window", "none")),
     ]
@@ -388,6 +391,7 @@ trace must be a file that can be written, got 'DIR/no/t.csv', whose directory is
 --stats-log must be a file that can be written, got 'DIR/no/s.csv', whose directory is not there
 --stats-log must be a file name ending in .csv or .json, got 's.txt'
 --stats-every must come with --stats-log, got 3 without
+--model must be a directory of a Hugging Face xLSTM, got DIR/none, which is not there
 --no-patch must come without flags of our schedules, got --segment, --workers
 --window must be a whole number of at least 1, got 'none'""")
 
@@ -494,13 +498,17 @@ def test_info_tells_devices_versions_schedules_and_sources(
     there = devices.Capabilities("cpu", None, ("8 threads",), False, False, devices.Memory(2**29, 2**30, None))
     gone = devices.Capabilities("mps", "MPS needs macOS, and this is linux", (), False, False, None)
     monkeypatch.setattr(devices, "report", lambda: (there, gone))
+    needs = (Status("hooks", "", None, "speed"),
+             Status("traced", "", "torch.moved is not there", "one graph a call"))
+    monkeypatch.setattr(torch_internals, "status", lambda: needs)
     monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     monkeypatch.setenv("XLSTM_MPS_WORKERS", "6")
     status, out, err = run("info", "--device", "cpu", "--chunk-size", "64")
     assert (status, err) == (0, "")
-    assert_expected_inline(out, """\
+    assert_expected_inline(out.replace(torch_xlstm_ops.__version__, "VERSION"), """\
 versions
   python           3.11.0
+  torch_xlstm_ops  VERSION
   no_such_package  not installed
 
 supported packages
@@ -536,6 +544,10 @@ configuration
 
 tuned plans
   none: xlstm-ops tune finds them
+
+private APIs of torch
+  hooks   native
+  traced  fallback: torch.moved is not there; one graph a call
 """)
 
 
@@ -554,6 +566,56 @@ def test_a_process_writes_text_to_a_pipe(model_directory: Path, loaded: loading.
     done = _process("generate", "--model", str(model_directory), "--prompt", PROMPT, "--no-patch",
                     "--max-new-tokens", "8", folder=tmp_path, PYTHONIOENCODING="ascii", OMP_NUM_THREADS="1")
     assert done.returncode == 0
-    assert done.stdout.startswith(reference(loaded, 8).encode("ascii", "replace").decode())
-    assert done.stderr.splitlines() == ["loading tiny", "warming up"]
+    assert done.stdout == reference(loaded, 8).encode("ascii", "replace").decode() + "\n"
+    assert done.stderr.splitlines()[:2] == ["loading tiny", "warming up"]
+    assert {line[:1] for line in done.stderr.splitlines()[2:]} <= set("+|")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_quiet_process_writes_the_text_alone(
+    model_directory: Path, loaded: loading.Loaded, tmp_path: Path
+) -> None:
+    done = _process("generate", "--quiet", "--model", str(model_directory), "--prompt", PROMPT, "--no-patch",
+                    "--max-new-tokens", "8", "--trace", "t.csv", "--stats-log", "s.csv", folder=tmp_path,
+                    OMP_NUM_THREADS="1", PYTHONIOENCODING="utf-8")
+    assert (done.returncode, done.stdout, done.stderr) == (0, reference(loaded, 8) + "\n", "")
+    assert sorted(os.listdir(tmp_path)) == ["s.csv", "t.csv"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_terminal_shows_the_text_and_unless_quiet_the_table(
+    write: Command, loaded: loading.Loaded, monkeypatch: pytest.MonkeyPatch, quiet: bool
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _, out, err = write("--max-new-tokens", 8, *(["--quiet"] if quiet else []))
+    text, _, table = out.partition("\n┌")
+    assert text.removesuffix("\n") == reference(loaded, 8)
+    assert ("ended by" in table, err) == ((False, "") if quiet else (True, "loading tiny\nwarming up\n"))
+
+
+@pytest.mark.slow  # it compiles everything anew
+@pytest.mark.parametrize("flags", [(), ("--quiet",)], ids=["talking", "quiet"])
+def test_a_first_run_on_a_machine_shows_no_warning(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    home = {name: str(tmp_path / name) for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR")}
+    done = _process("generate", "--max-new-tokens", "3", *flags, folder=tmp_path, **home)
+    lines = [line for line in done.stderr.splitlines() if line[:1] not in "┌│└├"]
+    assert done.returncode == 0
+    assert lines == ([] if flags else ["loading demo_model", "compiling, once on this machine"])
+    assert done.stdout.strip()
+
+
+def test_the_messages_of_other_packages_are_hidden_by_their_text_and_for_a_while(
+    caplog: pytest.LogCaptureFixture
+) -> None:
+    advice = "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. Consider"
+    builder = logging.getLogger("torch.utils.cpp_extension")
+    with foreign.hidden():
+        warnings.warn(advice, UserWarning, stacklevel=1)
+        builder.warning("No CUDA runtime is found, using CUDA_HOME=%r", "/usr")
+        with pytest.warns(UserWarning, match="of another kind"):
+            warnings.warn("of another kind", UserWarning, stacklevel=1)
+        builder.warning("of another kind")
+    with pytest.warns(UserWarning, match="TensorFloat32"):
+        warnings.warn(advice, UserWarning, stacklevel=1)
+    builder.warning("No CUDA runtime is found")
+    assert caplog.messages == ["of another kind", "No CUDA runtime is found"]

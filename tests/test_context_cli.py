@@ -57,8 +57,8 @@ def long(run: Command, model_directory: Path, tmp_path: Path) -> Command:
 
 def test_a_long_file_is_read_without_being_held(long: Command, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "encode", lambda *a: pytest.fail("the whole text was encoded"))
-    status, out, _ = long()
-    text, table = text_and_table(out)
+    status, *written = long()
+    text, table = text_and_table(*written)
     assert (status, text) == (0, expected)
     assert table["prompt tokens"] == str(len(LONG))
 
@@ -74,9 +74,9 @@ def test_a_long_file_must_be_utf8_to_its_end(run: Command, tmp_path: Path) -> No
 def test_a_pool_is_filled_and_used_and_the_text_is_the_same(
     long: Command, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert text_and_table(long("--pool", tmp_path / "pool")[1])[0] == expected
+    assert text_and_table(*long("--pool", tmp_path / "pool")[1:])[0] == expected
     monkeypatch.setattr(states, "read", lambda *a: pytest.fail("the prompt was read again"))
-    text, table = text_and_table(long("--pool", tmp_path / "pool")[1])
+    text, table = text_and_table(*long("--pool", tmp_path / "pool")[1:])
     assert text == expected
     assert (table["new tokens"], table["prompt tokens"], table["prompt tokens read"]) == ("12", "128", "0")
     assert float(table["time to first token s"]) > 0
@@ -95,11 +95,26 @@ def test_an_interrupted_prompt_is_resumed(
 
     monkeypatch.setattr(states, "read", read)
     file = tmp_path / "state"
-    status, out, _ = long("--resume", file)
-    assert (status, text_and_table(out)[1]["ended by"]) == (130, "interrupt")
+    status, *written = long("--resume", file)
+    assert (status, text_and_table(*written)[1]["ended by"]) == (130, "interrupt")
+    assert written[1].endswith(f"\ninterrupted: {file} holds the state after 64 of the prompt's 128 tokens; "
+                               "run the same command to go on from there\n")
     assert storage.from_file(file).about["position"] == "64"
-    assert text_and_table(long("--resume", file)[1])[0] == expected
+    assert text_and_table(*long("--resume", file)[1:])[0] == expected
     assert count[0] == 3 + 2
+
+
+def test_an_interrupt_before_anything_was_read_says_that_nothing_is_kept(
+    long: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*arguments: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(states, "read", read)
+    status, _, err = long("--resume", tmp_path / "state")
+    assert status == 130
+    assert err.endswith(f"\ninterrupted before a part of the prompt was read: {tmp_path / 'state'} is not written, "
+                        "the same command starts again\n")
 
 
 def test_a_state_of_another_prompt_is_one_line(write: Command, long: Command, tmp_path: Path) -> None:
@@ -170,7 +185,8 @@ def test_verify_finds_what_is_damaged(run: Command, pool: Path) -> None:
 def test_bad_flags_of_cache_are_one_line(run: Command, pool: Path, tmp_path: Path) -> None:
     assert error(run("cache", "ls", "--pool", tmp_path / "none")).endswith("none, which is no folder")
     assert error(run("cache", "prune", "--pool", pool)) == (
-        "--bytes must be a number of bytes, or one with K, M, G or T, got None")
+        "prune must come with --bytes SIZE, what it leaves: a number of bytes, or one with K, M, G or T")
+    assert error(run("cache", "prune", "--pool", "nowhere")).startswith("prune must come with --bytes SIZE")
     assert error(run("cache", "prune", "--pool", pool, "--bytes", "1.5G")).endswith("got '1.5G'")
     assert error(run("cache", "ls", "--pool", pool, "--bytes", "1")) == "--bytes must come with prune, got ls"
     assert error(run("cache", "ls", "--pool", pool, "--remove")) == "--remove must come with verify, got ls"

@@ -96,8 +96,8 @@ def test_generate_uses_the_winner_and_info_shows_it(run: Command, kept: Path, ch
     kind = winners.kind(CPU, torch.float32, 4, len(prompt), 64, 64, training=False)
     winners.store(kept, {str(kind): {"settings": {"schedule": "queued", "chunk_size": 16, "workers": 1}}})
     text = ("generate", "--prompt", prompt, "--max-new-tokens", 2)
-    assert re.search(r"│ schedule +│ queued", run(*text)[1])
-    assert re.search(r"│ schedule +│ inductor", run(*text, "--tuned", "off")[1])
+    assert re.search(r"│ schedule +│ queued", run(*text)[2])
+    assert re.search(r"│ schedule +│ inductor", run(*text, "--tuned", "off")[2])
     out = run("info", "--device", "cpu")[1]
     assert re.search(rf"kept in +{re.escape(str(kept))}\n", out)
     assert "1 of 1" in out
@@ -193,7 +193,7 @@ def test_an_operator_that_is_not_the_recurrence_is_not_measured(monkeypatch: pyt
     (("--shape", "1,4,64,64", "--phase", "decode"), "--shape must come without the phases of a model, got decode"),
     (("--schedules", "auto"), "--schedules must be among inductor, queued, ray, with commas, got 'auto'"),
     (("--device", "tpu"), "--device must be one of auto, cpu, cuda, mps, got 'tpu'"),
-    (("--model", "nowhere"), "--model must be a directory of a Hugging Face xLSTM, got nowhere: FileNotFoundError"),
+    (("--model", "nowhere"), "--model must be a directory of a Hugging Face xLSTM, got nowhere, which is not there"),
     (("--out", "file"), "--out must be a folder, got file, which is a file"),
     (("--export", "a", "--import", "b"), "--export must come without --import, got both"),
     (("--import", "nowhere.json"), "--import must have tuned plans to read, got no file nowhere.json"),
@@ -231,6 +231,23 @@ def test_a_missing_package_is_named_with_its_extra(
     status, out, err = run("tune", action)
     assert (status, out) == (2, "")
     assert f'needs {package}: run pip install -e ".[{extra}]" in a checkout of torch_xlstm_ops' in err
+
+
+def test_missing_packages_are_named_together(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert run("tune", "report")[2] == (
+        'xlstm-ops: error: tune report needs optuna, matplotlib: run pip install -e ".[tune,plot]" in a checkout of '
+        'torch_xlstm_ops\n')
+
+
+def test_help_tells_what_a_report_needs_and_what_only_a_search_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main(["tune", "report", "--help"])
+    above, _, below = capsys.readouterr().out.partition("flags of search and ablate:")
+    assert "xlstm-ops tune report [--out DIR]" in above
+    assert "--out DIR" in above
+    assert not any(flag in above for flag in ("--trials", "--phase", "--model", "--resume"))
+    assert all(flag in below for flag in ("--trials", "--phase", "--model", "--resume"))
 
 
 def test_a_space_without_a_choice_says_so(run: Command) -> None:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch_xlstm_ops
 from torch_xlstm_ops import config, devices, trace_files
-from torch_xlstm_ops.cli import cache, check, info, request, run, tune, writing
+from torch_xlstm_ops.cli import cache, check, foreign, info, request, run, tune, writing
 from torch_xlstm_ops.cli.loading import BadInput, check_extra
 
 
@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _generate(parsed: argparse.Namespace) -> int:
     check_extra("generate")
-    return writing.run(request.read(parsed))
+    wanted = request.read(parsed)
+    with foreign.hidden():
+        return writing.run(wanted)
 
 
 def _check(parsed: argparse.Namespace) -> int:

@@ -27,15 +27,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Do what was asked, and return the exit status: 1 if a file is damaged.
 
-    Raises BadInput for a folder that is not there, or that cannot be written by prune.
+    Raises BadInput for flags that do not fit, a folder that is not there, or one that cannot be written by prune.
     """
     check_extra("cache")
-    folder = Path(parsed.pool)
-    if not folder.is_dir():
-        raise BadInput(f"--pool must be a folder of states, got {folder}, which is no folder")
     for flag, action in (("bytes", "prune"), ("remove", "verify")):
         if getattr(parsed, flag) and parsed.action != action:
             raise BadInput(f"--{flag} must come with {action}, got {parsed.action}")
+    if parsed.action == "prune":
+        _size(parsed.bytes)
+    folder = Path(parsed.pool)
+    if not folder.is_dir():
+        raise BadInput(f"--pool must be a folder of states, got {folder}, which is no folder")
     return _ACTIONS[parsed.action](Disk(folder), parsed)
 
 
@@ -93,7 +95,9 @@ _ACTIONS: dict[str, Callable[[Disk, argparse.Namespace], int]] = {
 
 
 def _size(text: str | None) -> int:
-    found = re.fullmatch(r"(\d+)([KMGT]?)", text or "")
+    if text is None:
+        raise BadInput("prune must come with --bytes SIZE, what it leaves: a number of bytes, or one with K, M, G or T")
+    found = re.fullmatch(r"(\d+)([KMGT]?)", text)
     if found is None:
         raise BadInput(f"--bytes must be a number of bytes, or one with K, M, G or T, got {text!r}")
     return int(found[1]) * _UNITS[found[2]]

@@ -17,6 +17,7 @@ from torch_xlstm_ops.extras import how_to_install
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 EXTRA = ("transformers", "safetensors", "rich")
+_WANTED = "--model must be a directory of a Hugging Face xLSTM"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,7 +51,9 @@ def load(directory: Path, device: torch.device, dtype: str = "auto") -> Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    _check_directory(directory)
+    check_directory(directory)
+    if not any(directory.glob("*.safetensors")) and not any(directory.glob("pytorch_model*.bin")):
+        raise BadInput(f"{_WANTED}, got {directory} without weights (model.safetensors)")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     settings = _understood("a config.json", AutoConfig.from_pretrained, directory)
@@ -73,20 +76,18 @@ def _check_complete(directory: Path, report: Any) -> None:
                        f"{', '.join(sorted(report['missing_keys'])[:3])}")
 
 
-def _check_directory(directory: Path) -> None:
-    wanted = "--model must be a directory of a Hugging Face xLSTM"
+def check_directory(directory: Path) -> None:
+    """Raise BadInput unless a directory holds the configuration of an xLSTM."""
     if not directory.is_dir():
-        raise BadInput(f"{wanted}, got {directory}, which is {'a file' if directory.exists() else 'not there'}")
+        raise BadInput(f"{_WANTED}, got {directory}, which is {'a file' if directory.exists() else 'not there'}")
     try:
         kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
     except FileNotFoundError:
-        raise BadInput(f"{wanted}, got {directory} without config.json") from None
+        raise BadInput(f"{_WANTED}, got {directory} without config.json") from None
     except (OSError, ValueError, AttributeError):
-        raise BadInput(f"{wanted}, got {directory} with a config.json that cannot be read") from None
+        raise BadInput(f"{_WANTED}, got {directory} with a config.json that cannot be read") from None
     if kind != "xlstm":
-        raise BadInput(f"{wanted}, got {directory} of model_type {kind!r}")
-    if not any(directory.glob("*.safetensors")) and not any(directory.glob("pytorch_model*.bin")):
-        raise BadInput(f"{wanted}, got {directory} without weights (model.safetensors)")
+        raise BadInput(f"{_WANTED}, got {directory} of model_type {kind!r}")
 
 
 def _load_tokenizer(directory: Path) -> Any:

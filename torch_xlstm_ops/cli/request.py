@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_xlstm_ops import config, devices, schedules, trace_files
-from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput
+from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput, check_directory
 from torch_xlstm_ops.config import FRACTION, WHOLE, Kind
 from torch_xlstm_ops.context.tokens import BLOCK
 
@@ -67,6 +67,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         "what is there")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
     parser.add_argument("--no-patch", action="store_true", help="run transformers' own code instead of ours")
+    parser.add_argument("--quiet", action="store_true", help="write the text alone: no progress, no table")
     for option in OPTIONS:
         default = "" if option.default is None else f" (default {option.default})"
         parser.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
@@ -92,6 +93,7 @@ class Request(NamedTuple):
     stops: tuple[str, ...]
     patched: bool
     device: torch.device
+    quiet: bool  # the text alone
     values: dict[str, Any]  # by `Option.name`
 
 
@@ -112,6 +114,8 @@ def read(parsed: argparse.Namespace) -> Request:
         _check_prefill_workers(parsed)
     if parsed.pool is not None and Path(parsed.pool).exists() and not Path(parsed.pool).is_dir():
         raise BadInput(f"--pool must be a folder, or one to be made, got {parsed.pool}, which is a file")
+    model = Path(parsed.model) if parsed.model is not None else DEMO_MODEL
+    check_directory(model)
     prompt = _prompt(parsed)
     with bad_input():
         if values["stats_log"] is not None:
@@ -123,8 +127,8 @@ def read(parsed: argparse.Namespace) -> Request:
         reason = None if parsed.no_patch else schedules.unavailable(schedule, device)
     if reason is not None:
         raise BadInput(f"schedule must be one that can run on {device.type}, got {schedule}: {reason}")
-    model = Path(parsed.model) if parsed.model is not None else DEMO_MODEL
-    return Request(model, prompt, parsed.pool, parsed.resume, tuple(parsed.stop), not parsed.no_patch, device, values)
+    return Request(model, prompt, parsed.pool, parsed.resume, tuple(parsed.stop), not parsed.no_patch, device,
+                   parsed.quiet, values)
 
 
 def _check_prefill_workers(parsed: argparse.Namespace) -> None:

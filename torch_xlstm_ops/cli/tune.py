@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_xlstm_ops import config, devices, schedules, winners
-from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput, check_extra
+from torch_xlstm_ops.cli import foreign
+from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput, check_directory, check_extra
 from torch_xlstm_ops.cli.request import COUNT, Option, bad_input, one_of, value
 from torch_xlstm_ops.config import Kind, Schedule
 from torch_xlstm_ops.extras import how_to_install
@@ -19,6 +20,7 @@ from torch_xlstm_ops.extras import how_to_install
 METHODS = ("random", "ga", "tpe", "bandit", "boltzmann", "grid")
 OP_PHASES, MODEL_PHASES = ("prefill", "train"), ("decode", "first-token")
 PHASES = (*OP_PHASES, *MODEL_PHASES)
+_EXTRAS = {"optuna": "tune", "rich": "tune", "matplotlib": "plot"}
 
 
 def _read_phases(text: str) -> dict[str, float]:
@@ -84,19 +86,24 @@ class Request(NamedTuple):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the flags of `tune`."""
+    parser.usage = ("xlstm-ops tune [search] [--out DIR] [FLAG ...]\n       xlstm-ops tune report [--out DIR]\n"
+                    "       xlstm-ops tune ablate [--out DIR] [FLAG ...]\n"
+                    "       xlstm-ops tune (--export FILE | --import FILE)")
     parser.add_argument("action", nargs="?", choices=("search", "report", "ablate"), default="search",
-                        help="search (default); report: pictures and a page of what is in --out; ablate: change one "
-                             "setting at a time")
+                        help="search (default): find the fastest plans; report: write pictures and a page of the "
+                             "searches in --out, measuring nothing; ablate: change one setting at a time")
     parser.add_argument("--out", metavar="DIR", default="xlstm-tune", help="where all is written (default %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with the searches in --out")
-    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory of an xLSTM (default: the embedded one)")
-    parser.add_argument("--no-apply", action="store_true", help="do not keep the winner for schedule auto")
-    parser.add_argument("--export", metavar="FILE", help="write what is kept for auto to a file, and search nothing")
-    parser.add_argument("--import", metavar="FILE", dest="source", help="keep what a file holds, and search nothing")
+    handing = parser.add_argument_group("tuned plans of other machines")
+    handing.add_argument("--export", metavar="FILE", help="write what is kept for auto to a file, and search nothing")
+    handing.add_argument("--import", metavar="FILE", dest="source", help="keep what a file holds, and search nothing")
+    flags = parser.add_argument_group("flags of search and ablate")
+    flags.add_argument("--resume", action="store_true", help="go on with the searches in --out")
+    flags.add_argument("--model", metavar="DIR", help="Hugging Face directory of an xLSTM (default: the embedded one)")
+    flags.add_argument("--no-apply", action="store_true", help="do not keep the winner for schedule auto")
     for option in OPTIONS:
         shown = isinstance(option.default, (str, int, float))
         default = f" (default {option.default})" if shown else ""
-        parser.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
+        flags.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -106,21 +113,20 @@ def run(parsed: argparse.Namespace) -> int:
     with bad_input():
         config.reload(flags={})
     if parsed.action == "report":
-        _need("tune report", "plot", "matplotlib")
-        _need("tune report", "tune", "optuna")
+        _need("tune report", "optuna", "matplotlib")
         from torch_xlstm_ops.tune import report
 
         with bad_input():
             written = report.write(Path(parsed.out))
         print("\n".join(f"wrote {path}" for path in written))
         return 0
-    _need("tune", "tune", "optuna", "rich")
+    _need("tune", "optuna", "rich")
     from torch_xlstm_ops.cli import tuning
 
     request = read(parsed)
     if request.needs_model:
         check_extra("tune")
-    with bad_input():
+    with bad_input(), foreign.hidden():
         return tuning.search(request) if parsed.action == "search" else tuning.ablate(request)
 
 
@@ -149,6 +155,7 @@ def read(parsed: argparse.Namespace) -> Request:
 
 def _shape_of(model: Path) -> tuple[int, int, int, int]:
     """Return the sizes of one prompt's call in a model."""
+    check_directory(model)
     try:
         told = json.loads((model / "config.json").read_text(encoding="utf-8"))
         NH, width = int(told["num_heads"]), int(told["hidden_size"])
@@ -180,7 +187,8 @@ def _hand_over(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _need(command: str, extra: str, *packages: str) -> None:
+def _need(command: str, *packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise BadInput(f"{command} needs {', '.join(missing)}: {how_to_install(extra)}")
+        extras = ",".join(dict.fromkeys(_EXTRAS[name] for name in missing))
+        raise BadInput(f"{command} needs {', '.join(missing)}: {how_to_install(extras)}")

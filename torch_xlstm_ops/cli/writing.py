@@ -1,4 +1,7 @@
-"""Run a request: text on stdout as it comes, progress on stderr, and a table of what was measured at the end."""
+"""Run a request: text on stdout as it comes, progress on stderr, and a table of what was measured at the end.
+
+The table goes to stdout on a terminal, else to stderr, so that a file or a pipe gets the text alone.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import io
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch_xlstm_ops import config, context, devices, trace
@@ -15,20 +19,21 @@ from torch_xlstm_ops.cli import generate, sampling
 from torch_xlstm_ops.cli.loading import BadInput, Loaded, LongPrompt, Prompt, end_tokens, load, prompt_of
 from torch_xlstm_ops.cli.meter import Meter, Row, write_stats
 from torch_xlstm_ops.cli.request import Request, bad_input
-from torch_xlstm_ops.context import states
+from torch_xlstm_ops.context import states, storage
 
 if TYPE_CHECKING:
     from torch_xlstm_ops.cli.reading import Readers
 
 QUIET_SECONDS = 5.0  # between progress lines where there is no terminal
 STATS_EVERY = 16
+INTERRUPT = "interrupt"
 
 
 def run(request: Request) -> int:
     """Write what was requested and return the exit status: 130 if the user interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
-    shown = Progress()
+    shown = Progress(request.quiet)
     with shown.status(f"loading {request.model.resolve().name}"):
         loaded = load(request.model, request.device, request.values["dtype"])
         prompt = prompt_of(loaded, request.prompt)
@@ -54,15 +59,14 @@ def run(request: Request) -> int:
     about = _about(request, loaded, ran, meter)
     about |= {"prompt tokens": len(prompt), **_resumed(kept, meter), "ended by": ended}
     about["warm-up s"] = round(compiling, 3)
-    _print_table(about)
-    if readers is not None and readers.report is not None:
-        print(readers.report)
     if request.values["stats_log"] is not None:
         write_stats(request.values["stats_log"], meter.rows, about)
     recording = trace.finish()
-    if recording is not None:
-        print(recording.summary())
-    return 130 if ended == "interrupt" else 0
+    if not request.quiet:
+        notes = [readers and readers.report, recording and recording.summary(),
+                 _how_to_go_on(request.resume, len(prompt)) if ended == INTERRUPT and request.resume else None]
+        _print_report(about, [str(note) for note in notes if note is not None])
+    return 130 if ended == INTERRUPT else 0
 
 
 def _kept(request: Request, loaded: Loaded) -> generate.Kept:
@@ -96,7 +100,7 @@ def _write(
     ends = end_tokens(loaded)
     with shown.prefill(len(prompt)) as progress:
         tokens = generate.stream(loaded, prompt, choose, values["max_new_tokens"], meter, progress, kept, readers)
-        ended = "interrupt"
+        ended = INTERRUPT
         try:
             first = next(tokens)
         except KeyboardInterrupt:
@@ -152,27 +156,44 @@ def _speed(row: Row | None) -> float | None:
     return None if row is None else round(row.average_tok_s, 2)
 
 
-def _print_table(about: dict[str, object]) -> None:
+def _how_to_go_on(file: str, total: int) -> str:
+    """Return what an interrupted user needs to know of `--resume`."""
+    path = Path(file)
+    if not path.exists():
+        return f"interrupted before a part of the prompt was read: {file} is not written, the same command starts again"
+    position = storage.from_file(path).about["position"]
+    return (f"interrupted: {file} holds the state after {position} of the prompt's {total} tokens; "
+            "run the same command to go on from there")
+
+
+def _print_report(about: dict[str, object], notes: Sequence[str]) -> None:
+    """Print the table and the notes: on stdout if it is a terminal, else on stderr."""
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(highlight=False, markup=False, stderr=not sys.stdout.isatty())
     table = Table(show_header=False)
     for name, value in about.items():
         table.add_row(name, "-" if value is None else str(value))
-    Console(highlight=False, markup=False).print(table)
+    console.print(table)
+    for note in notes:
+        console.print(note, soft_wrap=True)
 
 
 class Progress:
-    """Progress on stderr: live on a terminal, a line now and then elsewhere."""
+    """Progress on stderr: live on a terminal, a line now and then elsewhere, nothing if `quiet`."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool) -> None:
         from rich.console import Console
 
+        self._quiet = quiet
         self._console = Console(stderr=True)
         self._next = time.monotonic() + QUIET_SECONDS
 
     def status(self, text: str) -> AbstractContextManager[object]:
         """Return a context manager that shows what is being waited for."""
+        if self._quiet:
+            return nullcontext()
         if self._console.is_terminal:
             return self._console.status(text)
         self._console.print(text, highlight=False, markup=False)
@@ -183,6 +204,9 @@ class Progress:
         """Yield what to call with how far the prompt is read."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        if self._quiet:
+            yield lambda step: None
+            return
         if not self._console.is_terminal:
             yield lambda step: self._line(f"prefill {step.position} of {total} tokens, {step.tokens_per_second:.0f} "
                                           f"tokens/s, {step.seconds_left or 0:.0f} s left")
