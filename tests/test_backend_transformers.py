@@ -148,7 +148,7 @@ def test_states_come_back_in_the_dtype_that_was_asked_for():
 def child(code: str) -> str:
     """Run code in a process of its own, on the branch that this one is on, and return what it prints."""
     command = [sys.executable, "-c", "from tests import branches; branches.choose()\n" + code]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=300).stdout
 
 
 TARGETS = """
@@ -328,7 +328,7 @@ def test_a_patched_model_is_exported_and_runs_where_our_operators_are_registered
     torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     runs = [
         subprocess.run([sys.executable, "-c", LOAD.format(ours=ours, folder=str(tmp_path))], capture_output=True,
-                       text=True)
+                       text=True, timeout=300)
         for ours in (True, False)
     ]
     assert runs[0].returncode == 0, runs[0].stderr

@@ -116,6 +116,6 @@ def test_gradients_that_leave_the_normaliser_out_are_named(monkeypatch):
 def test_every_suite_runs(suite, tmp_path):
     file = tmp_path / "found.json"
     command = [sys.executable, "-m", "benchmarks.run", suite, "--quick", "--device", "cpu", "--json", str(file)]
-    subprocess.run(command, check=True, cwd=run.ROOT)
+    subprocess.run(command, check=True, cwd=run.ROOT, timeout=1700)
     (found,) = json.loads(file.read_text())
     assert [*results._rows(found)]

@@ -85,14 +85,14 @@ def test_threads_that_race_compile_once(compiles):
     args, found, start = draw(3, 5), [], threading.Barrier(4)
 
     def ask():
-        start.wait()
+        start.wait(60)
         found.append(compiled.get(scale, AXES, args, factor=2.0))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for t in threads:
         t.start()
     for t in threads:
-        t.join()
+        t.join(60)
     assert len(compiles) == 1
     assert len(set(map(id, found))) == 1
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests import together
 from tests.oracle import TOLERANCE, assert_close
 from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, parallel, slstm_sequence
 from torch_xlstm_ops.models import transformers as adapter
@@ -194,7 +195,8 @@ class Accidents:
         model.delay = 1.0 if kind == "late sLSTM" and not before else 0.0
         if kind == "error":
             raise ArithmeticError("a cosmic ray")
-        while before and kind == "halt" and self.file.exists():
+        until = time.monotonic() + 120
+        while before and kind == "halt" and self.file.exists() and time.monotonic() < until:
             time.sleep(0.05)
         if kind == "sleep":
             self.seen.touch()
@@ -286,9 +288,8 @@ def test_states_that_are_lost_with_their_worker_are_found_again(three, accidents
 
     def kill() -> None:
         until_read = three._workers[0].ready.remote()  # an actor does one thing after another
-        while three._prompts == prompts:
-            time.sleep(0.05)
-        ray.get([until_read, three._workers[0].ready.remote()])
+        together.until(lambda: three._prompts != prompts)
+        ray.get([until_read, three._workers[0].ready.remote()], timeout=60)
         os.kill(first, signal.SIGKILL)
         time.sleep(1)
         accidents.file.unlink()
@@ -297,7 +298,7 @@ def test_states_that_are_lost_with_their_worker_are_found_again(three, accidents
     killer = threading.Thread(target=kill)
     killer.start()
     logits, states, report = three.prefill(ids, [1, 1])
-    killer.join()
+    killer.join(60)
     assert_close(flat(logits, states), wanted_of(ids), 5 * TOLERANCE[torch.float32])
     assert report.replays == 1
 
@@ -316,8 +317,7 @@ def test_what_a_worker_raises_reaches_the_caller_and_the_next_prompt_is_read(thr
 @on_ray
 def test_an_interrupt_ends_the_workers_and_nothing_else(three, accidents):
     def interrupt() -> None:
-        while not accidents.seen.exists():
-            time.sleep(0.05)
+        together.until(accidents.seen.exists)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     with (  # noqa: PT012
@@ -368,7 +368,7 @@ def test_a_node_that_dies_takes_its_stretches_alone_with_it(ray_cluster, tmp_pat
         killer = threading.Timer(3, kill)
         killer.start()
         logits, states, report = workers.prefill(ids)
-        killer.join()
+        killer.join(60)
     assert_close(flat(logits, states), wanted_of(ids), 5 * TOLERANCE[torch.float32])
     assert report.replays >= 1
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import io
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.models.xlstm import modeling_xlstm as peer  # noqa: E402
 
+from tests import together  # noqa: E402
 from torch_xlstm_ops.models import transformers as adapter  # noqa: E402
 from torch_xlstm_ops.patch import Peer, kernels, patch, peers  # noqa: E402
 
@@ -258,14 +258,12 @@ def test_threads_may_patch_and_remove_while_others_run() -> None:
     start = threading.Barrier(4)
 
     def work() -> None:
-        start.wait()
+        start.wait(60)
         for _ in range(5):
             with patch("transformers"):
                 torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
 
-    with ThreadPoolExecutor(4) as threads:
-        for done in [threads.submit(work) for _ in range(4)]:
-            done.result()
+    together.run([work] * 4)
 
 
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

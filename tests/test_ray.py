@@ -121,7 +121,7 @@ def test_an_actor_that_works_on_gives_signs_of_life_for_trace_and_log(ray_cluste
         releasing = threading.Thread(target=release)
         releasing.start()
         call(args)
-        releasing.join()
+        releasing.join(60)
     entries = [e for e in recording.entries() if (e.band, e.segment) == (1, 1)]
     (task,) = (e for e in entries if e.phase == "remote")
     beats = [e for e in entries if e.phase == "heartbeat"]
@@ -152,7 +152,7 @@ def test_an_actor_that_does_not_answer_is_told_of(ray_cluster, monkeypatch, capl
         waking.start()
         args = draw(Sizes(S=40), seed=1)
         found = call(args)
-        waking.join()
+        waking.join(60)
     assert_close(found, exact(args), TOLERANCE[torch.float32])
     assert told()
 
@@ -254,7 +254,7 @@ def test_only_our_actors_are_ended(ray_cluster):
         call(draw(Sizes(S=40)))
     pids = actors.get("cpu", 2).pids()
     actors.close()
-    assert ray.get(theirs.answer.remote()) == 42
+    assert ray.get(theirs.answer.remote(), timeout=60) == 42
     assert ray.is_initialized()
     until = time.monotonic() + 30
     while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < until:
@@ -279,7 +279,7 @@ def test_a_node_that_dies_takes_nothing_with_it(ray_cluster, monkeypatch):
     killer.start()
     with config.use(segment=L, heads_per_band=2, workers=9):
         found = call(args)
-    killer.join()
+    killer.join(60)
     assert_close(found, exact(args), TOLERANCE[torch.float32])
 
 
@@ -440,13 +440,18 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     until = time.monotonic() + 240
     try:
         while not (folder / "busy").exists():
-            assert process.poll() is None, process.communicate()[1]
+            assert process.poll() is None, process.communicate(timeout=60)[1]
             assert time.monotonic() < until
             time.sleep(0.1)
         yield Alone(process, mark, folder)
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate()
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+            for pid in processes(mark):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_what_the_object_store_refuses_is_named_and_nothing_of_it_stays(alone):

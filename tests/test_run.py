@@ -25,7 +25,8 @@ print("patched:", modeling_xlstm.xLSTMCache.__init__.__wrapped__ is not None)
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("transformers")
     command = [sys.executable, "-m", "torch_xlstm_ops", "run", *arguments]
-    found = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True,
+                           timeout=300)
     assert "Warning" not in found.stderr
     return found
 
@@ -72,7 +73,7 @@ print(hasattr(xLSTMCache.__init__, "__wrapped__"))
 """
     for value, patched in [("auto", True), ("transformers", True), ("flashrnn", False), ("", False)]:
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "XLSTM_OPS_PATCH": value})
+                              env={**os.environ, "XLSTM_OPS_PATCH": value}, timeout=300)
         assert done.stdout == f"{patched}\n", done.stderr
 
 
