@@ -14,8 +14,10 @@ from pathlib import Path
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Background jobs of a shell start with Ctrl-C ignored, and would pass that on to each process that a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores: a thread that waits must sleep, not spin
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read where torch is loaded
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores; read where torch is loaded, by their children too
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits must sleep, not spin
 
 import hypothesis
 import pytest
@@ -73,6 +75,15 @@ def one_thread() -> Iterator[None]:
     """Keep tiny products off other cores, where waiting for a busy one costs far more than the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """Have kernels share their work out, however many threads this process was given."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
 

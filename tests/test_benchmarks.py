@@ -63,6 +63,7 @@ def test_a_part_that_fails_is_told(folder):
     assert "nothing-of-this-kind" in run.run(part, "cpu", False)["error"]
 
 
+@pytest.mark.slow
 def test_a_part_that_ends_early_keeps_what_it_measured():
     arguments = ["step", "--seconds", "0.1", "--shapes", "1,4,64,64,1", "1,4,64"]
     part = Part("mlstm", {"cpu": arguments}, [], lambda result: [])

@@ -13,6 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_the_laws_hold_where_transformers_builds_on_xlstm() -> None:
     pytest.importorskip("transformers", reason="needs the package transformers")
     pytest.importorskip("xlstm", reason="needs the package xlstm")

@@ -251,6 +251,7 @@ def test_a_task_is_in_flight_until_its_device_work_has_finished(monkeypatch, wor
 # Many callers
 
 
+@pytest.mark.slow
 def test_nested_calls_work():
     args = draw(Sizes(S=100))
     wanted, found = exact(args), []
@@ -289,7 +290,7 @@ def test_the_pool_closes_and_opens_again():
         assert not any(t.name.startswith(pool.NAME) for t in threading.enumerate())
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_soak_for_ten_minutes_with_flat_memory():
     args = [t.requires_grad_() for t in draw(Sizes(S=300))]

@@ -20,6 +20,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, weigh
+from tests.parameters import tail
 from torch_xlstm_ops import config, mlstm_chunkwise, schedules, trace
 from torch_xlstm_ops.config import Config, Schedule
 from torch_xlstm_ops.schedules.job import TaskError
@@ -29,11 +30,11 @@ pytest.importorskip("ray", reason="ray is not installed")
 from torch_xlstm_ops.schedules import ray as schedule
 from torch_xlstm_ops.schedules.ray import actors, cluster
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("one_thread")]  # as actors have, whose kernels these are
 L = 16  # as in test_mlstm_ops: each new size is a compile
 BANDS = {"segment": 2 * L, "heads_per_band": 2, "workers": 2}
 ABREAST = {"segment": 2 * L, "heads_per_band": 6, "workers": 2}  # one band, which actors share by summaries
-PLANS = pytest.mark.parametrize("plan", [BANDS, ABREAST, {"workers": 2}], ids=["bands", "abreast", "default"])
+PLANS = pytest.mark.parametrize("plan", tail([BANDS, ABREAST, {"workers": 2}], 2), ids=["bands", "abreast", "default"])
 
 
 def call(args: Sequence[Tensor], name: str = "ray") -> list[Tensor]:
@@ -57,6 +58,7 @@ def test_results_and_gradients_equal_inductors(ray_cluster, plan):
         t.add_(1)  # nothing that the object store holds
 
 
+@pytest.mark.slow
 def test_streams_of_two_bytes_travel_as_they_are(ray_cluster):
     args = draw(Sizes(S=100), torch.bfloat16)
     with config.use(**BANDS, window=1), torch.inference_mode():  # one actor, which compiles
@@ -65,7 +67,7 @@ def test_streams_of_two_bytes_travel_as_they_are(ray_cluster):
     assert_close(found, exact(args), TOLERANCE[torch.bfloat16])
 
 
-@pytest.mark.parametrize("plan", [BANDS, ABREAST], ids=["bands", "abreast"])
+@pytest.mark.parametrize("plan", tail([BANDS, ABREAST]), ids=["bands", "abreast"])
 def test_what_is_not_finite_spreads_as_in_the_recurrence(ray_cluster, plan):
     args = draw(Sizes(S=70))
     args[2][0, 1, 22] = float("nan")
@@ -242,6 +244,7 @@ def test_work_that_kills_every_actor_is_given_up(ray_cluster, monkeypatch, tmp_p
         call(args)
 
 
+@pytest.mark.slow
 def test_only_our_actors_are_ended(ray_cluster):
     import ray
 
@@ -454,6 +457,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_what_the_object_store_refuses_is_named_and_nothing_of_it_stays(alone):
     answers = (alone.folder / "answers").read_text().splitlines()
     said = "\n".join(dict.fromkeys(answers)).replace(", got", ",\ngot")
@@ -471,6 +475,7 @@ Ray's object store must have room for the state after layer 3 (100.0 MB),
 got none: it and the disk it spills to are full""")
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_process(alone):
     alone.process.send_signal(signal.SIGINT)
     _, err = alone.process.communicate(timeout=60)
