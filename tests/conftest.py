@@ -1,16 +1,23 @@
-"""Profiles of the drawn tests, and the seeds of the others."""
+"""What every test starts from: signals, environment, profiles of the drawn tests, the order of files, seeds."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores: a thread that waits must sleep, not spin
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read where torch is loaded
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Background jobs of a shell start with Ctrl-C ignored, and would pass that on to each process that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores; read where torch is loaded, by their children too
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits must sleep, not spin
 
 import hypothesis
 import pytest
@@ -19,15 +26,43 @@ import torch
 from tests import branches
 from tests.ray_cluster import ray_cluster as ray_cluster
 
-hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
+hypothesis.settings.register_profile("quick", max_examples=10, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("fuzz", max_examples=2000, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("XLSTM_TEST_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+hypothesis.settings.load_profile(os.environ.get("XLSTM_TEST_PROFILE", "quick"))
 
-# No test, nor a process that one starts, sees plans that the user has tuned; what tests build stays where it was.
+# No test, nor a process that one starts, sees plans, settings, or a Ray cluster of the user's.
+for name in [name for name in os.environ if name.startswith("XLSTM_OPS_") or name == "RAY_ADDRESS"]:
+    del os.environ[name]
+# Names of Ray's sockets are in it, which must be short.
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="xlstm-ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
+atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 os.environ.setdefault("XLSTM_TEST_CACHE", os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="xlstm-ops-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# Files whose tests take longest, which two processes must start first.
+LONGEST = (
+    "test_kernels", "test_laws_values", "test_mlstm_ops", "test_backend_transformers", "test_ray", "test_backend_peers",
+    "test_parallel", "test_derivatives", "test_backend", "test_run", "test_patch_branches", "test_patch_transformers",
+    "test_queued", "test_slstm", "test_memory",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have xdist hand files out in our order, not by their number of tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark drawn tests, and start the longest files first."""
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.drawn)
+    place = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +75,15 @@ def one_thread() -> Iterator[None]:
     """Keep tiny products off other cores, where waiting for a busy one costs far more than the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """Have kernels share their work out, however many threads this process was given."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
 

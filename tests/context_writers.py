@@ -77,6 +77,7 @@ def fork(folder: Path, seed: int, count: int) -> int:
     begun, beginning = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(300)  # whatever becomes of the parent
         os.write(beginning, b"!")
         try:
             write(folder, seed, count)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-NODE = {"num_cpus": 5, "num_gpus": 0, "object_store_memory": 100 << 20}  # more CPUs than there are: actors mostly wait
+# More CPUs than there are, for actors mostly wait; ports that are free.
+NODE = {"num_cpus": 5, "num_gpus": 0, "object_store_memory": 100 << 20, "dashboard_agent_listen_port": None}
 
 
 def hide_xlstm() -> None:
@@ -27,12 +28,15 @@ def ray_cluster() -> Iterator[Any]:
     from torch_xlstm_ops.schedules.ray import actors
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    cluster.add_node(**NODE)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR",
-             runtime_env={"worker_process_setup_hook": hide_xlstm})
-    yield cluster
-    actors.close()
-    ray.shutdown()
-    cluster.shutdown()
+    cluster = Cluster()
+    try:
+        cluster.add_node(**NODE, include_dashboard=False)
+        cluster.add_node(**NODE)
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
+        ray.init(address=cluster.address, namespace=f"xlstm-ops-tests-{os.getpid()}", log_to_driver=False,
+                 logging_level="ERROR", runtime_env={"worker_process_setup_hook": hide_xlstm})
+        yield cluster
+    finally:
+        actors.close()
+        ray.shutdown()
+        cluster.shutdown()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import torch_xlstm_ops
 from tests.oracle import TOLERANCE, Sizes, assert_close, draw, exact
+from tests.parameters import tail
 
 # What the peers' own float32 rounding allows.
 PEER_TOLERANCE = 10 * TOLERANCE[torch.float32]
@@ -53,7 +54,7 @@ SEQUENCES = [
 ]
 
 
-@pytest.mark.parametrize(("module", "name"), SEQUENCES, ids=lambda text: text.split(".")[-1])
+@pytest.mark.parametrize(("module", "name"), tail(SEQUENCES), ids=lambda text: text.split(".")[-1])
 def test_sequences_of_mlstm_kernels_become_operators(module: str, name: str):
     fn, args = function(module, name), draw(Sizes(S=64))
     given = {**dict(zip(NAMES, args, strict=True)), "return_last_states": True}
@@ -79,7 +80,7 @@ def backend(**options: Any) -> Any:
     return function(module, "mLSTMBackend")(function(module, "mLSTMBackendConfig")(**settings | options))
 
 
-@pytest.mark.parametrize("S", [1, 2, 70])
+@pytest.mark.parametrize("S", tail([70, 1, 2]))
 def test_the_backend_module_is_one_operator_for_any_length(S: int):
     layer, args = backend(), draw(Sizes(S=S))
     given = dict(zip(NAMES, args, strict=True))
@@ -118,6 +119,7 @@ def test_xlstms_parallel_mlstm_becomes_an_operator():
     taken(fn, *args, lower_triangular_matrix=torch.ones(30, 30, dtype=torch.bool).tril())
 
 
+@pytest.mark.slow
 def test_xlstms_parallel_mlstm_stays_where_it_is_stabilised_otherwise():
     fn = function(MLSTM, "parallel_stabilized_simple")
     q, k, v, igate, fgate = draw(Sizes(S=30, DHHV=8), state=False)
@@ -161,6 +163,7 @@ def test_xlstms_vanilla_slstm_is_one_operator_without_a_break():
     assert taken(layer, x, state).count("xlstm.slstm_sequence") == 1
 
 
+@pytest.mark.slow
 def test_xlstms_vanilla_slstm_learns_as_it_did():
     layer, x = slstm_layer(), torch.randn(3, 6, 4 * 32)
 
@@ -182,6 +185,7 @@ def test_xlstms_vanilla_slstm_step_is_spliced():
 # --- flashrnn ---
 
 
+@pytest.mark.slow
 def test_flashrnns_vanilla_slstm_becomes_an_operator():
     run = function("flashrnn", "flashrnn")
     B, T, NH, DH = 2, 5, 2, 32

@@ -23,6 +23,7 @@ if peer.external_xlstm:
 
 import torch_xlstm_ops  # noqa: E402
 from tests.oracle import GRADIENT_TOLERANCE, assert_close  # noqa: E402
+from tests.parameters import tail  # noqa: E402
 from tests.test_patch_transformers import LAYERS, build, decode, logits, prefill, prompt  # noqa: E402
 from torch_xlstm_ops.models import transformers as adapter  # noqa: E402
 from torch_xlstm_ops.patch import patch  # noqa: E402
@@ -45,7 +46,7 @@ def recompiles() -> int:
     return int(counters["stats"]["unique_graphs"]) - 1
 
 
-@pytest.mark.parametrize(("dtype", "S"), [(torch.float32, 1), (torch.float32, 70), (torch.bfloat16, 70)])
+@pytest.mark.parametrize(("dtype", "S"), tail([(torch.float32, 70), (torch.float32, 1), (torch.bfloat16, 70)]))
 def test_logits_equal_the_eager_models(dtype: torch.dtype, S: int):
     model, ids = build(dtype), prompt(S)
     found, wanted = logits(compiled(model), ids), logits(model, ids)
@@ -64,6 +65,7 @@ def test_a_step_is_one_graph_for_a_hundred_tokens_and_writes_its_states_in_place
     assert adapter.position(cache) == 140
 
 
+@pytest.mark.slow
 def test_states_of_a_step_are_written_without_a_copy():
     from torch._inductor.utils import run_and_get_code
 
@@ -89,7 +91,7 @@ def gradients(model: Any, run: Any, ids: Tensor) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("inlined", [True, False])
+@pytest.mark.parametrize("inlined", tail([False, True]))
 def test_gradients_equal_the_patched_models(inlined: bool):
     model, ids = build(mode="train").train(), prompt(64)
     found = gradients(model, compiled(model, inline=inlined), ids)
@@ -148,7 +150,7 @@ def test_states_come_back_in_the_dtype_that_was_asked_for():
 def child(code: str) -> str:
     """Run code in a process of its own, on the branch that this one is on, and return what it prints."""
     command = [sys.executable, "-c", "from tests import branches; branches.choose()\n" + code]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=300).stdout
 
 
 TARGETS = """
@@ -168,11 +170,13 @@ torch.compile(peer.xLSTMBackend(config), backend=record, fullgraph=True)(*args)
 """
 
 
+@pytest.mark.slow
 def test_other_backends_see_the_graph_they_always_saw():
     graphs = [child(TARGETS.format(loaded=loaded)) for loaded in (False, True)]
     assert graphs[0] == graphs[1] != ""
 
 
+@pytest.mark.slow
 def test_backends_side_by_side_keep_their_own_code():
     model, ids = build(), prompt(70)
     seen: list[str] = []
@@ -188,6 +192,7 @@ def test_backends_side_by_side_keep_their_own_code():
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.slow
 def test_rules_of_a_module_imported_later_are_installed():
     check = f"""
 import importlib.util, sys, torch
@@ -257,6 +262,7 @@ def test_the_explanation_counts_graph_breaks():
     assert "no xLSTM found" in text
 
 
+@pytest.mark.slow
 def test_an_explanation_can_be_had_any_number_of_times():
     model, ids = build(), prompt(1)
     texts = {torch_xlstm_ops.explain(model, ids) for _ in range(12)}
@@ -288,6 +294,7 @@ def test_under_cuda_graphs_the_states_are_known_to_stay_where_they_are():
     assert dynamo.read(None, "reduce-overhead").inductor["triton.cudagraphs"] is True
 
 
+@pytest.mark.slow
 def test_a_mode_is_inductors_and_decodes_alike():
     model, ids = build(), prompt(12)
     cache, twin = prefill(model, ids).cache, prefill(model, ids).cache
@@ -328,7 +335,7 @@ def test_a_patched_model_is_exported_and_runs_where_our_operators_are_registered
     torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     runs = [
         subprocess.run([sys.executable, "-c", LOAD.format(ours=ours, folder=str(tmp_path))], capture_output=True,
-                       text=True)
+                       text=True, timeout=300)
         for ours in (True, False)
     ]
     assert runs[0].returncode == 0, runs[0].stderr

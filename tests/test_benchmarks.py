@@ -63,6 +63,7 @@ def test_a_part_that_fails_is_told(folder):
     assert "nothing-of-this-kind" in run.run(part, "cpu", False)["error"]
 
 
+@pytest.mark.slow
 def test_a_part_that_ends_early_keeps_what_it_measured():
     arguments = ["step", "--seconds", "0.1", "--shapes", "1,4,64,64,1", "1,4,64"]
     part = Part("mlstm", {"cpu": arguments}, [], lambda result: [])
@@ -116,6 +117,6 @@ def test_gradients_that_leave_the_normaliser_out_are_named(monkeypatch):
 def test_every_suite_runs(suite, tmp_path):
     file = tmp_path / "found.json"
     command = [sys.executable, "-m", "benchmarks.run", suite, "--quick", "--device", "cpu", "--json", str(file)]
-    subprocess.run(command, check=True, cwd=run.ROOT)
+    subprocess.run(command, check=True, cwd=run.ROOT, timeout=1700)
     (found,) = json.loads(file.read_text())
     assert [*results._rows(found)]

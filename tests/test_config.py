@@ -129,7 +129,7 @@ def test_use_does_not_reach_other_threads() -> None:
     with config.use(workers=2):
         thread = threading.Thread(target=lambda: seen.append(config.current()))
         thread.start()
-        thread.join()
+        thread.join(60)
     assert seen == [Config()]
 
 

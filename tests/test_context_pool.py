@@ -257,7 +257,7 @@ def test_threads_may_share_a_pool(model: Any, size: int, tmp_path: Path) -> None
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert wrong == []
     for tier in pool.stats()[:3]:
         assert 0 < tier.bytes <= tier.budget

@@ -94,7 +94,7 @@ def test_submission_excludes_other_threads_on_mps_alone() -> None:
         taken: list[bool] = []
         thread = threading.Thread(target=lambda: taken.append(devices.mps_lock.acquire(blocking=False)))
         thread.start()
-        thread.join()
+        thread.join(60)
         return taken[0]
 
     with devices.submission(CPU), devices.submission(CPU):

@@ -108,9 +108,10 @@ heavy = {"torch._inductor.compile_fx", "transformers", "ray", "optuna", "rich", 
 assert not heavy, heavy
 assert threading.active_count() == 1
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", check], check=True, cwd=ROOT.parent)
+    subprocess.run([sys.executable, "-W", "error", "-c", check], check=True, cwd=ROOT.parent, timeout=120)
 
 
 def test_registrations_has_one_identity():
-    run = subprocess.run([sys.executable, "-c", "import registrations"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", "import registrations"], cwd=ROOT, capture_output=True, text=True,
+                         timeout=120)
     assert "import torch_xlstm_ops instead" in run.stderr

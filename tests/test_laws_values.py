@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, weigh
+from tests.parameters import tail
 from torch_xlstm_ops import config, mlstm, mlstm_chunkwise, mlstm_step, mlstm_step_, packing
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 L = 16
 NONE, ALL = -math.inf, math.inf
 S = 40
 SCHEDULES = ["inductor", "queued", "recurrent"]
 DTYPES = [torch.float32, torch.float64]
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+every_schedule = pytest.mark.parametrize("schedule", tail(SCHEDULES))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, float32_tolerance, weigh
+from tests.parameters import tail
 from torch_xlstm_ops import (
     compiled,
     config,
@@ -22,9 +23,11 @@ from torch_xlstm_ops import (
     trace,
 )
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 L = 16  # one chunk size and one pair of head dimensions: each new one is a compile
 ops = torch.ops.xlstm
 DTYPES = list(TOLERANCE)
+WIDE = (torch.float32, torch.float64)
 
 
 def flat(results):
@@ -45,7 +48,7 @@ def test_chunkwise_equals_recurrence(S, state):
     assert_close(flat(mlstm_chunkwise(*args, chunk_size=L)), exact(args), TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t != torch.float16), ids=str)
 def test_chunkwise_equals_recurrence_in_each_dtype(dtype):
     args = draw(Sizes(S=100), dtype, gates=torch.float32 if dtype == torch.float16 else None)
     h, *state = results = flat(mlstm_chunkwise(*args, chunk_size=L))
@@ -88,8 +91,8 @@ def as_on_cuda(monkeypatch):
     registrations.mlstm.forget_routes()
 
 
-@pytest.mark.parametrize("S", [1, 16, 65, 200])
-@pytest.mark.parametrize("schedule", ["inductor", "queued", "recurrent"])
+@pytest.mark.parametrize("S", tail([65, 1, 16, 200]))
+@pytest.mark.parametrize("schedule", tail(["inductor", "queued", "recurrent"]))
 def test_a_call_that_opens_equals_recurrence(as_on_cuda, S, schedule):
     args = draw(Sizes(S=S), state=False)
     for settings in ({}, {"segment": 32, "heads_per_band": 1}):
@@ -166,7 +169,7 @@ def _one_token(args):
     return [h[:, :, 0], *state]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t != torch.float16), ids=str)
 def test_step_equals_recurrence(dtype):
     args = draw(Sizes(S=1), dtype)
     assert_close(flat(mlstm_step(*step_args(args))), _one_token(args), TOLERANCE[dtype])
@@ -241,7 +244,7 @@ def test_a_closed_forget_gate_and_extreme_gates():
 # Gradients
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", tail(DTYPES, WIDE.__contains__), ids=str)
 def test_gradients_equal_those_of_the_recurrence(dtype):
     args = draw(Sizes(S=50), dtype, gates=torch.float32 if dtype == torch.float16 else None)
     args = [t.requires_grad_() for t in args]
@@ -353,6 +356,7 @@ def test_vmap_over_some_arguments():
     assert_close([mapped[1]], [exact(args)[0]], TOLERANCE[torch.float32])
 
 
+@pytest.mark.slow
 def test_autocast_casts_the_streams_alone():
     args = draw(Sizes(S=20))
     with torch.autocast("cpu", dtype=torch.bfloat16):

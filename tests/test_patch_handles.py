@@ -9,13 +9,13 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import together
 from torch_xlstm_ops import patch as patch_package
 from torch_xlstm_ops.patch import Change, Peer, patch, peers
 from torch_xlstm_ops.patch.on_import import patch_from_environment, patch_on_import
@@ -149,7 +149,8 @@ with pytest.MonkeyPatch.context() as context:
 
 def test_a_model_that_another_process_saved_while_it_was_patched_is_nobodys_here(tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
-    subprocess.run([sys.executable, "-c", SAVE, str(file)], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", SAVE, str(file)], check=True, cwd=Path(__file__).parent.parent,
+                   timeout=120)
     with patch(Model()), patch(Model()):
         loaded = torch.load(file, weights_only=False)
         assert torch.equal(loaded(ten()), UNPATCHED)
@@ -214,9 +215,7 @@ def test_threads_patch_models_of_their_own() -> None:
                 assert torch.equal(model(ten()), PATCHED)
             assert torch.equal(model(ten()), UNPATCHED)
 
-    with ThreadPoolExecutor(4) as threads:
-        for done in [threads.submit(work) for _ in range(4)]:
-            done.result()
+    together.run([work] * 4)
 
 
 def test_a_model_without_known_layers_is_refused() -> None:

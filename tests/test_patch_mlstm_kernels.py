@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle import Sizes, assert_close, draw, exact, weigh
+from tests.parameters import tail
 from torch_xlstm_ops.patch import patch
 
 pytest.importorskip("mlstm_kernels", reason="needs the package mlstm_kernels")
@@ -66,7 +67,7 @@ def test_triton_configs_build_and_run_without_cuda() -> None:
     assert_close([again], exact(args)[:1], 1e-5)
 
 
-@pytest.mark.parametrize("chunkwise", ["xlstm_ops", "xlstm_ops_queued"])
+@pytest.mark.parametrize("chunkwise", tail(["xlstm_ops", "xlstm_ops_queued"]))
 def test_configs_may_name_ours(chunkwise: str) -> None:
     args = draw(Sizes(S=33))
     with patch("mlstm_kernels"):

@@ -159,6 +159,7 @@ def test_tirex2_layers_step_as_they_run() -> None:
     assert_close([torch.cat(found, 1)], [whole], 1e-4)
 
 
+@pytest.mark.slow
 def test_tirex2_under_its_own_compile_option_follows_patch_and_removal() -> None:
     model = tirex2_model()
     theirs = forecasts(model)

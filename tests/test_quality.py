@@ -26,6 +26,7 @@ from benchmarks.quality.coherence import Written
 from benchmarks.quality.prompts import PROMPTS
 from benchmarks.quality.recall import Recall, Size, draw
 from benchmarks.train_demo_model import END, standard_library
+from tests.parameters import tail
 from torch_xlstm_ops import config, mlstm_chunkwise, trace
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, load
 
@@ -83,6 +84,7 @@ def test_a_recall_model_gives_the_same_in_one_piece_in_pieces_and_by_steps(name:
             torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_chunks")
 def test_every_way_to_answer_is_the_first_ones() -> None:
     conditions = contenders.Conditions(CPU, ["inductor", "queued", "recurrent"])
@@ -100,7 +102,7 @@ def arguments() -> Namespace:
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", tail(SIZES))
 def test_training_learns_and_repeats_itself(name: str) -> None:
     weights, curves = [], []
     for _ in range(2):
@@ -145,7 +147,7 @@ def test_missing_weights_name_the_command_that_makes_them(tmp_path: Path) -> Non
         mqar.load(tmp_path / "mqar_mlstm.safetensors")
 
 
-@pytest.mark.parametrize("schedule", ["inductor", "queued", "recurrent"])
+@pytest.mark.parametrize("schedule", tail(["inductor", "queued", "recurrent"]))
 def test_a_contender_runs_the_schedule_that_it_names(loaded: Loaded, schedule: str) -> None:
     ids = torch.arange(80)[None]
     with contenders.Contender(schedule, schedule).active(), torch.inference_mode(), trace.record() as recording:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests import together
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, float32_tolerance, weigh
 from torch_xlstm_ops import config, devices, mlstm_chunkwise, trace
 from torch_xlstm_ops.config import Schedule
@@ -42,7 +43,7 @@ def queued(args: Sequence[Tensor]) -> list[Tensor]:
 
 
 # More threads than cores make each example slow.
-FEWER = settings(max_examples=max(20, settings().max_examples // 4))
+FEWER = settings(max_examples=max(5, settings().max_examples // 4))
 drawn_plans = st.fixed_dictionaries({
     "segment": st.integers(1, 100), "heads_per_band": st.integers(1, 7), "workers": st.integers(1, 4),
     "window": st.none() | st.integers(1, 5),
@@ -115,7 +116,7 @@ def test_workers_leave_the_number_of_threads_alone():
     elsewhere = []
     thread = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
     thread.start()
-    thread.join()
+    thread.join(60)
     assert (torch.get_num_threads(), elsewhere) == (3, [3])
 
 
@@ -250,6 +251,7 @@ def test_a_task_is_in_flight_until_its_device_work_has_finished(monkeypatch, wor
 # Many callers
 
 
+@pytest.mark.slow
 def test_nested_calls_work():
     args = draw(Sizes(S=100))
     wanted, found = exact(args), []
@@ -275,9 +277,7 @@ def test_a_thousand_calls_from_four_threads():
                 found = queued(args)
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
-    with ThreadPoolExecutor(4) as callers:
-        for result in [callers.submit(calls, number) for number in range(4)]:
-            result.result(timeout=300)
+    together.run([functools.partial(calls, number) for number in range(4)], seconds=300)
     assert threading.active_count() <= before
 
 
@@ -290,7 +290,7 @@ def test_the_pool_closes_and_opens_again():
         assert not any(t.name.startswith(pool.NAME) for t in threading.enumerate())
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_soak_for_ten_minutes_with_flat_memory():
     args = [t.requires_grad_() for t in draw(Sizes(S=300))]
@@ -303,8 +303,6 @@ def test_soak_for_ten_minutes_with_flat_memory():
     used = []
     for minutes in (1, 4, 5):
         until = time.monotonic() + 60 * minutes
-        with ThreadPoolExecutor(4) as callers:
-            for result in [callers.submit(calls, until) for _ in range(4)]:
-                result.result()
+        together.run([functools.partial(calls, until)] * 4, seconds=60 * minutes + 120)
         used.append(devices.memory(CPU).used)
     assert used[-1] - used[0] < 32 << 20, used

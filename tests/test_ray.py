@@ -20,6 +20,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, weigh
+from tests.parameters import tail
 from torch_xlstm_ops import config, mlstm_chunkwise, schedules, trace
 from torch_xlstm_ops.config import Config, Schedule
 from torch_xlstm_ops.schedules.job import TaskError
@@ -29,11 +30,11 @@ pytest.importorskip("ray", reason="ray is not installed")
 from torch_xlstm_ops.schedules import ray as schedule
 from torch_xlstm_ops.schedules.ray import actors, cluster
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("one_thread")]  # as actors have, whose kernels these are
 L = 16  # as in test_mlstm_ops: each new size is a compile
 BANDS = {"segment": 2 * L, "heads_per_band": 2, "workers": 2}
 ABREAST = {"segment": 2 * L, "heads_per_band": 6, "workers": 2}  # one band, which actors share by summaries
-PLANS = pytest.mark.parametrize("plan", [BANDS, ABREAST, {"workers": 2}], ids=["bands", "abreast", "default"])
+PLANS = pytest.mark.parametrize("plan", tail([BANDS, ABREAST, {"workers": 2}], 2), ids=["bands", "abreast", "default"])
 
 
 def call(args: Sequence[Tensor], name: str = "ray") -> list[Tensor]:
@@ -57,6 +58,7 @@ def test_results_and_gradients_equal_inductors(ray_cluster, plan):
         t.add_(1)  # nothing that the object store holds
 
 
+@pytest.mark.slow
 def test_streams_of_two_bytes_travel_as_they_are(ray_cluster):
     args = draw(Sizes(S=100), torch.bfloat16)
     with config.use(**BANDS, window=1), torch.inference_mode():  # one actor, which compiles
@@ -65,7 +67,7 @@ def test_streams_of_two_bytes_travel_as_they_are(ray_cluster):
     assert_close(found, exact(args), TOLERANCE[torch.bfloat16])
 
 
-@pytest.mark.parametrize("plan", [BANDS, ABREAST], ids=["bands", "abreast"])
+@pytest.mark.parametrize("plan", tail([BANDS, ABREAST]), ids=["bands", "abreast"])
 def test_what_is_not_finite_spreads_as_in_the_recurrence(ray_cluster, plan):
     args = draw(Sizes(S=70))
     args[2][0, 1, 22] = float("nan")
@@ -121,7 +123,7 @@ def test_an_actor_that_works_on_gives_signs_of_life_for_trace_and_log(ray_cluste
         releasing = threading.Thread(target=release)
         releasing.start()
         call(args)
-        releasing.join()
+        releasing.join(60)
     entries = [e for e in recording.entries() if (e.band, e.segment) == (1, 1)]
     (task,) = (e for e in entries if e.phase == "remote")
     beats = [e for e in entries if e.phase == "heartbeat"]
@@ -152,7 +154,7 @@ def test_an_actor_that_does_not_answer_is_told_of(ray_cluster, monkeypatch, capl
         waking.start()
         args = draw(Sizes(S=40), seed=1)
         found = call(args)
-        waking.join()
+        waking.join(60)
     assert_close(found, exact(args), TOLERANCE[torch.float32])
     assert told()
 
@@ -242,6 +244,7 @@ def test_work_that_kills_every_actor_is_given_up(ray_cluster, monkeypatch, tmp_p
         call(args)
 
 
+@pytest.mark.slow
 def test_only_our_actors_are_ended(ray_cluster):
     import ray
 
@@ -254,7 +257,7 @@ def test_only_our_actors_are_ended(ray_cluster):
         call(draw(Sizes(S=40)))
     pids = actors.get("cpu", 2).pids()
     actors.close()
-    assert ray.get(theirs.answer.remote()) == 42
+    assert ray.get(theirs.answer.remote(), timeout=60) == 42
     assert ray.is_initialized()
     until = time.monotonic() + 30
     while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < until:
@@ -279,7 +282,7 @@ def test_a_node_that_dies_takes_nothing_with_it(ray_cluster, monkeypatch):
     killer.start()
     with config.use(segment=L, heads_per_band=2, workers=9):
         found = call(args)
-    killer.join()
+    killer.join(60)
     assert_close(found, exact(args), TOLERANCE[torch.float32])
 
 
@@ -440,15 +443,21 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     until = time.monotonic() + 240
     try:
         while not (folder / "busy").exists():
-            assert process.poll() is None, process.communicate()[1]
+            assert process.poll() is None, process.communicate(timeout=60)[1]
             assert time.monotonic() < until
             time.sleep(0.1)
         yield Alone(process, mark, folder)
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate()
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+            for pid in processes(mark):
+                os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_what_the_object_store_refuses_is_named_and_nothing_of_it_stays(alone):
     answers = (alone.folder / "answers").read_text().splitlines()
     said = "\n".join(dict.fromkeys(answers)).replace(", got", ",\ngot")
@@ -466,6 +475,7 @@ Ray's object store must have room for the state after layer 3 (100.0 MB),
 got none: it and the disk it spills to are full""")
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_process(alone):
     alone.process.send_signal(signal.SIGINT)
     _, err = alone.process.communicate(timeout=60)

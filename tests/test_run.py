@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.parameters import tail
 from torch_xlstm_ops import cli
 
 SCRIPT = """
@@ -25,7 +26,8 @@ print("patched:", modeling_xlstm.xLSTMCache.__init__.__wrapped__ is not None)
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("transformers")
     command = [sys.executable, "-m", "torch_xlstm_ops", "run", *arguments]
-    found = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True,
+                           timeout=300)
     assert "Warning" not in found.stderr
     return found
 
@@ -46,6 +48,7 @@ def test_a_script_is_patched_and_sees_what_python_shows(tmp_path: Path) -> None:
     assert "modeling_xlstm.xLSTMCache.__init__: states stay float32" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_module_is_run_by_name(tmp_path: Path) -> None:
     script(tmp_path)
     done = run("-m", "here.script", "one", cwd=tmp_path)
@@ -54,7 +57,7 @@ def test_a_module_is_run_by_name(tmp_path: Path) -> None:
     assert f"'one'] {tmp_path}\n" in done.stdout
 
 
-@pytest.mark.parametrize(("end", "status"), [("sys.exit(5)", 5), ("raise KeyError('mine')", 1)])
+@pytest.mark.parametrize(("end", "status"), tail([("sys.exit(5)", 5), ("raise KeyError('mine')", 1)]))
 def test_its_end_is_its_own(tmp_path: Path, end: str, status: int) -> None:
     done = run(script(tmp_path, end), cwd=tmp_path)
     assert done.returncode == status
@@ -72,7 +75,7 @@ print(hasattr(xLSTMCache.__init__, "__wrapped__"))
 """
     for value, patched in [("auto", True), ("transformers", True), ("flashrnn", False), ("", False)]:
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "XLSTM_OPS_PATCH": value})
+                              env={**os.environ, "XLSTM_OPS_PATCH": value}, timeout=300)
         assert done.stdout == f"{patched}\n", done.stderr
 
 

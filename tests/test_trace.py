@@ -138,7 +138,7 @@ def test_every_thread_adds_under_its_name() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(60)
     found = {(entry.thread, entry.segment) for entry in recording.entries()}
     assert found == {(f"worker-{i}", segment) for i in range(4) for segment in range(500)}
 
@@ -297,5 +297,5 @@ def test_the_variable_records_the_whole_process(tmp_path: Path) -> None:
     code = ("from torch_xlstm_ops import config, trace\nconfig.current()\n"
             "with trace.span('op', phase='decode'): pass")
     environment = {**os.environ, "XLSTM_OPS_TRACE": "a.jsonl"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
     assert json.loads((tmp_path / "a.jsonl").read_text())["phase"] == "decode"

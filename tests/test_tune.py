@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,12 +307,17 @@ def test_a_kill_loses_one_trial_at_most(tmp_path: Path) -> None:
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), "12"], cwd=root, text=True,
                                    stdout=subprocess.PIPE)
         assert process.stdout is not None
-        for line in process.stdout:
-            kept -= line == "measured\n"
-            if kept == 0:
-                break
-        process.kill()  # SIGKILL, at whatever it is doing
-        process.wait()
+        giving_up = threading.Timer(300, process.kill)
+        giving_up.start()
+        try:
+            for line in process.stdout:
+                kept -= line == "measured\n"
+                if kept == 0:
+                    break
+        finally:
+            process.kill()  # SIGKILL, at whatever it is doing
+            giving_up.cancel()
+        process.wait(60)
         process.stdout.close()
     begun_before = (tmp_path / "begun").read_text().splitlines()
     seen: list[Record] = []

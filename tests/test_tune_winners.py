@@ -146,4 +146,4 @@ for _ in range(3):
     mlstm_chunkwise(q, q, torch.randn(2, 3, 40, 16), q[..., 0], q[..., 0])
 assert read.count("tuned.json") == 1, read
 """
-    subprocess.run([sys.executable, "-c", check], check=True)
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=300)

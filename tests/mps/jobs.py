@@ -61,7 +61,7 @@ class Reports:
     def __call__(self, wanted: Job) -> dict[str, Any]:
         """Return a job's report, waiting for it."""
         if wanted in self._started:
-            return self._started[wanted].result()
+            return self._started[wanted].result(TIMEOUT_S * 2)
         if wanted not in self._done:
             self._done[wanted] = run(wanted)
         return self._done[wanted]

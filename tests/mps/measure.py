@@ -72,7 +72,7 @@ def threads(name: str, count: int) -> dict[str, Any]:
     barrier = threading.Barrier(count)
 
     def work() -> None:
-        barrier.wait()
+        barrier.wait(60)
         for _ in range(3):
             with config.use(**run.config):  # a thread has a configuration of its own
                 results.append(run.call(args, []))
@@ -83,7 +83,7 @@ def threads(name: str, count: int) -> dict[str, Any]:
             for worker in workers:
                 worker.start()
             for worker in workers:
-                worker.join()
+                worker.join(120)
         entries = log.submissions
         return sum(e.overlapped for e in entries), len({e.thread for e in entries}), len(entries)
 

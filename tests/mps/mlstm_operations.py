@@ -102,16 +102,16 @@ class MLSTM(NamedTuple):
 
 TWO_SEGMENTS = {"segment": 128, "heads_per_band": 3}
 OPERATIONS = {
-    "step": MLSTM("mlstm_step"),
+    "step": MLSTM("mlstm_step", quick=""),
     "step in place": MLSTM("mlstm_step_"),
     # One SIMD group, and more keys than a threadgroup has threads: the kernel that stores m over what it read.
-    "step in place, few keys": MLSTM("mlstm_step_", DHQK=32, DHHV=8),
-    "step in place, many keys": MLSTM("mlstm_step_", DHQK=1030, DHHV=8, quick="float32"),
+    "step in place, few keys": MLSTM("mlstm_step_", DHQK=32, DHHV=8, quick=""),
+    "step in place, many keys": MLSTM("mlstm_step_", DHQK=1030, DHHV=8, quick=""),
     "one segment": MLSTM("mlstm_chunkwise", 128),
-    "tail": MLSTM("mlstm_chunkwise", 150, quick="float16"),
+    "tail": MLSTM("mlstm_chunkwise", 150, quick=""),
     "one token": MLSTM("mlstm_chunkwise", 1, state=True, quick=""),
-    "bands and segments": MLSTM("mlstm_chunkwise", 300, config=TWO_SEGMENTS, state=True, quick="float32"),
-    "queued": MLSTM("mlstm_chunkwise", 300, "queued", config=TWO_SEGMENTS, state=True),
+    "bands and segments": MLSTM("mlstm_chunkwise", 300, config=TWO_SEGMENTS, state=True, quick=""),
+    "queued": MLSTM("mlstm_chunkwise", 300, "queued", config=TWO_SEGMENTS, state=True, quick=""),
     "recurrent": MLSTM("mlstm_chunkwise", 5, "recurrent", state=True),
     "gradient": MLSTM("mlstm_chunkwise", 150, gradient=True, state=True),
     "gradient over segments": MLSTM(

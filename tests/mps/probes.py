@@ -158,7 +158,7 @@ def unsynchronised_threads() -> dict[str, Any]:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(60)
     return {
         "threads": len({call.thread for call in log.aten}),
         "overlapped": sum(call.overlapped for call in log.aten),

@@ -78,10 +78,10 @@ class SLSTM(NamedTuple):
 
 
 OPERATIONS = {
-    "slstm step": SLSTM("slstm_step"),
+    "slstm step": SLSTM("slstm_step", quick=""),
     "slstm blocks": SLSTM("slstm_sequence", 8, quick=""),
     "slstm tail": SLSTM("slstm_sequence", 9),
-    "slstm reset": SLSTM("slstm_sequence", 8, reset=True, quick="float32"),
+    "slstm reset": SLSTM("slstm_sequence", 8, reset=True, quick=""),
     "slstm products": SLSTM("slstm_sequence", 8, B=64, NH=4, DH=256, quick=""),
     "slstm gradient": SLSTM("slstm_sequence", 8, gradient=True, quick="float32"),
     "slstm gradient tail": SLSTM("slstm_sequence", 9, gradient=True, quick=""),

@@ -20,7 +20,7 @@ DROPPED_BARRIERS = {"sum 1": (SUM, 1), "sum 2": (SUM, 2), "max 2": (MAX, 2), "we
 BASICS = job("basics")
 MUTATIONS = [
     *(pytest.param(name, id=name, marks=[] if name == "sum 1" else pytest.mark.slow) for name in DROPPED_BARRIERS),
-    pytest.param("simd group count", id="simd group count"),
+    pytest.param("simd group count", id="simd group count", marks=pytest.mark.slow),
 ]
 
 

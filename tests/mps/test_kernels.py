@@ -15,7 +15,17 @@ from .native_functions import implemented_for_mps
 from .operations import OPERATIONS
 
 FUNCTIONS = {name: job("function", name=name) for name in cases.functions()}
-EVERY_FUNCTION = pytest.mark.parametrize(("name", "wanted"), FUNCTIONS.items(), ids=FUNCTIONS)
+QUICK = ("mlstm.advance", "mlstm.step_", "slstm.step", "slstm.block_")  # operations run the others, in one dtype
+
+
+def marks(name: str) -> tuple[Any, ...]:
+    """Return the marks of a function's tests."""
+    return () if name in QUICK else (pytest.mark.slow,)
+
+
+EVERY_FUNCTION = pytest.mark.parametrize(("name", "wanted"), [
+    pytest.param(name, wanted, id=name, marks=marks(name)) for name, wanted in FUNCTIONS.items()
+])
 EVERY_DTYPE = pytest.mark.parametrize("dtype", cases.DTYPES)
 OPERATION_JOBS = [
     pytest.param(name, dtype, job("operation", name=name, dtype=dtype), id=f"{name} {dtype}",
@@ -24,8 +34,8 @@ OPERATION_JOBS = [
 ]
 EVERY_OPERATION = pytest.mark.parametrize(("name", "dtype", "wanted"), OPERATION_JOBS)
 MODELS = [
-    pytest.param(dtype, job("model", dtype=dtype, tokens=70), id=dtype, marks=marks)
-    for dtype, marks in (("bfloat16", ()), ("float32", pytest.mark.slow))
+    pytest.param(dtype, job("model", dtype=dtype, tokens=70), id=dtype, marks=mark)
+    for dtype, mark in (("bfloat16", ()), ("float32", pytest.mark.slow))
 ]
 
 
@@ -46,7 +56,7 @@ def check_launches(launches: list[dict[str, Any]]) -> None:
 def owing(names: Collection[str], reason: str) -> list[Any]:
     """Return every function as a parameter, those in `names` expected to fail until their debt is paid."""
     owed = pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
-    return [pytest.param(name, wanted, id=name, marks=owed if name in names else ())
+    return [pytest.param(name, wanted, id=name, marks=(*marks(name), owed) if name in names else marks(name))
             for name, wanted in FUNCTIONS.items()]
 
 
@@ -106,6 +116,7 @@ def test_launches_are_within_budget(reports: Reports, name: str, wanted: Job) ->
         assert len(call["launches"]) <= budget(name, call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.OVER_BUDGET)
 def test_debt_is_what_is_said_and_no_more(reports: Reports, name: str) -> None:
     report = reports(FUNCTIONS[name])

@@ -15,6 +15,7 @@ NATIVE = sorted((HERE / "native").glob("*.[ch]*"))
 METAL = sorted((HERE / "metal").glob("*.h"))
 # c10/metal includes these from Apple's toolchain; prelude.h has already said everything.
 APPLE_HEADERS = ("array", "atomic", "compute", "math", "simdgroup", "stdlib", "type_traits")
+TIMEOUT_S = 300
 EXTENSION_FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared")
 # Metal rounds every operation to its type: no contraction to fma, no double constants, no wider _Float16.
 KERNEL_FLAGS = (
@@ -34,7 +35,7 @@ class BuildFailed(RuntimeError):
 @functools.cache
 def cache_folder() -> Path:
     """Return the folder for what these sources, this torch and this g++ build."""
-    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     key = hashlib.sha256(f"{compiler}{torch.__version__}{EXTENSION_FLAGS}{KERNEL_FLAGS}".encode())
     for path in (*NATIVE, *METAL):
         key.update(path.name.encode() + path.read_bytes())
@@ -97,7 +98,7 @@ def _kernel_includes(folder: Path) -> list[str]:
 def _compile(output: Path, source: Path, arguments: list[str]) -> None:
     """Run g++ and move the result into place at once: another process never sees half a library."""
     partial = output.with_suffix(f".{os.getpid()}{output.suffix}")
-    run = subprocess.run(["g++", *arguments, "-o", str(partial)], capture_output=True, text=True)
+    run = subprocess.run(["g++", *arguments, "-o", str(partial)], capture_output=True, text=True, timeout=TIMEOUT_S)
     if run.returncode:
         raise BuildFailed(source, run.stderr)
     partial.replace(output)
