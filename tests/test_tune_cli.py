@@ -241,7 +241,7 @@ def test_missing_packages_are_named_together(run: Command, monkeypatch: pytest.M
 
 
 def test_help_tells_what_a_report_needs_and_what_only_a_search_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         cli.main(["tune", "report", "--help"])
     above, _, below = capsys.readouterr().out.partition("flags of search and ablate:")
     assert "xlstm-ops tune report [--out DIR]" in above
