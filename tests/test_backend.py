@@ -50,6 +50,7 @@ def gradients(fn: Callable[..., tuple[Tensor, ...]], args: list[Tensor]) -> list
 # --- finding the backend ---
 
 
+@pytest.mark.smoke
 def test_the_backend_is_found_by_name_without_importing_us():
     check = """
 import sys, torch
@@ -64,6 +65,7 @@ assert "torch_xlstm_ops" in sys.modules
 # --- splicing ---
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("inlined", [True, False])
 @pytest.mark.parametrize("dtype", tail([torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("S", tail([19, 128]))
@@ -91,6 +93,7 @@ def test_gradients_of_spliced_mathematics_equal_the_operators(fn: Callable[..., 
     assert_close(spliced, gradients(fn, args), GRADIENT_TOLERANCE[torch.float32])
 
 
+@pytest.mark.smoke
 def test_gradients_of_unspliced_calls_equal_the_operators():
     args = draw(Sizes())
     assert_close(gradients(compiled(chunkwise, inline=False), args), gradients(chunkwise, args), 1e-6)
@@ -139,6 +142,7 @@ def test_a_call_by_keywords_is_spliced_too():
     assert_close(compiled(call)(*args), exact(args), TOLERANCE[torch.float32])
 
 
+@pytest.mark.smoke
 def test_any_batch_is_served_by_one_spliced_graph():
     fn = torch.compile(step, backend="xlstm", fullgraph=True, dynamic=True)
     for B in (2, 3, 5):

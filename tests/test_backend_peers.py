@@ -54,6 +54,7 @@ SEQUENCES = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("module", "name"), tail(SEQUENCES), ids=lambda text: text.split(".")[-1])
 def test_sequences_of_mlstm_kernels_become_operators(module: str, name: str):
     fn, args = function(module, name), draw(Sizes(S=64))
@@ -65,6 +66,7 @@ def test_sequences_of_mlstm_kernels_become_operators(module: str, name: str):
     assert_close([alone], exact(args[:5])[:1], TOLERANCE[torch.float32])
 
 
+@pytest.mark.smoke
 def test_a_step_of_mlstm_kernels_becomes_an_operator():
     fn = function("mlstm_kernels.torch.recurrent.native_step", "mlstm_recurrent_step__native")
     q, k, v, igate, fgate, *state = draw(Sizes(S=1))
@@ -111,6 +113,7 @@ def test_a_sigmoid_input_gate_stays_as_it_is():
 MLSTM = "xlstm.blocks.mlstm.backends"
 
 
+@pytest.mark.smoke
 def test_xlstms_parallel_mlstm_becomes_an_operator():
     fn = function(MLSTM, "parallel_stabilized_simple")
     q, k, v, igate, fgate = draw(Sizes(S=30, DHHV=8), state=False)
@@ -155,6 +158,7 @@ def slstm_layer() -> Any:
     return layer
 
 
+@pytest.mark.smoke
 def test_xlstms_vanilla_slstm_is_one_operator_without_a_break():
     layer, x = slstm_layer(), torch.randn(3, 12, 4 * 32)
     state = torch.cat([torch.randn(2, 3, 32), torch.rand(1, 3, 32) + 0.5, torch.randn(1, 3, 32)])
@@ -203,6 +207,7 @@ def test_flashrnns_vanilla_slstm_becomes_an_operator():
     assert h[1:, :, :-1].isnan().all()  # c, n and m before the last token are not kept
 
 
+@pytest.mark.smoke
 def test_flashrnns_other_cells_stay_as_they_are():
     forward = function("flashrnn.flashrnn.vanilla", "flashrnn_forward")
     pointwise = importlib.import_module("flashrnn.flashrnn.vanilla").flashrnn_pointwise_function_registry["lstm"]

@@ -46,6 +46,7 @@ def recompiles() -> int:
     return int(counters["stats"]["unique_graphs"]) - 1
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("dtype", "S"), tail([(torch.float32, 70), (torch.float32, 1), (torch.bfloat16, 70)]))
 def test_logits_equal_the_eager_models(dtype: torch.dtype, S: int):
     model, ids = build(dtype), prompt(S)
@@ -77,6 +78,7 @@ def test_states_of_a_step_are_written_without_a_copy():
     assert ".copy_(" not in code
 
 
+@pytest.mark.smoke
 def test_prefill_and_decode_share_a_cache():
     model, ids = build(), prompt(40)
     fast = compiled(model)
@@ -91,6 +93,7 @@ def gradients(model: Any, run: Any, ids: Tensor) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("inlined", tail([False, True]))
 def test_gradients_equal_the_patched_models(inlined: bool):
     model, ids = build(mode="train").train(), prompt(64)
@@ -220,6 +223,7 @@ def test_a_function_that_takes_other_arguments_is_left_with_a_warning(monkeypatc
     assert rules[index].place not in dynamo_rules._installed
 
 
+@pytest.mark.smoke
 def test_every_rule_for_transformers_is_installed():
     rules = [rule for rule in dynamo_rules.RULES if rule.module == peer.__name__]
     assert len(rules) == 4
@@ -247,6 +251,7 @@ graph 0: N nodes
     assert "schedule  inductor" in plan
 
 
+@pytest.mark.smoke
 def test_the_explanation_counts_graph_breaks():
     model, ids = build(), prompt(5)
 

@@ -31,6 +31,7 @@ def checked(path: Path, seconds: float = 600) -> tuple[int, dict[str, Any]]:
     return status, json.loads(path.read_text())
 
 
+@pytest.mark.smoke
 def test_right_operators_pass(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
     status, report = checked(tmp_path / "check.json")
     assert (status, report["passed"]) == (0, True)

@@ -96,6 +96,7 @@ def reference(loaded: loading.Loaded, count: int) -> str:
 # Generation
 
 
+@pytest.mark.smoke
 def test_the_text_is_transformers_own_greedy_text(write: Command, loaded: loading.Loaded) -> None:
     status, *written = write("--max-new-tokens", 30)
     text, table = text_and_table(*written)
@@ -242,6 +243,7 @@ def test_a_trace_has_both_phases_and_a_summary_ends_the_run(write: Command, tmp_
     assert not trace.active()
 
 
+@pytest.mark.smoke
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning")  # of Inductor's own import
 def test_our_operators_write_the_same_text_and_say_so(
     run: Command, model_directory: Path, loaded: loading.Loaded, tmp_path: Path
@@ -562,6 +564,7 @@ def test_a_process_ends_with_one_line_and_status_2(tmp_path: Path) -> None:
     assert done.stderr.endswith("got XLSTM_OPS_WORKER\n")
 
 
+@pytest.mark.smoke
 def test_a_process_writes_text_to_a_pipe(model_directory: Path, loaded: loading.Loaded, tmp_path: Path) -> None:
     done = _process("generate", "--model", str(model_directory), "--prompt", PROMPT, "--no-patch",
                     "--max-new-tokens", "8", folder=tmp_path, PYTHONIOENCODING="ascii", OMP_NUM_THREADS="1")

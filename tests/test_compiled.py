@@ -34,6 +34,7 @@ def draw(G, NC, D=8, dtype=torch.float32):
     return [torch.randn(G, NC, D, dtype=dtype) for _ in range(2)]
 
 
+@pytest.mark.smoke
 def test_free_sizes_share_one_compile(compiles):
     for G, NC in [(1, 1), (1, 7), (5, 1), (3, 4), (64, 33)]:
         args = draw(G, NC)

@@ -30,6 +30,7 @@ def model() -> Any:
 # Pieces
 
 
+@pytest.mark.smoke
 def test_a_prompt_in_pieces_gives_the_models_own_logits(model: Any) -> None:
     tokens = some_tokens(100)
     with torch.no_grad():
@@ -119,6 +120,7 @@ def test_memory_does_not_grow_with_the_stream() -> None:
 # Interrupted
 
 
+@pytest.mark.smoke
 def test_an_interrupted_reading_goes_on_from_its_file_bit_for_bit(model: Any, tmp_path: Path) -> None:
     tokens, file = some_tokens(200), tmp_path / "state"
     whole = prefill(model, tokens, segment=SEGMENT)

@@ -99,6 +99,7 @@ def pool(request: pytest.FixtureRequest, model: Any, tmp_path: Path) -> StatePoo
     return StatePool(model, tmp_path if request.param == "disk" else None, **budgets)
 
 
+@pytest.mark.smoke
 def test_a_second_reading_resumes_at_the_last_common_boundary_bit_for_bit(
     model: Any, pool: StatePool, counting: Counting
 ) -> None:

@@ -71,6 +71,7 @@ def test_held_out_file_costs_few_bits(model: Any) -> None:
     assert ours == pytest.approx(plain, abs=0.02)
 
 
+@pytest.mark.smoke
 def test_it_writes_python(model: Any, tokenizer: Any) -> None:
     prompt = tokenizer("import os\n\n\ndef read(path):\n    ", return_tensors="pt")
     with patch("transformers"):

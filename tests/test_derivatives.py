@@ -36,6 +36,7 @@ def test_forward_mode_passes_gradcheck_and_is_linearised_right_under_reverse_mod
                          check_undefined_grad=False)
 
 
+@pytest.mark.smoke
 @every_operator
 def test_jvp_without_any_gradient_required_equals_that_of_the_recurrence(case):
     args = tuple(case.args())

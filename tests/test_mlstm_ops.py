@@ -48,6 +48,7 @@ def test_chunkwise_equals_recurrence(S, state):
     assert_close(flat(mlstm_chunkwise(*args, chunk_size=L)), exact(args), TOLERANCE[torch.float32])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t != torch.float16), ids=str)
 def test_chunkwise_equals_recurrence_in_each_dtype(dtype):
     args = draw(Sizes(S=100), dtype, gates=torch.float32 if dtype == torch.float16 else None)
@@ -110,6 +111,7 @@ def test_a_call_without_tokens_opens_nothing(as_on_cuda, sizes):
         assert torch.equal(state, torch.zeros_like(state))
 
 
+@pytest.mark.smoke
 def test_schedules_agree():
     args = draw(Sizes(S=40))
     by_chunks = flat(mlstm_chunkwise(*args, chunk_size=L, schedule="inductor"))
@@ -175,6 +177,7 @@ def test_step_equals_recurrence(dtype):
     assert_close(flat(mlstm_step(*step_args(args))), _one_token(args), TOLERANCE[dtype])
 
 
+@pytest.mark.smoke
 def test_prefill_then_steps_equals_prefill():
     args = draw(Sizes(S=24))
     h, state = mlstm_chunkwise(*[t[:, :, :20] for t in args[:5]], *args[5:], chunk_size=L)
@@ -185,6 +188,7 @@ def test_prefill_then_steps_equals_prefill():
     assert_close([torch.cat(outputs, 2), *state], exact(args), TOLERANCE[torch.float32])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
 def test_step_in_place_equals_step(contiguous):
     args = step_args(draw(Sizes(S=1)))
@@ -244,6 +248,7 @@ def test_a_closed_forget_gate_and_extreme_gates():
 # Gradients
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", tail(DTYPES, WIDE.__contains__), ids=str)
 def test_gradients_equal_those_of_the_recurrence(dtype):
     args = draw(Sizes(S=50), dtype, gates=torch.float32 if dtype == torch.float16 else None)
@@ -326,6 +331,7 @@ def _cases():
 CASES = _cases()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore:.*mutated.*")
 def test_opcheck(case):
@@ -340,6 +346,7 @@ def test_opcheck_learning():
     opcheck(ops.mlstm_chunkwise.default, (*args, reset), {"chunk_size": L})
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", ["mlstm_step", "mlstm_chunkwise", "mlstm_chunkwise_backward"])
 def test_vmap_equals_a_loop(case):
     args, kwargs = CASES[case]
@@ -367,6 +374,7 @@ def test_autocast_casts_the_streams_alone():
     assert torch.equal(h, mlstm_chunkwise(*narrow, chunk_size=L)[0])
 
 
+@pytest.mark.smoke
 def test_export_keeps_the_operator_for_any_length():
     class Model(torch.nn.Module):
         def forward(self, *args):
@@ -379,6 +387,7 @@ def test_export_keeps_the_operator_for_any_length():
     assert_close(exported.module()(*args), exact(args), TOLERANCE[torch.float32])
 
 
+@pytest.mark.smoke
 def test_inside_an_outer_compile_with_gradients():
     def loss(*args):
         h, c, n, m = ops.mlstm_chunkwise(*args, chunk_size=L)

@@ -70,6 +70,7 @@ def test_a_model_without_a_cache_is_refused() -> None:
         adapter.run(Neither(), IDS)
 
 
+@pytest.mark.smoke
 def test_a_prompt_in_two_pieces_equals_the_whole() -> None:
     model = build()
     with torch.no_grad():
@@ -82,6 +83,7 @@ def test_a_prompt_in_two_pieces_equals_the_whole() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.smoke
 def test_a_compiled_model_is_run_as_the_model() -> None:
     model = build()
     assert adapter.cache_parameter(torch.compile(model, backend="eager")) == adapter.cache_parameter(model)

@@ -410,6 +410,7 @@ def one_process(model: Any, ids: Tensor) -> tuple[Tensor, Any]:
     return logits[:, -1], cache
 
 
+@pytest.mark.smoke
 @on_ray
 @pytest.mark.parametrize("weights", tail([[5, 3], [1], [1, 1]]), ids=str)
 @pytest.mark.parametrize("ahead", [False, True], ids=["waiting", "ahead"])

@@ -32,6 +32,7 @@ def run(backend: str, args: list[Tensor], function: str = "slstm") -> tuple[Tens
     return h, last
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_equals_vanilla(backend: str, state: bool) -> None:
@@ -78,6 +79,7 @@ def test_states_that_are_carried_in_float32_stay_so() -> None:
     assert not torch.equal(last, rounded.float())
 
 
+@pytest.mark.smoke
 def test_gradients_equal_vanilla() -> None:
     def gradients() -> list[Tensor]:
         leaves = [t.requires_grad_() for t in arguments(torch.float64, state=True)]

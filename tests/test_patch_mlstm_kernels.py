@@ -33,6 +33,7 @@ def run(module: Any, args: list[Tensor], **options: Any) -> Any:
     return module(**dict(zip(NAMES, args, strict=False)), **options)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("S", [1, 2, 15, 16, 33])
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_existing_backends_equal_their_unpatched_selves(mode: str, S: int) -> None:
@@ -67,6 +68,7 @@ def test_triton_configs_build_and_run_without_cuda() -> None:
     assert_close([again], exact(args)[:1], 1e-5)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("chunkwise", tail(["xlstm_ops", "xlstm_ops_queued"]))
 def test_configs_may_name_ours(chunkwise: str) -> None:
     args = draw(Sizes(S=33))

@@ -79,6 +79,7 @@ def tirex_model() -> Any:
     return randomised(peer.TiRexZero(backend="torch", model_config=config, train_ctx_len=64))
 
 
+@pytest.mark.smoke
 def test_tirex_forecasts_equal_unpatched() -> None:
     model = tirex_model()
     theirs = model.forecast(series(3, 50), prediction_length=20)[0]
@@ -125,6 +126,7 @@ def forecasts(model: Any) -> list[Tensor]:
     return found
 
 
+@pytest.mark.smoke
 def test_tirex2_forecasts_equal_unpatched() -> None:
     model = tirex2_model()
     theirs = forecasts(model)

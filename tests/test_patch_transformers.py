@@ -95,6 +95,7 @@ def owners() -> list[type]:
     return [peer.xLSTMCache, peer.xLSTMBackend, peer.xLSTMBlock]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("S", tail([65, 1, 2, 63, 64, 200]))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_patched_logits_equal_unpatched(dtype: torch.dtype, S: int) -> None:
@@ -119,6 +120,7 @@ def gradients(dtype: torch.dtype, mode: str, S: int, **options: Any) -> dict[str
     return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("mode", "S"), tail([("train", 64), ("inference", 70), ("inference", 1)]))
 def test_gradients_equal_unpatched(mode: str, S: int) -> None:
     exact, unpatched = (gradients(dtype, mode, S, use_cache=False) for dtype in (torch.float64, torch.float32))
@@ -129,6 +131,7 @@ def test_gradients_equal_unpatched(mode: str, S: int) -> None:
                 assert_no_worse(patched[name], unpatched[name], expected)
 
 
+@pytest.mark.smoke
 def test_generate_equals_unpatched() -> None:
     model, ids = build(), prompt(20)
     unpatched = model.generate(ids, max_new_tokens=12, do_sample=False)

@@ -53,6 +53,7 @@ def test_slstm_cells_equal_vanilla(backend: str, input_shape: str, output_shape:
             assert_close([found, found_after], [h, after], 1e-5)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", ["vanilla", "cuda"])
 def test_slstm_steps_return_the_state_after_the_token_unless_compat(backend: str) -> None:
     x = drawn(B, 9, 4 * H)
@@ -117,6 +118,7 @@ def test_a_cell_runs_on_the_weights_of_the_other_backend(source: str, by: str) -
     assert convert_slstm_state_dict(saved, to=source).keys() == saved.keys()
 
 
+@pytest.mark.smoke
 def test_a_stack_loads_what_the_other_backend_saved() -> None:
     x = drawn(B, 6, H)
     theirs = stack("vanilla")
@@ -178,6 +180,7 @@ def steps(cell: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
     return torch.cat(found, 1), state
 
 
+@pytest.mark.smoke
 def test_mlstm_cells_equal_their_unpatched_selves() -> None:
     """The norm after the cell divides by small deviations, hence the tolerance."""
     cell, inputs = mlstm_cell(), drawn(3, B, 12, H)
@@ -267,6 +270,7 @@ def test_a_stack_steps_as_it_runs() -> None:
     assert_close([torch.cat(found, 1)], [whole], 1e-3)
 
 
+@pytest.mark.smoke
 @WITHOUT_CUDA
 def test_the_default_xlstm_large_loads_and_generates_anywhere() -> None:
     from xlstm.xlstm_large import xLSTMLarge, xLSTMLargeConfig

@@ -42,6 +42,7 @@ def call(args: Sequence[Tensor], name: str = "ray") -> list[Tensor]:
     return [h, *state]
 
 
+@pytest.mark.smoke
 @PLANS
 def test_results_and_gradients_equal_inductors(ray_cluster, plan):
     args, found, gradients = [t.requires_grad_() for t in draw(Sizes(S=100))], {}, {}

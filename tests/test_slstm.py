@@ -141,6 +141,7 @@ def test_sequence_equals_recurrence(S, state):
     assert_close(flat(slstm_sequence(*args)), exact(args), TOLERANCE[torch.float32])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t != torch.float16), ids=str)
 def test_sequence_and_gradients_equal_recurrence_in_each_dtype(dtype):
     args = [t.requires_grad_() for t in draw(dtype=dtype)]
@@ -188,6 +189,7 @@ def test_a_sequence_split_anywhere_is_the_same(S, data):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t != torch.float16), ids=str)
 def test_steps_equal_sequence(dtype):
     x, r, b, *state = args = draw(5, dtype, state="mixed")
@@ -332,6 +334,7 @@ def test_arguments_are_left_alone():
 # --- torch's transformations ---
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     args = [t.requires_grad_() for t in draw(4, dtype)]

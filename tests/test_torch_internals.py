@@ -19,6 +19,7 @@ SOURCES = [path for top in TOPS for path in (ROOT / top).rglob("*.py") if ROOM n
 PUBLIC = {"torch._check"}  # documented by torch, whatever its name says
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("status", torch_internals.status(), ids=lambda status: status.name)
 def test_what_is_needed_is_where_this_torch_has_it(status):
     assert status.moved is None, f"{status.name}: {status.moved}. Without it {status.without}"

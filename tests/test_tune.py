@@ -162,6 +162,7 @@ def test_a_blend_is_the_weighted_mean_of_speeds() -> None:
 # Searching
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("method", samplers.METHODS)
 def test_every_method_measures_each_plan_once_and_finds_the_best_given_the_trials(method: str) -> None:
     bench, whole = Table(), space(2, 128)
@@ -250,6 +251,7 @@ def test_a_budget_too_short_for_one_trial_says_so() -> None:
 # What is kept
 
 
+@pytest.mark.smoke
 def test_every_trial_is_in_both_files_and_comes_back(tmp_path: Path) -> None:
     tried = search(Table(), folder=tmp_path, trials=8)
     tried.run()

@@ -74,6 +74,7 @@ def schedules_run(*, training: bool = False) -> set[tuple[str | None, int | None
 # The winner
 
 
+@pytest.mark.smoke
 def test_the_winner_is_what_auto_runs(run: Command, kept: Path, chosen: None) -> None:
     assert schedules_run() == {("inductor", 0)}
     status, out, _ = run("tune", *SHAPE, "--method", "grid", "--trials", 1000)

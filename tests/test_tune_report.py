@@ -66,6 +66,7 @@ class _Links(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.smoke
 def test_the_page_holds_its_pictures_and_names_every_search(folder: Path) -> None:
     written = report.write(folder)
     assert [path.name for path in written] == ["report.html", "reward.png", "importance.png", "throughput.png",
