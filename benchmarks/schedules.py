@@ -27,7 +27,8 @@ from benchmarks.timing import machine, save, timed
 from torch_xlstm_ops import config, devices
 from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.functional import mlstm_chunkwise
-from torch_xlstm_ops.schedules import plan, tasks
+from torch_xlstm_ops.schedules import plan
+from torch_xlstm_ops.schedules.machine import machine as machine_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, in the Euclidean norm
 SCHEDULES = ("inductor", "queued")
@@ -99,7 +100,7 @@ def measure(
         for name in names:
             shape = plan.Shape(case.B * case.NH, case.S, case.DHQK, case.DHHV)
             plans[name] = plan.make(shape, device.type, config.for_call(schedule=name),
-                                    tasks.machine(device, Schedule(name)))
+                                    machine_of(device, Schedule(name)))
         first = {name: timed(lambda name=name: call(name), device) / 1e3 for name in names}  # type: ignore[misc]
         errors = check([t.detach() for t in args], {name: call(name) for name in names})
         taken: dict[str, list[float]] = {name: [] for name in names}

@@ -21,7 +21,7 @@ import torch
 from benchmarks.timing import machine, save
 from torch_xlstm_ops import devices
 from torch_xlstm_ops.config import Schedule
-from torch_xlstm_ops.schedules import tasks
+from torch_xlstm_ops.schedules.machine import machine as machine_of
 from torch_xlstm_ops.tune import bench, plots, samplers, space, study, workloads
 from torch_xlstm_ops.tune.bench import Measured
 from torch_xlstm_ops.tune.measure import Interval
@@ -68,7 +68,7 @@ def case(
     sizes = workloads.Sizes(B, NH, S, DHQK, DHHV)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     limits = space.Limits(bench.held_bytes(device), space.call_bytes(sizes.shape, dtype.itemsize, training=False))
-    place = space.Space(sizes.shape, device, tasks.machine(device), limits, searched)
+    place = space.Space(sizes.shape, device, machine_of(device), limits, searched)
     timed = bench.Timed(place, [workloads.prefill(sizes, dtype, device)])
     name, trials = f"prefill {text}", len(place.plans) // PART
     every, ended = search(name, place, timed, "grid", 0, len(place.plans), seconds=seconds, folder=folder)

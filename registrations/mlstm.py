@@ -13,7 +13,8 @@ from torch import Tensor
 from torch_xlstm_ops import compiled, config, devices, mlstm, packing, pure, schedules, torch_internals
 from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.schedules import inductor, plan, tuned
-from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state, machine
+from torch_xlstm_ops.schedules.machine import machine
+from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state
 from torch_xlstm_ops.shapes import (
     EPS,
     check_mlstm_sequence,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,41 @@ def test_imports_point_downwards(path):
     assert not above, f"{here} imports from above: {above}"
     if here in ONLY:
         assert found <= ONLY[here]
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "torch_xlstm_ops" else ("torch_xlstm_ops", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in SOURCES}
+
+
+def imported(name: str) -> set[str]:
+    """Return the modules of this package that a module imports, wherever the import stands."""
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            names = [".".join(filter(None, [*start, node.module, alias.name])) for alias in node.names]
+        else:
+            continue
+        # What is imported is a module, or a name in one.
+        found |= {other if other in MODULES else other.rpartition(".")[0] for other in names}
+    return (found & MODULES.keys()) - {name}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {name: imported(name) for name in MODULES}
+    with contextlib.suppress(IndexError):
+        while graph:  # remove what imports nothing that is left; what cannot be removed is in a circle, or above one
+            done = [name for name, others in graph.items() if not others & graph.keys()]
+            del graph[done[0]]
+    assert not graph, f"these import each other: {sorted(graph)}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -12,7 +12,7 @@ from torch import fx
 import torch_xlstm_ops
 from torch_xlstm_ops import config, torch_internals
 from torch_xlstm_ops.schedules import plan, tuned
-from torch_xlstm_ops.schedules.tasks import machine
+from torch_xlstm_ops.schedules.machine import machine
 
 
 class _Graph(NamedTuple):

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_xlstm_ops import config, devices, schedules
-from torch_xlstm_ops.config import Schedule
-from torch_xlstm_ops.schedules.plan import Machine, Plan, Segment
+from torch_xlstm_ops.schedules.plan import Plan, Segment
 from torch_xlstm_ops.shapes import state_dtype
 
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -93,17 +91,6 @@ class Rows:
         if part.shape[1] != segment.chunks * L or not part.is_contiguous():
             return None
         return part.view(-1, L, part.shape[-1])
-
-
-def machine(device: torch.device, schedule: Schedule = Schedule.AUTO) -> Machine:
-    """Return what a plan may count on here and now, in this thread; for `ray`, in its cluster."""
-    memory = devices.memory(device).budget if config.current().mem_fraction is not None else None
-    actors = 0
-    if schedule is Schedule.RAY and schedules.unavailable(schedule, device) is None:
-        from torch_xlstm_ops.schedules.ray.actors import free
-
-        actors = free(device.type)
-    return Machine(torch.get_num_threads(), device.type == "cuda", memory, actors)
 
 
 def initial_state(q: Tensor, v: Tensor, state: Sequence[Tensor | None], *, read: bool = True) -> list[Tensor]:

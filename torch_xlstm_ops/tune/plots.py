@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch_xlstm_ops.tune.records import Record, Timing, measured
 
 if TYPE_CHECKING:
-    from torch_xlstm_ops.tune.ablate import Row
+    from torch_xlstm_ops.tune.rows import Row
 
 COLOURS = {"random": "#7f7f7f", "ga": "#2ca02c", "tpe": "#1f77b4", "bandit": "#ff7f0e", "boltzmann": "#d62728",
            "grid": "#9467bd"}
