@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, weigh
+from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, float32_tolerance, weigh
 from tests.parameters import tail
-from torch_xlstm_ops import config, mlstm, mlstm_chunkwise, mlstm_step, mlstm_step_, packing
+from torch_xlstm_ops import config, mlstm, mlstm_chunkwise, mlstm_step, mlstm_step_, packing, slstm
+from torch_xlstm_ops.functional import slstm_sequence, slstm_step
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 L = 16
@@ -373,3 +374,102 @@ def test_a_static_packing_shuts_out_what_is_not_finite(name, value):
     assert_close([h], [documents(args, starts)[0][:, :, CUTS[-1]:]], 1e-10)
     for a, b in zip(found, wanted, strict=True):
         assert_close([a], [torch.where(b.isfinite(), b, 0.0)], 1e-9)
+
+
+# Gates of any size
+
+
+@pytest.mark.parametrize("spread", [5.0, 20.0, 100.0])
+@every_schedule
+def test_gates_of_any_size_keep_the_tolerance_where_q_n_does_not_cancel(schedule, spread):
+    for seed in range(3):
+        args = draw(Sizes(S=S), seed=seed, spread=spread)
+        for t in (args[0], args[1], args[6]):
+            t.abs_()
+        found = flat(mlstm_chunkwise(*args, chunk_size=L, schedule=schedule))
+        assert_close(found, exact(args), TOLERANCE[torch.float32] / 10)
+
+
+@pytest.mark.parametrize("spread", [5.0, 20.0])
+@every_schedule
+def test_where_q_n_cancels_the_error_is_that_of_inputs_rounded_once_more(schedule, spread):
+    for seed in range(3):
+        args = draw(Sizes(S=S), seed=seed, spread=spread)
+        wanted = exact(args)
+        found = flat(mlstm_chunkwise(*args, chunk_size=L, schedule=schedule))
+        assert_close(found[1:], wanted[1:], TOLERANCE[torch.float32])
+        assert_close(found[:1], wanted[:1], float32_tolerance(args, wanted[0]))
+
+
+# The sLSTM
+
+
+CELL_NAMES = ["x", "y", "c", "n", "m"]
+
+
+def draw_cells(dtype: torch.dtype, tokens: int = 11) -> list[Tensor]:
+    """Return x, r, b and y, c, n, m, of three rows, two heads and four cells."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, dtype=torch.float64)
+
+    cells = [normal(3, 2, 4), normal(3, 2, 4), normal(3, 2, 4).exp(), normal(3, 2, 4)]
+    return [t.to(dtype) for t in (normal(3, tokens, 4, 2, 4) * 2, normal(4, 2, 4, 4) / 2, normal(4, 2, 4), *cells)]
+
+
+def cells_masked_and_closed(args: list[Tensor]) -> None:
+    args[0][0, 2:4, :2], args[0][1, -1, :2], args[0][2, 0, :2] = NONE, NONE, NONE
+
+
+def cells_empty_m(args: list[Tensor]) -> None:
+    args[6].fill_(NONE)
+
+
+def cells_empty_state(args: list[Tensor]) -> None:
+    for t, value in zip(args[4:], (0.0, 0.0, NONE), strict=True):
+        t.fill_(value)
+    args[0][1, :2, 0] = NONE
+
+
+def cells_masked(args: list[Tensor]) -> None:
+    args[0][:, 3:6, 0] = NONE
+
+
+@pytest.mark.parametrize("legal", [cells_masked_and_closed, cells_empty_m, cells_empty_state, cells_masked])
+@every_dtype
+def test_slstm_and_its_gradients_equal_the_recurrence(legal, dtype):
+    args = draw_cells(dtype)
+    legal(args)
+    wide = [t.double().requires_grad_() for t in args]
+    wanted = slstm.recurrent(*wide)
+    args = [t.requires_grad_() for t in args]
+    found = flat(slstm_sequence(*args))
+    hold(found, list(wanted), TOLERANCE[dtype])
+    hold(torch.autograd.grad(weigh(found), args), torch.autograd.grad(weigh(wanted), wide), GRADIENT_TOLERANCE[dtype])
+    state = tuple(t.detach() for t in args[3:])
+    for t in range(args[0].shape[1]):
+        state = slstm_step(args[0][:, t].detach(), *(a.detach() for a in args[1:3]), *state)
+    hold(list(state), list(wanted[1:]), TOLERANCE[dtype])
+
+
+@every_value
+@pytest.mark.parametrize("name", CELL_NAMES)
+@every_dtype
+def test_an_slstms_document_sees_nothing_of_another(dtype, name, value):
+    args = draw_cells(dtype)
+    start = 0 if name != "x" else 6
+    spoil = args[0][:, 3] if name == "x" else args[2 + CELL_NAMES.index(name)]
+    spoil.fill_(value)
+    reset = torch.zeros(3, 11, dtype=torch.bool)
+    reset[:, start] = True
+    args = [t.requires_grad_() for t in args]
+    wide = [t.detach().double().requires_grad_() for t in args]
+    h = slstm_sequence(*args, reset=reset)[0][:, start:]
+    wanted = slstm.recurrent(wide[0][:, start:], *wide[1:3], *(torch.zeros_like(t) for t in wide[3:]))[0]
+    hold([h], [wanted], TOLERANCE[dtype])
+    found = torch.autograd.grad(weigh([h]), args)
+    expected = torch.autograd.grad(weigh([wanted]), wide, materialize_grads=True)
+    hold([found[0][:, start:], *found[3:]], [expected[0][:, start:], *expected[3:]], GRADIENT_TOLERANCE[dtype])
+    assert_close([found[0][:, :start]], [expected[0][:, :start]], 0.0) if start else None
+    assert_close(found[1:3], expected[1:3], GRADIENT_TOLERANCE[dtype])

@@ -170,9 +170,13 @@ def block_backward_(
             dy = _unless(reset[t + 1], dy)
             before = _unless(reset[t], before[0]), _unless(reset[t], before[1])
         factors = keep[t], add[t], z[t], o[t], not_f[t]
-        found, dc, dn, dm = _cell_backward((dh[t] + dy, dc, dn, dm), factors, before, after, floor)
+        wanted = dh[t] + dy, dc, dn, dm
+        found, dc, dn, dm = _cell_backward(wanted, factors, before, after, floor)
         if reset is not None:
-            dc, dn, dm = (_unless(reset[t], s) for s in (dc, dn, dm))
+            # What nobody asks for is 0: a document that the loss does not look at may hold NaN.
+            idle = (wanted[0] == 0) & (wanted[1] == 0) & (wanted[2] == 0) & (wanted[3] == 0)
+            found = [torch.where(idle, 0.0, gate) for gate in found]
+            dc, dn, dm = (torch.where(idle | reset[t, :, None, None], 0.0, s) for s in (dc, dn, dm))
         gates = [gate.to(gradients[0].dtype) for gate in found]
         _write([into[t] for into in gradients[7:11]], gates)
     return _write(gradients[11:14], (dc, dn, dm))

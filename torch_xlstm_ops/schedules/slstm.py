@@ -93,6 +93,9 @@ def backward(
     dy = kernels.operand_gradient(dgates[:, 0].unbind(0), r).contiguous()
     if reset is not None:
         dy = torch.where(reset[0, :, None, None], 0.0, dy)
+        # Tokens whose gradient is 0 add nothing to those of R, though what R was multiplied with may be NaN.
+        idle = (dgates == 0).all(0).all(-1, keepdim=True)
+        operands = torch.where(idle.flatten(0, 1), 0.0, operands)
     return dgates, *kernels.weight_gradients(dgates.flatten(1, 2), operands), dy, *dstates[-1]
 
 
