@@ -34,11 +34,17 @@ _Results = tuple[Tensor, Tensor, Tensor, Tensor]
 AXES = mlstm.AXES
 
 
-def _run(fn: compiled.PureFunction, **static: Any) -> Run:
-    """Return a callable that compiles `fn` for the arguments it is called with."""
+def _run(fn: compiled.PureFunction, *, strict: bool = False, **static: Any) -> Run:
+    """Return a callable that compiles `fn` for the arguments it is called with.
 
+    strict: raise RuntimeError where it cannot be compiled; else it runs uncompiled there.
+    """
     def run(args: list[Tensor]) -> Sequence[Tensor]:
-        return compiled.get(fn, AXES[fn], args, **static)(args)
+        call = compiled.get(fn, AXES[fn], args, **static)
+        if strict and isinstance(call, compiled.Uncompiled):
+            raise RuntimeError("the schedule that was asked for needs compiled kernels, which cannot be compiled here "
+                               f"({call.reason}): use schedule auto, or install a C++ compiler")
+        return call(args)
 
     return run
 
@@ -57,13 +63,16 @@ def _join(c: Tensor) -> Tensor:
     return c if c.dim() == 4 else c.flatten(2, 3)
 
 
-def _kernels(eps: float, *, opens: bool = False, single: bool = False, release_gil: bool = False) -> Kernels:
+def _kernels(
+    eps: float, *, opens: bool = False, single: bool = False, release_gil: bool = False, strict: bool = False
+) -> Kernels:
     """Return the kernels of a call.
 
-    opens: whether its first segments begin from an empty state; single: whether it is one chunk from an empty state.
+    opens: whether its first segments begin from an empty state; single: whether it is one chunk from an empty state;
+    strict: whether they must be compiled.
     """
     def run(fn: compiled.PureFunction, **static: Any) -> Run:
-        return _run(fn, release_gil=release_gil, **static)
+        return _run(fn, strict=strict, release_gil=release_gil, **static)
 
     def with_scores(fn: compiled.PureFunction, **static: Any) -> Run:
         scored = run(fn, eps=eps, **static)
@@ -201,6 +210,7 @@ def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float
         _check_gradients(dh, dc, dn, dm, q, v)
     B, NH, S, DHQK = q.shape
     shape = plan.Shape(B * NH, S, DHQK, v.shape[-1])
+    strict = cfg.schedule in (Schedule.INDUCTOR, Schedule.QUEUED)
     cfg = tuned.settle(cfg, shape, q.device, q.dtype, training=training)
     planned = plan.make(shape, q.device.type, cfg, machine(q.device, cfg.schedule))
     kind = q.device.type
@@ -208,7 +218,8 @@ def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float
     empty = c is None and in_order and v.numel() > 0
     single = empty and len(planned.segments) == 1 and planned.segments[0].chunks == 1
     opens = empty and not single and mlstm.opens(kind)
-    kernels = _kernels(eps, opens=opens, single=single, release_gil=kind == "cpu" and planned.threaded)
+    threaded = kind == "cpu" and planned.threaded
+    kernels = _kernels(eps, opens=opens, single=single, release_gil=threaded, strict=strict)
     return _Route(planned, schedules.load(planned.schedule, q.device), kernels)
 
 

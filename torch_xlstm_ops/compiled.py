@@ -8,10 +8,14 @@ that the compiler recorded while it generalised.
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -159,6 +163,93 @@ def _compile(
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             return torch_internals.compile_raw(fn, axes, args, sizes, how.options(device), INLINED)
 
-    with _compiling:
-        found: tuple[RawCallable, _Admits] = torch_internals.outside_modes()(compile_here)
+    with _compiling, _cache_folder(_unwritable()):
+        try:
+            return _outside(compile_here)
+        except (RuntimeError, OSError) as error:
+            failed = _cause(error)
+    if isinstance(failed, OSError):  # a full disk, say
+        with _compiling, _cache_folder(failed):
+            try:
+                return _outside(compile_here)
+            except (RuntimeError, OSError) as error:
+                failed = _cause(error)
+    return _uncompiled(fn, failed), lambda sizes: True
+
+
+def _outside(compile_here: Callable[[], tuple[RawCallable, _Admits]]) -> tuple[RawCallable, _Admits]:
+    found: tuple[RawCallable, _Admits] = torch_internals.outside_modes()(compile_here)
     return found
+
+
+class Uncompiled:
+    """A pure function that is called as it is, where it could not be compiled."""
+
+    def __init__(self, fn: PureFunction, reason: str) -> None:
+        self._fn, self.reason = fn, reason
+
+    def __call__(self, args: list[Tensor]) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return self._fn(*args)
+
+
+_told: set[str] = set()  # what has been warned of, once each
+
+
+def _tell(warning: str) -> None:
+    if warning not in _told:
+        _told.add(warning)
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what is behind an error of Inductor, which wraps it."""
+    inner = getattr(error, "inner_exception", None)
+    return _cause(inner) if isinstance(inner, BaseException) else error
+
+
+def _uncompiled(fn: PureFunction, error: BaseException) -> Uncompiled:
+    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    _tell(f"kernels cannot be compiled here ({reason}): operators run uncompiled and slower; on the CPU install g++ or "
+          "clang, or name a C++ compiler in the environment variable CXX")
+    return Uncompiled(fn, reason)
+
+
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_folders: list[tempfile.TemporaryDirectory[str]] = []  # at most one, kept as long as the process
+
+
+def _unwritable() -> OSError | None:
+    """Return why the folder that TORCHINDUCTOR_CACHE_DIR names cannot be written, or None.
+
+    Asked before Inductor is imported, which makes the folder and cannot be imported again after an error.
+    """
+    folder = os.environ.get(_CACHE)
+    if folder:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            return error
+    return None
+
+
+@contextmanager
+def _cache_folder(error: OSError | None) -> Iterator[None]:
+    """Have Inductor write to a folder of this process, if its own cache cannot be written for this error."""
+    if error is None:
+        yield
+        return
+    if not _folders:
+        _folders.append(tempfile.TemporaryDirectory(prefix="xlstm-ops-inductor-", ignore_cleanup_errors=True))
+    _tell(f"Inductor's cache cannot be written ({error}): kernels are compiled in a temporary folder and not kept; "
+          f"name a folder that can be written in {_CACHE}")
+    before = os.environ.get(_CACHE)
+    os.environ[_CACHE] = _folders[0].name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_CACHE]
+        else:
+            os.environ[_CACHE] = before

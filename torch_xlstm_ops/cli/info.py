@@ -68,6 +68,9 @@ def device_rows(report: Sequence[devices.Capabilities]) -> list[tuple[str, ...]]
     rows: list[tuple[str, ...]] = []
     for found in report:
         rows.append((found.kind, found.missing if found.missing is not None else _abilities(found)))
+    missing = torch_internals.compiler_missing()
+    compiler = "found" if missing is None else f"none, operators run uncompiled on the CPU: {missing}"
+    rows.append(("C++ compiler", compiler))
     fallback = "on: MPS operations may run on the CPU unseen" if devices.mps_fallback() else "off"
     rows.append(("PYTORCH_ENABLE_MPS_FALLBACK", fallback))
     return rows

@@ -98,6 +98,8 @@ class _Block:
             if not all(t.is_cpu and type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in tensors):
                 return None
             run = compiled.get(self._forward, [" ".join("abcd"[:t.dim()]) for t in tensors], tensors)
+            if isinstance(run, compiled.Uncompiled):  # slower than the block itself
+                return None
             like = torch_internals.like(tensors)
             self._latest = threads, like, run
         return self._latest[2]

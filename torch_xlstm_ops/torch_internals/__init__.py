@@ -10,6 +10,7 @@ from torch_xlstm_ops.torch_internals.compile import (
     Admits,
     Raw,
     compile_raw,
+    compiler_missing,
     reduction_choices,
     supported_options,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "compile_graph",
     "compile_key",
     "compile_raw",
+    "compiler_missing",
     "forward_mode",
     "frame",
     "global_hooks",

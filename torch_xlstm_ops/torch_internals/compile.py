@@ -159,3 +159,20 @@ def _choices() -> Any:
             return bool(original(features, cooperative_reduction))
 
     return Choices()
+
+
+def _unknown_compiler() -> str | None:
+    return None
+
+
+@need(_unknown_compiler, where=("torch._inductor.cpp_builder.get_cpp_compiler",),
+      without="`xlstm-ops info` does not say whether there is a C++ compiler")
+def compiler_missing() -> str | None:
+    """Return why Inductor cannot compile for the CPU here, or None if it can."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except (RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return None
