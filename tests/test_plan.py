@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,3 +102,10 @@ def test_memory_bounds_the_window() -> None:
     plan = make(Shape(64, 65536, 256, 512), "cpu", asked, Machine(2, memory=256 << 20))
     assert plan.window * plan.task_bytes <= 128 << 20
     assert_expected_inline("\n".join(plan.notes), """0.5 of the memory: 5 of 64 tasks used""")
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 20, 100, 5000])
+def test_a_chunk_is_hardly_longer_than_the_tokens_there_are(tokens):
+    given = make(Shape(4, tokens, 64, 64), "cpu", Config(chunk_size=1_000_000))
+    usual = make(Shape(4, tokens, 64, 64), "cpu", Config())
+    assert given.chunk_size <= max(usual.chunk_size, 2 * tokens)

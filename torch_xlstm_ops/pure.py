@@ -54,6 +54,8 @@ def mlstm_chunkwise(
         h, *after = packing.forward(run, reset, (q, k, v, igate, fgate), (c, n, m), static=True)
         return h.clone(), *after
     (B, NH, S, _), L = q.shape, chunk_size or CHUNK
+    if isinstance(S, int):
+        L = max(1, min(L, S))
     given = _mlstm_state(q, v) if c is None or n is None or m is None else (c, n, m)
     streams, state = [t.flatten(0, 1) for t in (q, k, v, igate, fgate)], [t.flatten(0, 1) for t in given]
     if isinstance(S, int):

@@ -176,7 +176,9 @@ def make(shape: Shape, device: str, config: Config, machine: Machine = Machine()
         habit = habit._replace(state_bytes=_ANY, task_tokens=_ANY, segment_tokens=4096)
     if schedule is Schedule.AUTO:
         schedule = Schedule.RECURRENT if shape.tokens <= STEP_TOKENS else Schedule.INDUCTOR
-    L = config.chunk_size or habit.chunk_size
+    # No longer than the tokens there are, up to a power of two, so that few sizes are compiled.
+    longest = max(habit.chunk_size, 1 << max(shape.tokens - 1, 0).bit_length())
+    L = min(config.chunk_size or habit.chunk_size, longest)
     summary = shape.DHQK * shape.DHHV * 4
     chunks = min(habit.state_bytes // summary, habit.segment_tokens // L, max_chunks(device))
     segment = config.segment or max(4, chunks) * L
