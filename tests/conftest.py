@@ -31,8 +31,9 @@ hypothesis.settings.register_profile("ci", max_examples=50, deadline=None, deran
 hypothesis.settings.register_profile("fuzz", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("XLSTM_TEST_PROFILE", "quick"))
 
-# No test, nor a process that one starts, sees plans, settings, or a Ray cluster of the user's.
-for name in [name for name in os.environ if name.startswith("XLSTM_OPS_") or name == "RAY_ADDRESS"]:
+# No test, nor a process that one starts, sees plans, settings, a Ray cluster, or a terminal of the user's.
+TERMINAL = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+for name in [name for name in os.environ if name.startswith("XLSTM_OPS_") or name in ("RAY_ADDRESS", *TERMINAL)]:
     del os.environ[name]
 # Names of Ray's sockets are in it, which must be short.
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="xlstm-ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
