@@ -111,7 +111,7 @@ def test_gradients_that_leave_the_normaliser_out_are_named(monkeypatch):
     assert "from the recurrence" in found["no_part"]["wrong"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_runs(suite, tmp_path):

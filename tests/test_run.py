@@ -64,7 +64,9 @@ def test_its_end_is_its_own(tmp_path: Path, end: str, status: int) -> None:
     assert status == 5 or "KeyError: 'mine'" in done.stderr
 
 
-def test_the_environment_alone_patches_a_program_that_imports_us(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "patched"), tail([("auto", True), ("flashrnn", False), ("transformers", True),
+                                                      ("", False)], 2))
+def test_the_environment_alone_patches_a_program_that_imports_us(tmp_path: Path, value: str, patched: bool) -> None:
     pytest.importorskip("transformers")
     program = """
 import importlib.util, sys, torch_xlstm_ops
@@ -73,10 +75,9 @@ assert importlib.util.find_spec("transformers.models.xlstm.modeling_xlstm")
 from transformers.models.xlstm.modeling_xlstm import xLSTMCache
 print(hasattr(xLSTMCache.__init__, "__wrapped__"))
 """
-    for value, patched in [("auto", True), ("transformers", True), ("flashrnn", False), ("", False)]:
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "XLSTM_OPS_PATCH": value}, timeout=300)
-        assert done.stdout == f"{patched}\n", done.stderr
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "XLSTM_OPS_PATCH": value}, timeout=300)
+    assert done.stdout == f"{patched}\n", done.stderr
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

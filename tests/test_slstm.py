@@ -25,7 +25,6 @@ from torch_xlstm_ops.schedules import slstm as schedule
 from torch_xlstm_ops.shapes import SLSTMState, state_dtype
 from torch_xlstm_ops.slstm import Product
 
-pytestmark = pytest.mark.usefixtures("two_threads")
 B, S, NH, DH = 3, 11, 2, 4  # NH, DH: one pair, as each new one is a compile
 operators = importlib.import_module("torch_xlstm_ops.registrations.slstm")
 ops = torch.ops.xlstm
