@@ -34,6 +34,7 @@ WRAPPER = "transformers.models.xlstm.modeling_xlstm.wrap_chunkwise_arbitrary_seq
 # Logits are capped at 30, and the model adds its own rounding to the operators'.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25}
 
+ONE_LAYER = {"num_hidden_layers": 1}  # where a second would only be compiled too
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -49,7 +50,7 @@ def recompiles() -> int:
 @pytest.mark.smoke
 @pytest.mark.parametrize(("dtype", "S"), tail([(torch.float32, 70), (torch.float32, 1), (torch.bfloat16, 70)]))
 def test_logits_equal_the_eager_models(dtype: torch.dtype, S: int):
-    model, ids = build(dtype), prompt(S)
+    model, ids = build(dtype, **ONE_LAYER), prompt(S)
     found, wanted = logits(compiled(model), ids), logits(model, ids)
     torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE[dtype])
 
@@ -80,7 +81,7 @@ def test_states_of_a_step_are_written_without_a_copy():
 
 @pytest.mark.smoke
 def test_prefill_and_decode_share_a_cache():
-    model, ids = build(), prompt(40)
+    model, ids = build(**ONE_LAYER), prompt(40)
     fast = compiled(model)
     out = prefill(fast, ids[:, :33])
     found = torch.cat([out.logits.double(), decode(fast, ids[:, 33:], out.cache)], 1)
@@ -96,7 +97,7 @@ def gradients(model: Any, run: Any, ids: Tensor) -> list[Tensor]:
 @pytest.mark.smoke
 @pytest.mark.parametrize("inlined", tail([False, True]))
 def test_gradients_equal_the_patched_models(inlined: bool):
-    model, ids = build(mode="train").train(), prompt(64)
+    model, ids = build(mode="train", **ONE_LAYER).train(), prompt(64)
     found = gradients(model, compiled(model, inline=inlined), ids)
     with patch("transformers"):
         wanted = gradients(model, model, ids)
@@ -104,7 +105,7 @@ def test_gradients_equal_the_patched_models(inlined: bool):
 
 
 def test_a_patched_model_is_spliced_too():
-    model, ids = build(), prompt(3)
+    model, ids = build(**ONE_LAYER), prompt(3)
     wanted = logits(model, ids[:, :1])
     with patch("transformers"):
         text = torch_xlstm_ops.explain(model, ids[:, :1])
@@ -329,7 +330,7 @@ class Logits(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")  # torch warns of itself
 def test_a_patched_model_is_exported_and_runs_where_our_operators_are_registered(tmp_path: Path):
-    model, ids = build(num_hidden_layers=1), prompt(20)
+    model, ids = build(**ONE_LAYER), prompt(20)
     length = torch.export.Dim("S", min=6, max=4096)
     with patch("transformers"), torch.no_grad():
         whole = Logits(model).eval()
