@@ -14,6 +14,7 @@ from torch_xlstm_ops.torch_internals.compile import (
     reduction_choices,
     supported_options,
 )
+from torch_xlstm_ops.torch_internals.decompositions import keep_as_call, register_decomposition
 from torch_xlstm_ops.torch_internals.dispatch import (
     below_autograd,
     next_is_device,
@@ -63,12 +64,14 @@ __all__ = [
     "hold_address",
     "hooks",
     "inductor_options",
+    "keep_as_call",
     "like",
     "next_is_device",
     "no_recompile_limit",
     "operator_name",
     "outside_modes",
     "reduction_choices",
+    "register_decomposition",
     "status",
     "supported_options",
     "traced",
