@@ -1,4 +1,4 @@
-"""Laws of export: operators stay calls where somebody can run them, and become ATen calls for those who know no more."""
+"""Laws of export: operators stay calls, and become ATen calls only for exporters that know no others."""
 
 from __future__ import annotations
 
@@ -122,6 +122,41 @@ def test_inductor_keeps_the_call_also_where_CI_is_set(name, monkeypatch):
         found, code = run_and_get_code(compiled, *args)
     assert f"torch.ops.xlstm.{name}.default" in code[0]
     torch.testing.assert_close(found, [t * 2 for t in module(*args)])
+
+
+def in_place(*args):
+    args = [*args[:5], *(t.clone() for t in args[5:])]
+    return ops.mlstm_step_(*args), *args[5:]
+
+
+@pytest.mark.parametrize("reapply_views", [True, False])
+def test_functional_tensors_take_a_step_in_place(reapply_views):
+    args = mlstm_token()
+    wrapped = [torch._to_functional_tensor(t) for t in args]
+    torch._enable_functionalization(reapply_views=reapply_views)
+    try:
+        found = in_place(*wrapped)
+    finally:
+        torch._disable_functionalization()
+    for t in found:
+        torch._sync(t)
+    torch.testing.assert_close([torch._from_functional_tensor(t) for t in found], [*in_place(*args)])
+
+
+def test_aot_autograd_still_functionalises_a_step_in_place_by_itself():
+    graphs = []
+
+    def keep(graph, args):
+        graphs.append(str(graph.code))
+        return graph
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled = torch.compile(in_place, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*mlstm_token()), in_place(*mlstm_token()))
+    assert "auto_functionalized" in graphs[0]
+    assert "xlstm.mlstm_step_.default" in graphs[0]
 
 
 # ONNX

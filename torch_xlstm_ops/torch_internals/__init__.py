@@ -17,6 +17,7 @@ from torch_xlstm_ops.torch_internals.compile import (
 from torch_xlstm_ops.torch_internals.decompositions import keep_as_call, register_decomposition
 from torch_xlstm_ops.torch_internals.dispatch import (
     below_autograd,
+    functionalizes,
     next_is_device,
     without_autocast,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "compiler_missing",
     "forward_mode",
     "frame",
+    "functionalizes",
     "global_hooks",
     "graph_breaks",
     "hold_address",

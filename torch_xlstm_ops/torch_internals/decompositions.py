@@ -42,7 +42,7 @@ def keep_as_call(op: Any) -> None:
     """
     if "torch._inductor.lowering" not in sys.modules:
         return
-    from torch._inductor.graph import get_layout_constraint_tag
+    from torch._inductor.graph import get_layout_constraint_tag  # type: ignore[attr-defined]
     from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
 
     if op not in lowerings:
