@@ -7,3 +7,4 @@ from . import mlstm as mlstm
 from . import slstm as slstm
 
 from . import decompositions as decompositions  # isort: skip
+from . import flops as flops  # isort: skip

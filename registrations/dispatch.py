@@ -27,9 +27,14 @@ def step_threads(elements: int) -> int | None:
     return 1 if elements <= ONE_THREAD else None
 
 
+def packet(name: str) -> Any:
+    """Return the operator `name` as `torch.ops` has it."""
+    return getattr(torch.ops.xlstm, name)
+
+
 def overload(name: str) -> Any:
     """Return the operator `name`, bound once so that a call skips the look-up."""
-    return getattr(torch.ops.xlstm, name).default
+    return packet(name).default
 
 
 def fresh(t: Tensor) -> Tensor:
