@@ -5,3 +5,6 @@ if __name__ != "torch_xlstm_ops.registrations":
 
 from . import mlstm as mlstm
 from . import slstm as slstm
+
+from . import decompositions as decompositions  # isort: skip
+from . import flops as flops  # isort: skip

@@ -29,6 +29,7 @@ class Derivative(NamedTuple):
     check: Callable[..., object]  # raises for bad arguments
     pure: Callable[..., Results]  # the operator as ATen calls
     record: Callable[[Run, Sequence[Any], dict[str, Any]], Results]  # run it where reverse mode alone records
+    functional: Callable[..., Results] | None = None  # the operator without its writes, which torch cannot take away
 
 
 def learns(args: Sequence[Any]) -> bool:
@@ -46,11 +47,13 @@ def has_tangents(args: Sequence[Any]) -> bool:
 def register(name: str, derivative: Derivative) -> None:
     """Give an operator its autograd kernel."""
     op, direct = overload(name), implementation(name)
-    check, pure, record = derivative
+    check, pure, record, functional = derivative
 
     def below(keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if torch_internals.next_is_device(keyset):  # its way through the dispatcher would cost 3 us
             return direct(*args, **kwargs)
+        if functional is not None and torch_internals.functionalizes(keyset):
+            return functional(*args, **kwargs)
         return torch_internals.below_autograd()(op, keyset, args, kwargs)
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,9 +27,14 @@ def step_threads(elements: int) -> int | None:
     return 1 if elements <= ONE_THREAD else None
 
 
+def packet(name: str) -> Any:
+    """Return the operator `name` as `torch.ops` has it."""
+    return getattr(torch.ops.xlstm, name)
+
+
 def overload(name: str) -> Any:
     """Return the operator `name`, bound once so that a call skips the look-up."""
-    return getattr(torch.ops.xlstm, name).default
+    return packet(name).default
 
 
 def fresh(t: Tensor) -> Tensor:
@@ -39,6 +45,7 @@ def fresh(t: Tensor) -> Tensor:
 
 _implementations: dict[str, Callable[..., Any]] = {}
 SIGNATURES: dict[str, inspect.Signature] = {}  # of each operator's arguments, with their defaults
+FAKES: dict[str, Callable[..., Any]] = {}
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:
@@ -55,8 +62,15 @@ def implementation(name: str) -> Callable[..., Any]:
 
 def fake(name: str, function: Callable[..., Any]) -> None:
     """Give `name` the function that checks its arguments and allocates its results."""
-    SIGNATURES[name] = inspect.signature(function)
-    torch.library.register_fake(f"xlstm::{name}", function, lib=LIBRARY)
+    op = overload(name)
+
+    @functools.wraps(function)
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        torch_internals.keep_as_call(op)  # before Inductor lowers a graph, it has fakes run
+        return function(*args, **kwargs)
+
+    SIGNATURES[name], FAKES[name] = inspect.signature(function), kept
+    torch.library.register_fake(f"xlstm::{name}", kept, lib=LIBRARY)
 
 
 def autocast(name: str, casts: slice) -> None:

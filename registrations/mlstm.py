@@ -151,8 +151,12 @@ def step_by_copy(*args: Tensor, eps: float = 1e-6) -> Tensor:
     """
     c, n, m = args[5:]
     memory.check_writable(c=c, n=n, m=m)
-    h, *new = overload("mlstm_step")(*[t.resolve_neg() for t in args], eps=eps)
-    for state, value in zip((c, n, m), new, strict=True):
+    return _step_and_copy(*[t.resolve_neg() for t in args[:5]], c, n, m, eps=eps)
+
+
+def _step_and_copy(*args: Tensor, eps: float = 1e-6) -> Tensor:
+    h, *new = overload("mlstm_step")(*args[:5], *[t.resolve_neg() for t in args[5:]], eps=eps)
+    for state, value in zip(args[5:], new, strict=True):
         state.copy_(value)
     return h  # type: ignore[no-any-return]
 
@@ -360,7 +364,7 @@ for _name, _derivative in {
     "mlstm_step_": Derivative(_step_fake, pure.mlstm_step_, derivatives.refused(
         "mlstm_step_ is in place and not differentiable, but an input requires grad: use mlstm_step, "
         "mlstm_chunkwise, or torch.no_grad()"
-    )),
+    ), _step_and_copy),
     "mlstm_chunkwise": Derivative(_chunkwise_fake, pure.mlstm_chunkwise, derivatives.recorded(_save, _gradients)),
     "mlstm_chunkwise_backward": Derivative(_chunkwise_backward_fake, _backward, derivatives.by_pure(_backward)),
 }.items():

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each floor may import from itself and from those before it.
 FLOORS = [
-    ["checkout", "extras"],
+    ["checkout", "extras", "arrivals"],
     ["torch_internals"],
     ["shapes", "tolerance", "config", "devices", "trace", "trace_files", "winners"],
     ["decay"],
@@ -43,9 +43,10 @@ ONLY = {
     "torch_internals": set(),
     "checkout": set(),
     "extras": set(),
+    "arrivals": set(),
     "schedules": {"extras", "shapes", "config", "devices", "trace", "winners"},
     "functional": {"shapes"},
-    "patch": {"shapes", "compiled", "functional", "torch_internals"},
+    "patch": {"arrivals", "shapes", "compiled", "functional", "torch_internals"},
     "models": set(),
     "context": {"shapes", "config", "devices", "trace", "models"},
     "explain": {"config", "schedules", "registrations", "torch_internals"},

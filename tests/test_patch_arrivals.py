@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from torch_xlstm_ops.patch import arrivals
-from torch_xlstm_ops.patch.arrivals import when_imported
+from torch_xlstm_ops import arrivals
+from torch_xlstm_ops.arrivals import when_imported
 
 NAME = "made_up_arrival"
 

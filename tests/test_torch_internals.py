@@ -113,6 +113,8 @@ with torch.no_grad():
         model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     torch.testing.assert_close(torch.compile(model, backend="xlstm")(ids).logits, wanted, atol=1e-4, rtol=1e-4)
     assert "xlstm" in explain(model, ids)
+from torch_xlstm_ops.registrations import decompositions
+decompositions.register()
 unused = [name for name in gone if NEEDS[name].moved is None]
 assert not unused, unused
 """

@@ -64,7 +64,8 @@ def mlstm_step_(
     """Advance an mLSTM by one token and write the new state over c, n, m; for inference.
 
     Arguments as of `mlstm_step`. Returns h (B, NH, DHHV).
-    Raises as `mlstm_step`, and RuntimeError where autograd would record the call.
+    Raises as `mlstm_step`, and RuntimeError where autograd would record the call. torch.func.functionalize refuses it,
+    as it does every operator outside ATen that writes to its arguments: use `mlstm_step` there.
     """
     return torch.ops.xlstm.mlstm_step_(q, k, v, igate, fgate, c, n, m, eps=eps)  # type: ignore[no-any-return]
 

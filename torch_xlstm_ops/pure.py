@@ -75,10 +75,13 @@ def _segment(streams: Sequence[Tensor], state: Sequence[Tensor], L: int, eps: fl
     q, k, v, igate, fgate = streams
     c, n, m = state
     S = q.shape[1]
-    tail = -S % L
-    q, k, v = (torch.unflatten(F.pad(t, (0, 0, 0, tail)), 1, (-1, L)) for t in (q, k, v))
+    NC = (S + L - 1) // L
+    if not isinstance(S, int):
+        NC = NC + 1  # torch would record that a symbolic number of chunks is not 1: let it be 2 at least
+    tail = NC * L - S
+    q, k, v = (torch.unflatten(F.pad(t, (0, 0, 0, tail)), 1, (NC, L)) for t in (q, k, v))
     igate, fgate = (
-        torch.unflatten(F.pad(t, (0, tail), value=fill), 1, (-1, L)) for t, fill in ((igate, -_INF), (fgate, _INF))
+        torch.unflatten(F.pad(t, (0, tail), value=fill), 1, (NC, L)) for t, fill in ((igate, -_INF), (fgate, _INF))
     )
     h, *after = mlstm.segment(q, k, v, igate, fgate, c, n, m, eps=eps)
     return h.flatten(1, 2)[:, :S], *after

@@ -14,8 +14,10 @@ from torch_xlstm_ops.torch_internals.compile import (
     reduction_choices,
     supported_options,
 )
+from torch_xlstm_ops.torch_internals.decompositions import keep_as_call, register_decomposition
 from torch_xlstm_ops.torch_internals.dispatch import (
     below_autograd,
+    functionalizes,
     next_is_device,
     without_autocast,
 )
@@ -58,17 +60,20 @@ __all__ = [
     "compiler_missing",
     "forward_mode",
     "frame",
+    "functionalizes",
     "global_hooks",
     "graph_breaks",
     "hold_address",
     "hooks",
     "inductor_options",
+    "keep_as_call",
     "like",
     "next_is_device",
     "no_recompile_limit",
     "operator_name",
     "outside_modes",
     "reduction_choices",
+    "register_decomposition",
     "status",
     "supported_options",
     "traced",

@@ -54,6 +54,17 @@ def _next_is_device(keys: int) -> bool:
     return keyset.highestPriorityTypeId() in {getattr(torch._C.DispatchKey, device) for device in DEVICES}
 
 
+def _never(keyset: Any) -> bool:
+    return False
+
+
+@need(_never, where=("torch._C.DispatchKeySet.has", "torch._C.DispatchKey.Functionalize"),
+      without="functional tensors refuse mlstm_step_")
+def functionalizes(keyset: Any) -> bool:
+    """Return whether a call is about to be functionalised by the dispatcher itself; AOTAutograd's does it in Python."""
+    return bool(keyset.has(torch._C.DispatchKey.Functionalize))
+
+
 def _autocast_off(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if device else nullcontext()
 
