@@ -26,9 +26,9 @@ def step(
         h  = (q DHQK^-1/2 . c') / (max(|q DHQK^-1/2 . n'|, exp(-m')) + eps)
 
     q, k: (..., DHQK); v: (..., DHHV); igate, fgate: (..., 1); c: (..., DHQK, DHHV); n: (..., DHQK); m: (..., 1).
-    -inf is legal for m and the gates, and exp(-inf) is 0. A state with m = -inf is empty: c and n are taken as 0. A
-    closed gate (log_f = -inf) makes the old state empty, whatever it holds, NaN included. If nothing is kept and
-    nothing added, the new state is empty: c = n = 0, m = -inf.
+    -inf is legal for m and the gates, and exp(-inf) is 0: a state with m = -inf is empty. A closed gate (log_f = -inf)
+    makes the old state empty, whatever it holds, NaN included. If nothing is kept and nothing added, the new state is
+    empty: c = n = 0, m = -inf.
     Returns h in v's dtype and the new c, n, m.
     """
     return _step(_update, q, k, v, igate, fgate, c, n, m, eps)
@@ -54,10 +54,10 @@ def _step(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = state_dtype(q.dtype)
-    log_f, igate = F.logsigmoid(fgate.to(wide)), igate.to(wide)
-    empty = (log_f == NEG_INF) | (m == NEG_INF)
-    c, n, m = torch.where(empty[..., None], 0.0, c), torch.where(empty, 0.0, n), torch.where(empty, NEG_INF, m)
-    carried = log_f + m
+    fgate, igate = fgate.to(wide), igate.to(wide)
+    closed = fgate == NEG_INF
+    c, n = torch.where(closed[..., None], 0.0, c), torch.where(closed, 0.0, n)
+    carried = torch.where(closed, NEG_INF, F.logsigmoid(fgate) + m)
     m_new = constant_if_empty(torch.maximum(carried, igate))
     base = finite(m_new)
     forget, add = torch.exp(carried - base), torch.exp(igate - base)

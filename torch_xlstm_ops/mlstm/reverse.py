@@ -21,10 +21,9 @@ def step_gradient(
     """
     wide = state_dtype(q.dtype)
     q, k, v, igate, fgate, dh = (t.to(wide) for t in (q, k, v, igate, fgate, dh))
-    log_f = F.logsigmoid(fgate)
-    empty = (log_f == NEG_INF) | (m == NEG_INF)
-    c, n, m = torch.where(empty[..., None], 0.0, c), torch.where(empty, 0.0, n), torch.where(empty, NEG_INF, m)
-    carried = log_f + m
+    closed = fgate == NEG_INF
+    c, n = torch.where(closed[..., None], 0.0, c), torch.where(closed, 0.0, n)
+    carried = torch.where(closed, NEG_INF, F.logsigmoid(fgate) + m)
     m_new = torch.maximum(carried, igate)
     base = finite(m_new)
     forget, add = torch.exp(carried - base), torch.exp(igate - base)
@@ -52,9 +51,9 @@ def step_gradient(
     dcarried = dforget + torch.where(to_carried > 0, to_carried * dm, 0.0)
     digate = dadd + torch.where(to_igate > 0, to_igate * dm, 0.0)
     return (
-        dq, add * dk_gated, (k_gated[..., None] * dc).sum(-2), digate, dcarried * torch.sigmoid(-fgate),
-        torch.where(empty[..., None], 0.0, forget[..., None] * dc), torch.where(empty, 0.0, forget * dn),
-        torch.where(empty, 0.0, dcarried),
+        dq, add * dk_gated, (k_gated[..., None] * dc).sum(-2), digate, torch.where(closed, 0.0, dcarried) * torch.sigmoid(-fgate),
+        torch.where(closed[..., None], 0.0, forget[..., None] * dc), torch.where(closed, 0.0, forget * dn),
+        torch.where(closed, 0.0, dcarried),
     )
 
 
