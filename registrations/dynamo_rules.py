@@ -20,8 +20,8 @@ import torch
 from torch import fx
 
 from torch_xlstm_ops import torch_internals
-from torch_xlstm_ops.patch import functions
 from torch_xlstm_ops.arrivals import when_imported
+from torch_xlstm_ops.patch import functions
 from torch_xlstm_ops.shapes import STREAM_DTYPES
 
 Fact = tuple[torch.dtype, int] | None  # of an argument: dtype and rank; None where no tensor was given

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 
-from torch_xlstm_ops.patch import Handle, patch, peers
 from torch_xlstm_ops.arrivals import when_imported
+from torch_xlstm_ops.patch import Handle, patch, peers
 
 VARIABLE = "XLSTM_OPS_PATCH"
 
