@@ -8,3 +8,4 @@ from . import slstm as slstm
 
 from . import decompositions as decompositions  # isort: skip
 from . import flops as flops  # isort: skip
+from . import sharding as sharding  # isort: skip

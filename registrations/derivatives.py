@@ -18,6 +18,7 @@ from torch_xlstm_ops import torch_internals
 
 from .dispatch import implementation, overload
 from .schemas import LIBRARY
+from .sharding import is_distributed
 
 Results = Any  # a tensor, or a tuple of tensors
 Run = Callable[[Sequence[Any], dict[str, Any]], Results]
@@ -85,10 +86,17 @@ def recorded(save: Save, gradients: Gradients) -> Callable[[Run, Sequence[Any], 
             results = run(args, how)
             ctx.save_for_backward(*save(args, results))
             ctx.how, ctx.given = how, [isinstance(t, Tensor) for t in args]
+            ctx.like = [t.detach() for t in results] if is_distributed(results[0]) else []
+            if ctx.like:  # autograd would fill in plain zeros
+                ctx.set_materialize_grads(False)
             return results
 
         @staticmethod
         def backward(ctx: Any, *given: Any) -> Any:
+            if ctx.like:
+                given = tuple(
+                    torch.zeros_like(t) if g is None else g for g, t in zip(given, ctx.like, strict=True)
+                )
             found = [*gradients(*given, *ctx.saved_tensors, **ctx.how), None]  # a mask has none
             return None, None, *[g if there else None for g, there in zip(found, ctx.given, strict=False)]
 
