@@ -61,7 +61,7 @@ def _rule(tensors: Tensors) -> Callable[..., Sequence[tuple[list[Any], list[Any]
     def rule(*args: Any, **how: Any) -> Sequence[tuple[list[Any], list[Any]]]:
         given = list(zip(tensors.arguments, args, strict=False))
         return [
-            ([result(axes) for axes in tensors.results], [None if a is None else argument(axes) for axes, a in given])
+            ([result(axes) for axes in tensors.results], [None if a is None else argument(axes) for axes, a in given])  # type: ignore[no-untyped-call]
             for result, argument in ways
         ]
 

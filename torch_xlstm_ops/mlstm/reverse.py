@@ -51,7 +51,8 @@ def step_gradient(
     dcarried = dforget + torch.where(to_carried > 0, to_carried * dm, 0.0)
     digate = dadd + torch.where(to_igate > 0, to_igate * dm, 0.0)
     return (
-        dq, add * dk_gated, (k_gated[..., None] * dc).sum(-2), digate, torch.where(closed, 0.0, dcarried) * torch.sigmoid(-fgate),
+        dq, add * dk_gated, (k_gated[..., None] * dc).sum(-2), digate,
+        torch.where(closed, 0.0, dcarried) * torch.sigmoid(-fgate),
         torch.where(closed[..., None], 0.0, forget[..., None] * dc), torch.where(closed, 0.0, forget * dn),
         torch.where(closed, 0.0, dcarried),
     )
