@@ -80,13 +80,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def two_threads() -> Iterator[None]:
-    """Have kernels share their work out, however many threads this process was given."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture
+def small_chunks() -> Iterator[None]:
+    """Have a call that names no chunk size take that of most tests, whose kernels are there."""
+    from torch_xlstm_ops import config
+
+    with config.use(chunk_size=16):
+        yield
 
 
 Command = Callable[..., tuple[int, str, str]]

@@ -12,8 +12,9 @@ from tests import oracle
 from torch_xlstm_ops import pure
 
 ops = torch.ops.xlstm
-SIZES = oracle.Sizes(B=2, NH=2, S=5, DHQK=3, DHHV=2)
-SLSTM = (2, 4, 2, 3)  # B, S, NH, DH
+L = 16
+SIZES = oracle.Sizes(B=2, NH=2, S=5)  # and L: head dimensions and chunks of test_mlstm_ops, as each is a compile
+SLSTM = (2, 4, 2, 4)  # B, S, and NH, DH of test_slstm
 
 
 class Case(NamedTuple):
@@ -54,7 +55,7 @@ def slstm_token(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 def by_steps(*args: Tensor) -> Sequence[Tensor]:
     """Run the mLSTM by the schedule that has one small kernel."""
-    found: Sequence[Tensor] = ops.mlstm_chunkwise(*args, chunk_size=4, schedule="recurrent")
+    found: Sequence[Tensor] = ops.mlstm_chunkwise(*args, chunk_size=L, schedule="recurrent")
     return found
 
 

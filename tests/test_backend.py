@@ -65,6 +65,7 @@ assert "torch_xlstm_ops" in sys.modules
 # --- splicing ---
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.smoke
 @pytest.mark.parametrize("inlined", [True, False])
 @pytest.mark.parametrize("dtype", tail([torch.float32, torch.bfloat16]))
@@ -80,19 +81,22 @@ def test_segments_beyond_the_first_carry_the_state_when_spliced():
     assert_close(compiled(chunkwise, inline=True, chunk_size=2)(*args), exact(args), TOLERANCE[torch.float32])
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("inlined", tail([True, False]))
 def test_a_sequence_without_a_state_starts_from_zeros(inlined: bool):
     args = draw(Sizes(), state=False)
     assert_close(compiled(chunkwise, inline=inlined)(*args), exact(args), TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("fn", tail([step, chunkwise]))
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("fn", tail([chunkwise, step]))
 def test_gradients_of_spliced_mathematics_equal_the_operators(fn: Callable[..., tuple[Tensor, ...]]):
     args = step_args() if fn is step else draw(Sizes())
     spliced = gradients(compiled(fn, inline=True), args)
     assert_close(spliced, gradients(fn, args), GRADIENT_TOLERANCE[torch.float32])
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.smoke
 def test_gradients_of_unspliced_calls_equal_the_operators():
     args = draw(Sizes())
@@ -130,6 +134,7 @@ def test_a_step_in_place_is_refused_where_autograd_records():
         compiled(torch_xlstm_ops.mlstm_step_)(*args)
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.slow
 def test_a_call_by_keywords_is_spliced_too():
     names = ("q", "k", "v", "igate", "fgate", "c", "n", "m")

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from tests.operator_cases import CASES, ops
 from tests.oracle import weigh
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_chunks")
 every_operator = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
 

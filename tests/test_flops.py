@@ -33,7 +33,7 @@ def products_by_chunks(q, k, v, c, L):
 
 @pytest.mark.parametrize("L", [2, 4, 5])
 def test_a_sequence_counts_the_products_of_its_chunks(L):
-    q, k, v, _, _, c, *_ = args = mlstm_sequence()
+    q, k, v, _, _, c, _, _ = args = mlstm_sequence()
     found = count(lambda: ops.mlstm_chunkwise(*args, chunk_size=L, schedule="recurrent"))
     assert found == count(lambda: products_by_chunks(q, k, v, c, L))
 

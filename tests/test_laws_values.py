@@ -15,7 +15,6 @@ from tests.parameters import tail
 from torch_xlstm_ops import config, mlstm, mlstm_chunkwise, mlstm_step, mlstm_step_, packing, slstm
 from torch_xlstm_ops.functional import slstm_sequence, slstm_step
 
-pytestmark = pytest.mark.usefixtures("two_threads")
 L = 16
 NONE, ALL = -math.inf, math.inf
 S = 40

@@ -28,7 +28,7 @@ def extra(S, schedule):
     h, _ = mlstm_chunkwise(*streams, chunk_size=16, schedule=schedule)
     return resident("VmHWM") - before - h.nbytes
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 found = {}
 with config.use(**json.loads(sys.argv[1])), torch.inference_mode():
     for schedule in ("inductor", "queued"):

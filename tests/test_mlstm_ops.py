@@ -23,7 +23,6 @@ from torch_xlstm_ops import (
     trace,
 )
 
-pytestmark = pytest.mark.usefixtures("two_threads")
 L = 16  # one chunk size and one pair of head dimensions: each new one is a compile
 ops = torch.ops.xlstm
 DTYPES = list(TOLERANCE)

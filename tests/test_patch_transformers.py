@@ -97,7 +97,7 @@ def owners() -> list[type]:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("S", tail([65, 1, 2, 63, 64, 200]))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t != torch.float64))
 def test_patched_logits_equal_unpatched(dtype: torch.dtype, S: int) -> None:
     model, ids = build(dtype), prompt(S)
     exact, unpatched = logits(build(torch.float64), ids), logits(model, ids)
@@ -105,7 +105,7 @@ def test_patched_logits_equal_unpatched(dtype: torch.dtype, S: int) -> None:
         assert_no_worse(logits(model, ids), unpatched, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t == torch.float32))
 def test_prefill_then_decode_equals_whole(dtype: torch.dtype) -> None:
     model, ids = build(dtype), prompt(40)
     exact = logits(build(torch.float64), ids)

@@ -8,7 +8,6 @@ import shutil
 import sys
 import types
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from benchmarks.quality.prompts import PROMPTS
 from benchmarks.quality.recall import Recall, Size, draw
 from benchmarks.train_demo_model import END, standard_library
 from tests.parameters import tail
-from torch_xlstm_ops import config, mlstm_chunkwise, trace
+from torch_xlstm_ops import mlstm_chunkwise, trace
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, load
 
 CPU = torch.device("cpu")
@@ -39,12 +38,6 @@ SIZES = {"mlstm": SMALL, "slstm": SMALL._replace(conv=0, slstm_heads=2)}
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
     return load(DEMO_MODEL, CPU, "float32")
-
-
-@pytest.fixture
-def small_chunks() -> Iterator[None]:
-    with config.use(chunk_size=16):
-        yield
 
 
 def rows(P: int, B: int = 2, size: Size = SMALL) -> Any:

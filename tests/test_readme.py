@@ -25,7 +25,7 @@ def test_every_operator_is_listed():
     assert all(f"`{name}`" in README for name in names)
 
 
-@pytest.mark.smoke
+@pytest.mark.slow
 def test_the_example_for_own_blocks_runs():
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "mlstm_chunkwise(q" in block)
     scope: dict[str, object] = {}

@@ -104,7 +104,7 @@ OP_ATEN = {
     "slstm_sequence": PLUMBING | {"aten::bmm.out"},
     "slstm_sequence_backward": PLUMBING | {
         "aten::bmm", "aten::bmm.out", "aten::cat", "aten::add.Tensor", "aten::mul.Tensor", "aten::sum.dim_IntList",
-        "aten::where.self",
+        "aten::where.self", "aten::eq.Scalar", "aten::all.dim",  # with resets: which documents the loss looks at
     },
 }
 # Debts, to be paid: what launches more than its budget, and how much in each dtype.

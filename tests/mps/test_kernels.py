@@ -15,7 +15,7 @@ from .native_functions import implemented_for_mps
 from .operations import OPERATIONS
 
 FUNCTIONS = {name: job("function", name=name) for name in cases.functions()}
-QUICK = ("mlstm.advance", "mlstm.step_", "slstm.step", "slstm.block_")  # operations run the others, in one dtype
+QUICK = ("mlstm.step_",)  # operations run the others, in one dtype
 
 
 def marks(name: str) -> tuple[Any, ...]:
