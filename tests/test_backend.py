@@ -177,6 +177,7 @@ def operators(fn: Callable[..., Any], args: list[Tensor], **options: Any) -> lis
     return stay
 
 
+@pytest.mark.usefixtures("small_chunks")
 def test_by_default_steps_are_spliced_and_so_are_short_sequences_that_nobody_differentiates():
     short, long = draw(Sizes()), draw(Sizes(B=1, NH=4, S=1100, DHQK=128, DHHV=128), state=False)
     assert operators(step, step_args()) == []
@@ -208,8 +209,9 @@ def test_settings_hold_while_compiled_code_runs_forward_and_backward(monkeypatch
     assert len(made) == 2  # forward and backward
     assert {(cfg.chunk_size, cfg.segment, str(cfg.schedule)) for cfg in made} == {(16, 32, "inductor")}
     made.clear()
-    gradients(compiled(chunkwise, inline=False), draw(Sizes(S=70)))
-    assert {(cfg.chunk_size, cfg.segment) for cfg in made} == {(None, None)}
+    with config.use(chunk_size=16):
+        gradients(compiled(chunkwise, inline=False), draw(Sizes(S=70)))
+    assert {(cfg.chunk_size, cfg.segment) for cfg in made} == {(16, None)}
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.operator_cases import SIZES, SLSTM, mlstm_sequence, mlstm_token, ops, slstm_sequence, slstm_token
 from torch_xlstm_ops.registrations import flops, schemas
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_chunks")
 
 
 def count(call):
@@ -38,11 +38,12 @@ def test_a_sequence_counts_the_products_of_its_chunks(L):
     assert found == count(lambda: products_by_chunks(q, k, v, c, L))
 
 
+@pytest.mark.slow
 def test_a_sequence_by_hand():
     B, NH, S, DHQK, DHHV = SIZES
-    assert (B, NH, S, DHQK, DHHV) == (2, 2, 5, 3, 2)
-    forward = 4 * ((16 + 1) * (3 + 2) * 2 + 5 * 3 * 2 * 2 * 2)  # 4 heads, chunks of 4 and 1 tokens
-    backward = 4 * ((16 + 1) * (3 * 3 + 2 * 2) * 2 + 5 * 3 * 2 * 5 * 2)
+    assert (B, NH, S, DHQK, DHHV) == (2, 2, 5, 8, 16)
+    forward = 4 * ((16 + 1) * (8 + 16) * 2 + 5 * 8 * 16 * 2 * 2)  # 4 heads, chunks of 4 and 1 tokens
+    backward = 4 * ((16 + 1) * (8 * 3 + 16 * 2) * 2 + 5 * 8 * 16 * 5 * 2)
 
     def call(*args):
         return ops.mlstm_chunkwise(*args, chunk_size=4, schedule="recurrent")
@@ -53,9 +54,9 @@ def test_a_sequence_by_hand():
 
 def test_a_step_by_hand():
     for op in (ops.mlstm_step, ops.mlstm_step_):
-        assert count(lambda op=op: op(*mlstm_token())) == 4 * (3 * 2 * 2 * 2)
-    backward = 4 * ((3 * 3 + 2 * 2) * 2 + 3 * 2 * 5 * 2)
-    assert count(learning(ops.mlstm_step, mlstm_token())) == 4 * (3 * 2 * 2 * 2) + backward
+        assert count(lambda op=op: op(*mlstm_token())) == 4 * (8 * 16 * 2 * 2)
+    backward = 4 * ((8 * 3 + 16 * 2) * 2 + 8 * 16 * 5 * 2)
+    assert count(learning(ops.mlstm_step, mlstm_token())) == 4 * (8 * 16 * 2 * 2) + backward
 
 
 def test_an_slstm_by_hand():

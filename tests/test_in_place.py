@@ -7,7 +7,7 @@ import torch
 
 from tests.operator_cases import CASES, mlstm_token, ops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_chunks")
 MLSTM = (CASES["mlstm_step"].op, CASES["mlstm_chunkwise"].op)
 GRADIENTS = {
     "mlstm_chunkwise_backward": lambda args: [*CASES["mlstm_chunkwise"].op(*args), *args],
