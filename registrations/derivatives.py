@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from torch_xlstm_ops import torch_internals
 
-from .dispatch import implementation, overload
+from .dispatch import implementation, overload, refuse_nested
 from .schemas import LIBRARY
 from .sharding import is_distributed
 
@@ -55,6 +55,7 @@ def register(name: str, derivative: Derivative) -> None:
             return direct(*args, **kwargs)
         if functional is not None and torch_internals.functionalizes(keyset):
             return functional(*args, **kwargs)
+        refuse_nested(name, args)
         return torch_internals.below_autograd()(op, keyset, args, kwargs)
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:

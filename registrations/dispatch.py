@@ -73,6 +73,15 @@ def fake(name: str, function: Callable[..., Any]) -> None:
     torch.library.register_fake(f"xlstm::{name}", kept, lib=LIBRARY)
 
 
+def refuse_nested(name: str, args: Arguments) -> None:
+    """Raise TypeError for a nested tensor."""
+    for argument, t in zip(SIGNATURES[name].parameters, args, strict=False):
+        if isinstance(t, Tensor) and t.is_nested:
+            kind = "jagged" if t.layout == torch.jagged else "strided"
+            raise TypeError(f"{argument} must be a dense tensor, got a nested one ({kind}): for rows of several lengths, "
+                            "put them one behind another, and mark each one's first token in reset")
+
+
 def autocast(name: str, casts: slice) -> None:
     """Under autocast, cast the arguments in `casts` (the streams; states and gates keep their precision)."""
     op = overload(name)

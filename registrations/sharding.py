@@ -1,6 +1,7 @@
 """How DTensor shards the operators: by batch or by heads, which are independent, or not at all.
 
-A sequence's tokens and the head dimensions stay whole on each device. Where an sLSTM is sharded by batch, the gradients
+`register_sharding` takes an operator that writes in place to return its first argument, so `mlstm_step_` has a rule of
+another kind. A sequence's tokens and the head dimensions stay whole on each device. Where an sLSTM is sharded by batch, the gradients
 of its weights come as partial sums.
 """
 
@@ -9,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from torch_xlstm_ops.arrivals import when_imported
 
 from .dispatch import overload
+from .schemas import LIBRARY
 
 
 class _Axes(NamedTuple):
@@ -34,7 +38,6 @@ _CELL = (_WEIGHT, _WEIGHT, *[_ROWS] * 4)  # r b y c n m
 
 OPERATORS = {
     "mlstm_step": Tensors((_ROWS,) * 8, (_ROWS,) * 4),
-    "mlstm_step_": Tensors((_ROWS,) * 8, (_ROWS,)),
     "mlstm_chunkwise": Tensors((*[_ROWS] * 8, _MASK), (_ROWS,) * 4),
     "mlstm_chunkwise_backward": Tensors((*[_ROWS] * 12, _MASK), (_ROWS,) * 8),
     "slstm_step": Tensors((_X_TOKEN, *_CELL), (_ROWS,) * 4),
@@ -68,6 +71,14 @@ def _rule(tensors: Tensors) -> Callable[..., Sequence[tuple[list[Any], list[Any]
     return rule
 
 
+def _step_in_place(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> Any:
+    """Find the new state, and copy it over the old: DTensor takes what is written in place for the first argument."""
+    h, *new = overload("mlstm_step")(*args, **(kwargs or {}))
+    for state, value in zip(args[5:], new, strict=True):
+        state.copy_(value)
+    return h
+
+
 _types: list[type] = []  # DTensor, once it is there
 
 
@@ -83,6 +94,7 @@ def _register() -> None:
     _types[:] = [DTensor]
     for name, tensors in OPERATORS.items():
         register_sharding(overload(name))(_rule(tensors))
+    torch.library.register_torch_dispatch("xlstm::mlstm_step_", DTensor, _step_in_place, lib=LIBRARY)
 
 
 when_imported("torch.distributed.tensor", _register)  # which takes longer to import than all of this package
