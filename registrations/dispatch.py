@@ -78,8 +78,8 @@ def refuse_nested(name: str, args: Arguments) -> None:
     for argument, t in zip(SIGNATURES[name].parameters, args, strict=False):
         if isinstance(t, Tensor) and t.is_nested:
             kind = "jagged" if t.layout == torch.jagged else "strided"
-            raise TypeError(f"{argument} must be a dense tensor, got a nested one ({kind}): put rows of several lengths "
-                            "one behind another, and mark each one's first token in reset")
+            raise TypeError(f"{argument} must be a dense tensor, got a nested one ({kind}): put sequences of several "
+                            "lengths one behind another in a row, and mark the first token of each in reset")
 
 
 def autocast(name: str, casts: slice) -> None:

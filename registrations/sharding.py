@@ -1,8 +1,8 @@
 """How DTensor shards the operators: by batch or by heads, which are independent, or not at all.
 
-`register_sharding` takes an operator that writes in place to return its first argument, so `mlstm_step_` has a rule of
-another kind. A sequence's tokens and the head dimensions stay whole on each device. Where an sLSTM is sharded by batch, the gradients
-of its weights come as partial sums.
+A sequence's tokens and the head dimensions stay whole on each device. Where an sLSTM is sharded by batch, the gradients
+of its weights come as partial sums. `register_sharding` takes an operator that writes in place to return its first
+argument, so `mlstm_step_` has a rule of another kind.
 """
 
 from __future__ import annotations
