@@ -115,6 +115,8 @@ with torch.no_grad():
     assert "xlstm" in explain(model, ids)
 from torch_xlstm_ops.registrations import decompositions
 decompositions.register()
+with torch._subclasses.FakeTensorMode() as mode:
+    mlstm_step(*map(mode.from_tensor, token))
 unused = [name for name in gone if NEEDS[name].moved is None]
 assert not unused, unused
 """
