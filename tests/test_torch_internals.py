@@ -72,7 +72,7 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 from torch_xlstm_ops.torch_internals.need import NEEDS  # the operators are registered by now
 import torch
 from tests import oracle
-from torch_xlstm_ops import compiled, mlstm_chunkwise, mlstm_step, mlstm_step_, slstm_sequence, explain
+from torch_xlstm_ops import explain, mlstm_chunkwise, mlstm_step, mlstm_step_, slstm_sequence, torch_internals
 
 error = {"ImportError": ImportError, "AttributeError": AttributeError, "TypeError": TypeError}[sys.argv[1]]
 gone = sys.argv[2:] or list(NEEDS)
@@ -95,8 +95,8 @@ for _ in range(3):
     h, state = mlstm_step(*token)
 with torch.autocast("cpu", dtype=torch.bfloat16):
     assert mlstm_step(*token)[0].dtype == torch.bfloat16
-assert torch.equal(mlstm_step_(*token), h)
-assert torch.equal(token[5], state.c)
+torch.testing.assert_close(mlstm_step_(*token), h)
+torch.testing.assert_close(token[5], state.c)
 x, r, b = torch.randn(2, 5, 4, 2, 4), torch.randn(4, 2, 4, 4), torch.randn(4, 2, 4)
 slstm_sequence(x, r, b)
 torch.func.jvp(lambda x: slstm_sequence(x, r, b)[0], (x,), (x,))
@@ -117,6 +117,11 @@ from torch_xlstm_ops.registrations import decompositions
 decompositions.register()
 with torch._subclasses.FakeTensorMode() as mode:
     mlstm_step(*map(mode.from_tensor, token))
+# What the calls above do not reach where the others are gone too.
+with torch_internals.OperatorMode(lambda op, args, kwargs: op(*args, **kwargs)):
+    mlstm_step(*token)
+torch_internals.reduction_choices(), torch_internals.compiler_missing(), torch_internals.user_stack()
+torch_internals.traced(lambda: (), []), torch_internals.hooks(model), torch_internals.global_hooks()
 unused = [name for name in gone if NEEDS[name].moved is None]
 assert not unused, unused
 """
