@@ -37,10 +37,17 @@ for name in [name for name in os.environ if name.startswith("XLSTM_OPS_") or nam
     del os.environ[name]
 # Names of Ray's sockets are in it, which must be short.
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="xlstm-ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
-atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 os.environ.setdefault("XLSTM_TEST_CACHE", os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="xlstm-ops-tests-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+def remove_folders() -> None:
+    """Remove what this process made for its tests."""
+    for variable in ("RAY_TMPDIR", "XDG_CACHE_HOME"):
+        shutil.rmtree(os.environ[variable], ignore_errors=True)
+
+
+atexit.register(remove_folders)
 
 # Files whose tests take longest, which two processes must start first.
 LONGEST = (
@@ -54,6 +61,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Have xdist hand files out in our order, not by their number of tests."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+def pytest_unconfigure() -> None:
+    """Remove folders even where xdist ends the process at once."""
+    remove_folders()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -328,6 +328,7 @@ class Logits(torch.nn.Module):
         return logits
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")  # torch warns of itself
 def test_a_patched_model_is_exported_and_runs_where_our_operators_are_registered(tmp_path: Path):
     model, ids = build(**ONE_LAYER), prompt(20)

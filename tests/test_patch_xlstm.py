@@ -248,6 +248,7 @@ def parity_losses(model: Any, count: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_the_default_stack_trains_as_the_vanilla_one() -> None:
     theirs = parity_losses(stack("vanilla"), 20)
     with patch("xlstm"):

@@ -113,7 +113,7 @@ OPERATIONS = {
     "bands and segments": MLSTM("mlstm_chunkwise", 300, config=TWO_SEGMENTS, state=True, quick=""),
     "queued": MLSTM("mlstm_chunkwise", 300, "queued", config=TWO_SEGMENTS, state=True, quick=""),
     "recurrent": MLSTM("mlstm_chunkwise", 5, "recurrent", state=True),
-    "gradient": MLSTM("mlstm_chunkwise", 150, gradient=True, state=True),
+    "gradient": MLSTM("mlstm_chunkwise", 150, gradient=True, state=True, quick=""),
     "gradient over segments": MLSTM(
         "mlstm_chunkwise", 300, config=TWO_SEGMENTS, gradient=True, state=True, quick=""
     ),
