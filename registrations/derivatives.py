@@ -50,8 +50,10 @@ def register(name: str, derivative: Derivative) -> None:
     op, direct = overload(name), implementation(name)
     check, pure, record, functional = derivative
 
+    forward_mode, next_is_device = torch_internals.forward_mode, torch_internals.next_is_device
+
     def below(keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if torch_internals.next_is_device(keyset):  # its way through the dispatcher would cost 3 us
+        if next_is_device.run(keyset):  # its way through the dispatcher would cost 3 us
             return direct(*args, **kwargs)
         if functional is not None and torch_internals.functionalizes(keyset):
             return functional(*args, **kwargs)
@@ -59,9 +61,9 @@ def register(name: str, derivative: Derivative) -> None:
         return torch_internals.below_autograd()(op, keyset, args, kwargs)
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        tangents = torch_internals.forward_mode() and has_tangents(args)
+        tangents = forward_mode.run() and has_tangents(args)
         if not tangents and not learns(args):
-            return below(keyset, args, kwargs)
+            return direct(*args, **kwargs) if next_is_device.run(keyset) else below(keyset, args, kwargs)
         if tangents or torch_internals.transforms():
             check(*args, **kwargs)
             return pure(*args, **kwargs)

@@ -30,6 +30,7 @@ class Need(Generic[_P, _R]):
         self.native, self.fallback, self.where, self.without = native, fallback, where, without
         self.moved: str | None = None  # why the fallback is used; None while `native` works
         self.called = False
+        self.run: Callable[_P, _R] = self  # what a hot path calls: once it is known, what serves, without this class
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         if self.moved is None:
@@ -38,7 +39,7 @@ class Need(Generic[_P, _R]):
             except MOVED as error:
                 self._warn(error)
             else:
-                self.called = True
+                self.called, self.run = True, self.native
                 return found
         return self.fallback(*args, **kwargs)
 
@@ -48,7 +49,7 @@ class Need(Generic[_P, _R]):
         return (inspect.getdoc(self.native) or "").split("\n")[0]
 
     def _warn(self, error: BaseException) -> None:
-        self.moved = f"{type(error).__name__}: {error}"
+        self.moved, self.run = f"{type(error).__name__}: {error}", self.fallback
         warnings.warn(
             f"torch {torch.__version__} has moved one of {', '.join(self.where)} ({self.moved}): {self.without}",
             RuntimeWarning, stacklevel=3,
