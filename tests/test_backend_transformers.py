@@ -95,7 +95,8 @@ def gradients(model: Any, run: Any, ids: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("inlined", tail([False, True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("inlined", [False, True])
 def test_gradients_equal_the_patched_models(inlined: bool):
     model, ids = build(mode="train", **ONE_LAYER).train(), prompt(64)
     found = gradients(model, compiled(model, inline=inlined), ids)

@@ -56,7 +56,7 @@ def test_lengths_and_batches_of_an_mlstm_share_its_compiles(compiles, schedule):
 
 def test_lengths_and_batches_of_an_slstm_share_its_compiles(compiles):
     for B, S in [(1, 7), (2, 40), (3, 33)]:
-        x, r, b = torch.randn(B, S, 4, 2, 8), torch.randn(4, 2, 8, 8), torch.randn(4, 2, 8)
+        x, r, b = torch.randn(B, S, 4, 2, 4), torch.randn(4, 2, 4, 4), torch.randn(4, 2, 4)
         args = [t.requires_grad_() for t in (x, r, b)]
         torch.autograd.grad(slstm_sequence(*args)[0].sum(), args)
     assert len(compiles) <= 8

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("one_thread")]  # as acto
 L = 16  # as in test_mlstm_ops: each new size is a compile
 BANDS = {"segment": 2 * L, "heads_per_band": 2, "workers": 2}
 ABREAST = {"segment": 2 * L, "heads_per_band": 6, "workers": 2}  # one band, which actors share by summaries
-PLANS = pytest.mark.parametrize("plan", tail([BANDS, ABREAST, {"workers": 2}], 2), ids=["bands", "abreast", "default"])
+PLANS = pytest.mark.parametrize("plan", tail([BANDS, ABREAST, {"workers": 2}]), ids=["bands", "abreast", "default"])
 
 
 def call(args: Sequence[Tensor], name: str = "ray") -> list[Tensor]:

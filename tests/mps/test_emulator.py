@@ -19,8 +19,8 @@ WELFORD = "float3 threadgroup_welford_reduce("
 DROPPED_BARRIERS = {"sum 1": (SUM, 1), "sum 2": (SUM, 2), "max 2": (MAX, 2), "welford 1": (WELFORD, 1)}
 BASICS = job("basics")
 MUTATIONS = [
-    *(pytest.param(name, id=name, marks=[] if name == "sum 1" else pytest.mark.slow) for name in DROPPED_BARRIERS),
-    pytest.param("simd group count", id="simd group count", marks=pytest.mark.slow),
+    *(pytest.param(name, id=name) for name in DROPPED_BARRIERS),
+    pytest.param("simd group count", id="simd group count"),
 ]
 
 
@@ -94,12 +94,14 @@ def test_kernel_not_understood_names_its_saved_source(reports: Reports, name: st
     assert "kernel void run" in Path(saved[0]).read_text()
 
 
+@pytest.mark.slow
 def test_reductions_equal_the_cpu_in_every_order(reports: Reports) -> None:
     errors = reports(job("reductions", mutation="none"))["errors"]
     assert errors.keys() == {"0", "1", "2"}
     assert all(error < 1e-4 for error in errors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_broken_reduction_is_caught(reports: Reports, header: str, mutation: str, tmp_path: Path) -> None:
     changed = tmp_path / "c10/metal/reduction_utils.h"

@@ -34,8 +34,8 @@ OPERATION_JOBS = [
 ]
 EVERY_OPERATION = pytest.mark.parametrize(("name", "dtype", "wanted"), OPERATION_JOBS)
 MODELS = [
-    pytest.param(dtype, job("model", dtype=dtype, tokens=70), id=dtype, marks=mark)
-    for dtype, mark in (("bfloat16", ()), ("float32", pytest.mark.slow))
+    pytest.param(dtype, job("model", dtype=dtype, tokens=70), id=dtype, marks=pytest.mark.slow)
+    for dtype in ("bfloat16", "float32")
 ]
 
 
