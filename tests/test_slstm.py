@@ -333,6 +333,7 @@ def test_arguments_are_left_alone():
 # --- torch's transformations ---
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.14 hides its own
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
@@ -341,6 +342,7 @@ def test_opcheck(dtype):
     opcheck(ops.slstm_step.default, (args[0].detach()[:, 0], *[t.detach() for t in args[1:]]))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.14 hides its own
 def test_opcheck_of_the_options():
     args = [t.requires_grad_() for t in draw(4)]
     opcheck(ops.slstm_sequence.default, (*args[:3], None, None, None, None, draw_reset(4)))
