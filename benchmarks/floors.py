@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from benchmarks.timing import timed
-from torch_xlstm_ops.shapes import state_dtype
+from torch_xlstm_ops.maths.shapes import state_dtype
 
 _COPIED = {"cpu": 1 << 26, "cuda": 1 << 30, "mps": 1 << 28}  # bytes, more than caches hold
 _SIDE = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # of the square matrices

@@ -35,7 +35,9 @@ from torch import Tensor
 from benchmarks import floors, peers
 from benchmarks.peers import Contenders, Run
 from benchmarks.timing import device_timed, machine, peak_bytes, save, spread, timed, turns
-from torch_xlstm_ops import config, devices, mlstm, mlstm_chunkwise, mlstm_step
+from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step
+from torch_xlstm_ops.maths import mlstm
+from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules import plan
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, in the Euclidean norm

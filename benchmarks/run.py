@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.suites import SUITES, Part, on
-from torch_xlstm_ops import devices
+from torch_xlstm_ops.runtime import devices
 
 ROOT = Path(__file__).parent.parent
 

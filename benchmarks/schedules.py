@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import machine, save, timed
-from torch_xlstm_ops import config, devices
+from torch_xlstm_ops import config
+from torch_xlstm_ops.api import mlstm_chunkwise
 from torch_xlstm_ops.config import Schedule
-from torch_xlstm_ops.functional import mlstm_chunkwise
+from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules import plan
 from torch_xlstm_ops.schedules.machine import machine as machine_of
 

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import alternate, machine, save, timed
-from torch_xlstm_ops import devices, slstm
-from torch_xlstm_ops.functional import slstm_sequence, slstm_step
+from torch_xlstm_ops.api import slstm_sequence, slstm_step
+from torch_xlstm_ops.maths import slstm
+from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules.slstm import Graphs
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, in the Euclidean norm

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from torch_xlstm_ops import devices
-from torch_xlstm_ops.devices import timed
+from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.runtime.devices import timed
 
 __all__ = ["alternate", "machine", "timed"]
 

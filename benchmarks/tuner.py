@@ -19,8 +19,8 @@ import optuna
 import torch
 
 from benchmarks.timing import machine, save
-from torch_xlstm_ops import devices
 from torch_xlstm_ops.config import Schedule
+from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules.machine import machine as machine_of
 from torch_xlstm_ops.tune import bench, plots, samplers, space, study, workloads
 from torch_xlstm_ops.tune.bench import Measured

@@ -12,22 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import pure, torch_internals
+from torch_xlstm_ops.maths import aten
+from torch_xlstm_ops.runtime import torch_internals
 
 from .dispatch import FAKES, overload
 
 
-def _slstm_sequence(x: Tensor, *args: Any, **how: Any) -> pure.Results:
+def _slstm_sequence(x: Tensor, *args: Any, **how: Any) -> aten.Results:
     if not isinstance(x.shape[1], int):
         raise NotImplementedError(f"x must have a known S to decompose slstm_sequence, a loop over its tokens, "
                                   f"got S = {x.shape[1]}")
-    return pure.slstm_sequence(x, *args, **how)
+    return aten.slstm_sequence(x, *args, **how)
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
-    overload("mlstm_step"): pure.mlstm_step,
-    overload("mlstm_chunkwise"): pure.mlstm_chunkwise,
-    overload("slstm_step"): pure.slstm_step,
+    overload("mlstm_step"): aten.mlstm_step,
+    overload("mlstm_chunkwise"): aten.mlstm_chunkwise,
+    overload("slstm_step"): aten.slstm_step,
     overload("slstm_sequence"): _slstm_sequence,
 }
 

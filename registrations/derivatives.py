@@ -1,8 +1,8 @@
 """How operators are differentiated: reverse mode by hand-written gradients, everything else through pure functions.
 
 The hand-written gradient of an operator is an operator itself. It serves where autograd alone records a call. Forward
-mode, transforms of torch.func, and derivatives of a gradient run `torch_xlstm_ops.pure`, which any derivative of any
-order passes through.
+mode, transforms of torch.func, and derivatives of a gradient run `torch_xlstm_ops.maths.aten`, which any derivative of
+any order passes through.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torch_xlstm_ops import torch_internals
+from torch_xlstm_ops.runtime import torch_internals
 
 from .dispatch import implementation, overload, refuse_nested
 from .schemas import LIBRARY

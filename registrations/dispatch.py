@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import torch_internals
+from torch_xlstm_ops.runtime import torch_internals
 
 from .schemas import LIBRARY
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_xlstm_ops import config
-from torch_xlstm_ops.arrivals import when_imported
+from torch_xlstm_ops.runtime.import_hook import when_imported
 from torch_xlstm_ops.schedules import plan
 
 from .dispatch import packet

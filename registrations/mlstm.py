@@ -10,12 +10,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import compiled, config, devices, mlstm, packing, pure, schedules, torch_internals
+from torch_xlstm_ops import config, schedules
 from torch_xlstm_ops.config import Schedule
-from torch_xlstm_ops.schedules import inductor, plan, tuned
-from torch_xlstm_ops.schedules.machine import machine
-from torch_xlstm_ops.schedules.tasks import Kernels, Run, initial_state
-from torch_xlstm_ops.shapes import (
+from torch_xlstm_ops.maths import aten, mlstm, packing
+from torch_xlstm_ops.maths.shapes import (
     EPS,
     check_mlstm_sequence,
     check_mlstm_step,
@@ -23,25 +21,30 @@ from torch_xlstm_ops.shapes import (
     check_shape,
     state_dtype,
 )
+from torch_xlstm_ops.ops import overlap
+from torch_xlstm_ops.ops.call_cache import Seen
+from torch_xlstm_ops.runtime import compiler, devices, torch_internals
+from torch_xlstm_ops.schedules import plan, sequential, tuned
+from torch_xlstm_ops.schedules.machine import machine
+from torch_xlstm_ops.schedules.slicing import Kernels, Run, initial_state
 
-from . import derivatives, memory
+from . import derivatives
 from .derivatives import Derivative
 from .dispatch import autocast, fake, fresh, implement, mapped, overload, step_threads, vmap
 from .schemas import LIBRARY
-from .seen import Seen
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor]
 AXES = mlstm.AXES
 
 
-def _run(fn: compiled.PureFunction, *, strict: bool = False, **static: Any) -> Run:
+def _run(fn: compiler.PureFunction, *, strict: bool = False, **static: Any) -> Run:
     """Return a callable that compiles `fn` for the arguments it is called with.
 
     strict: raise RuntimeError where it cannot be compiled; else it runs uncompiled there.
     """
     def run(args: list[Tensor]) -> Sequence[Tensor]:
-        call = compiled.get(fn, AXES[fn], args, **static)
-        if strict and isinstance(call, compiled.Uncompiled):
+        call = compiler.get(fn, AXES[fn], args, **static)
+        if strict and isinstance(call, compiler.Uncompiled):
             raise RuntimeError("the schedule that was asked for needs compiled kernels, which cannot be compiled here "
                                f"({call.reason}): use schedule auto, or install a C++ compiler")
         return call(args)
@@ -71,10 +74,10 @@ def _kernels(
     opens: whether its first segments begin from an empty state; single: whether it is one chunk from an empty state;
     strict: whether they must be compiled.
     """
-    def run(fn: compiled.PureFunction, **static: Any) -> Run:
+    def run(fn: compiler.PureFunction, **static: Any) -> Run:
         return _run(fn, strict=strict, release_gil=release_gil, **static)
 
-    def with_scores(fn: compiled.PureFunction, **static: Any) -> Run:
+    def with_scores(fn: compiler.PureFunction, **static: Any) -> Run:
         scored = run(fn, eps=eps, **static)
         return lambda args: scored([*args[:5], mlstm.scores(args[0], args[1]), *args[5:]])
 
@@ -103,14 +106,14 @@ def _kernels(
 
 # --- step ---
 
-def _find_step(args: list[Tensor], fn: compiled.PureFunction, eps: float) -> compiled.RawCallable:
+def _find_step(args: list[Tensor], fn: compiler.PureFunction, eps: float) -> compiler.RawCallable:
     check_mlstm_step(*args)
     check_not_negative("eps", eps)
-    run = compiled.get(fn, AXES[fn], args, threads=step_threads(args[5].numel()), eps=eps)
+    run = compiler.get(fn, AXES[fn], args, threads=step_threads(args[5].numel()), eps=eps)
     return run if args[0].device.type != "mps" else functools.partial(_submit, run)
 
 
-def _submit(run: compiled.RawCallable, args: list[Tensor]) -> Sequence[Tensor]:
+def _submit(run: compiler.RawCallable, args: list[Tensor]) -> Sequence[Tensor]:
     with devices.submission(args[0].device):
         return run(args)
 
@@ -141,7 +144,7 @@ def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:
     return h
 
 
-_memory = memory.Memory(written=slice(5, 8))
+_memory = overlap.Memory(written=slice(5, 8))
 
 
 def step_by_copy(*args: Tensor, eps: float = 1e-6) -> Tensor:
@@ -150,7 +153,7 @@ def step_by_copy(*args: Tensor, eps: float = 1e-6) -> Tensor:
     Raises ValueError where c, n, m share memory with each other, or a state's elements do among themselves.
     """
     c, n, m = args[5:]
-    memory.check_writable(c=c, n=n, m=m)
+    overlap.check_writable(c=c, n=n, m=m)
     return _step_and_copy(*[t.resolve_neg() for t in args[:5]], c, n, m, eps=eps)
 
 
@@ -269,7 +272,7 @@ def summarize(
     streams = (q, k, v, igate, fgate)
     route = _route((*streams, None, None, None), chunk_size, "inductor", 1e-6)
     with devices.submission(q.device):
-        bands = inductor.summaries(route.plan, route.kernels, streams)
+        bands = sequential.summaries(route.plan, route.kernels, streams)
         folded = zip(*[functools.reduce(mlstm.combine, segments) for segments in bands], strict=True)
         F, *rest = (torch.cat(rows) for rows in folded)
         M, dC, dn = _shaped(rest, q)
@@ -357,15 +360,15 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 for _name, (_implementation, _fake) in _OPERATORS.items():
     implement(_name, _implementation)
     fake(_name, _fake)
-compiled.INLINED[overload("mlstm_step")] = functools.partial(mlstm.step, eps=EPS)
-_backward = pure.mlstm_chunkwise_backward
+compiler.INLINED[overload("mlstm_step")] = functools.partial(mlstm.step, eps=EPS)
+_backward = aten.mlstm_chunkwise_backward
 for _name, _derivative in {
-    "mlstm_step": Derivative(_step_fake, pure.mlstm_step, derivatives.recorded(_save, _step_gradients)),
-    "mlstm_step_": Derivative(_step_fake, pure.mlstm_step_, derivatives.refused(
+    "mlstm_step": Derivative(_step_fake, aten.mlstm_step, derivatives.recorded(_save, _step_gradients)),
+    "mlstm_step_": Derivative(_step_fake, aten.mlstm_step_, derivatives.refused(
         "mlstm_step_ is in place and not differentiable, but an input requires grad: use mlstm_step, "
         "mlstm_chunkwise, or torch.no_grad()"
     ), _step_and_copy),
-    "mlstm_chunkwise": Derivative(_chunkwise_fake, pure.mlstm_chunkwise, derivatives.recorded(_save, _gradients)),
+    "mlstm_chunkwise": Derivative(_chunkwise_fake, aten.mlstm_chunkwise, derivatives.recorded(_save, _gradients)),
     "mlstm_chunkwise_backward": Derivative(_chunkwise_backward_fake, _backward, derivatives.by_pure(_backward)),
 }.items():
     derivatives.register(_name, _derivative)

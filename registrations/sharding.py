@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_xlstm_ops.arrivals import when_imported
+from torch_xlstm_ops.runtime.import_hook import when_imported
 
 from .dispatch import overload
 from .schemas import LIBRARY

@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import compiled, devices, pure, shapes, slstm, trace
+from torch_xlstm_ops import trace
+from torch_xlstm_ops.maths import aten, shapes, slstm
+from torch_xlstm_ops.maths.shapes import check_not_negative, check_shape, state_dtype
+from torch_xlstm_ops.maths.slstm import Product
+from torch_xlstm_ops.ops.call_cache import Seen
+from torch_xlstm_ops.runtime import compiler, devices
 from torch_xlstm_ops.schedules import slstm as schedule
-from torch_xlstm_ops.shapes import check_not_negative, check_shape, state_dtype
-from torch_xlstm_ops.slstm import Product
 
 from . import derivatives
 from .derivatives import Derivative
 from .dispatch import autocast, fake, implement, overload, step_threads
 from .schemas import LIBRARY
-from .seen import Seen
 
 OP = "slstm_sequence"
 _Results = tuple[Tensor, ...]
@@ -40,7 +42,7 @@ _HABITS = {
     "mps": _Habit(schedule.Lengths(block=4, replay=1, backward=1), piece=1024, fused_bytes=32 << 20),
 }
 graphs = schedule.Graphs()
-compiled.forget_with(graphs.clear)
+compiler.forget_with(graphs.clear)
 
 
 def _product(x: Tensor, r: Tensor) -> Product:
@@ -59,13 +61,13 @@ def _block_dtype(x: Tensor, product: Product) -> torch.dtype:
 
 
 def _kernels(x: Tensor, product: Product, masked: bool, floor: float) -> schedule.Kernels:
-    def lookup(fn: compiled.PureFunction, **static: Any) -> schedule.Lookup:
+    def lookup(fn: compiler.PureFunction, **static: Any) -> schedule.Lookup:
         axes = slstm.axes(fn, product, masked)
-        return lambda args: compiled.get(fn, axes, args, threads=threads, floor=floor, **static)
+        return lambda args: compiler.get(fn, axes, args, threads=threads, floor=floor, **static)
 
     def activate(args: list[Tensor]) -> object:
         fn = slstm.activate_
-        return compiled.get(fn, slstm.axes(fn, product, False), args)(args)
+        return compiler.get(fn, slstm.axes(fn, product, False), args)(args)
 
     wide, threads = state_dtype(x.dtype), step_threads(x[:, 0, 0].numel())
     return schedule.Kernels(
@@ -131,12 +133,12 @@ def _check_gradients(dh: Tensor, dy: Tensor, dc: Tensor, dn: Tensor, dm: Tensor,
 
 # --- step ---
 
-def _find_step(args: list[Tensor], floor: float) -> compiled.RawCallable:
+def _find_step(args: list[Tensor], floor: float) -> compiler.RawCallable:
     x, r, b, y, c, n, m = args
     _check_step(x, r, b, y, c, n, m, floor)
     axes = slstm.axes(slstm.step, Product.FUSED, False)
     threads = step_threads(y.numel())
-    return compiled.get(slstm.step, axes, args, threads=threads, floor=floor, product=Product.FUSED)
+    return compiler.get(slstm.step, axes, args, threads=threads, floor=floor, product=Product.FUSED)
 
 
 _steps = Seen(_find_step)
@@ -336,10 +338,10 @@ for _name, (_implementation, _fake) in _OPERATORS.items():
     fake(_name, _fake)
     _vmap(_name)
 for _name, _derivative in {
-    "slstm_step": Derivative(_step_fake, pure.slstm_step, derivatives.recorded(_save, _step_gradients)),
-    "slstm_sequence": Derivative(_sequence_fake, pure.slstm_sequence, derivatives.recorded(_save, _gradients)),
+    "slstm_step": Derivative(_step_fake, aten.slstm_step, derivatives.recorded(_save, _step_gradients)),
+    "slstm_sequence": Derivative(_sequence_fake, aten.slstm_sequence, derivatives.recorded(_save, _gradients)),
     "slstm_sequence_backward": Derivative(
-        _sequence_backward_fake, pure.slstm_sequence_backward, derivatives.by_pure(pure.slstm_sequence_backward)
+        _sequence_backward_fake, aten.slstm_sequence_backward, derivatives.by_pure(aten.slstm_sequence_backward)
     ),
 }.items():
     derivatives.register(_name, _derivative)

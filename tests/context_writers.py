@@ -22,7 +22,7 @@ from torch_xlstm_ops.context import storage
 from torch_xlstm_ops.context.disk import Disk
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import as_array, digest
-from torch_xlstm_ops.shapes import MLSTMState
+from torch_xlstm_ops.maths.shapes import MLSTMState
 
 IDENTITY = "f" * 32
 KEYS = 16

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from torch_xlstm_ops import pure
+from torch_xlstm_ops.maths import aten
 
 ops = torch.ops.xlstm
 L = 16
@@ -21,7 +21,7 @@ class Case(NamedTuple):
     """A call of an operator, and the same as the plain recurrence."""
 
     op: Callable[..., Sequence[Tensor]]
-    pure: Callable[..., Sequence[Tensor]]
+    aten: Callable[..., Sequence[Tensor]]
     args: Callable[[], list[Tensor]]
 
 
@@ -60,14 +60,14 @@ def by_steps(*args: Tensor) -> Sequence[Tensor]:
 
 
 def recurrence(*args: Tensor) -> Sequence[Tensor]:
-    from torch_xlstm_ops import mlstm
+    from torch_xlstm_ops.maths import mlstm
 
     return mlstm.recurrent(*args, eps=1e-6)
 
 
 CASES = {
-    "mlstm_step": Case(ops.mlstm_step, pure.mlstm_step, mlstm_token),
+    "mlstm_step": Case(ops.mlstm_step, aten.mlstm_step, mlstm_token),
     "mlstm_chunkwise": Case(by_steps, recurrence, mlstm_sequence),
-    "slstm_step": Case(ops.slstm_step, pure.slstm_step, slstm_token),
-    "slstm_sequence": Case(ops.slstm_sequence, pure.slstm_sequence, slstm_sequence),
+    "slstm_step": Case(ops.slstm_step, aten.slstm_step, slstm_token),
+    "slstm_sequence": Case(ops.slstm_sequence, aten.slstm_sequence, slstm_sequence),
 }

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import mlstm
-from torch_xlstm_ops.shapes import state_dtype
-from torch_xlstm_ops.tolerance import GRADIENT_TOLERANCE as GRADIENT_TOLERANCE
-from torch_xlstm_ops.tolerance import TOLERANCE as TOLERANCE
+from torch_xlstm_ops.maths import mlstm
+from torch_xlstm_ops.maths.shapes import state_dtype
+from torch_xlstm_ops.maths.tolerance import GRADIENT_TOLERANCE as GRADIENT_TOLERANCE
+from torch_xlstm_ops.maths.tolerance import TOLERANCE as TOLERANCE
 
 
 class Sizes(NamedTuple):

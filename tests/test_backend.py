@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch_xlstm_ops.registrations.dynamo import backend, splice
 
 import torch_xlstm_ops
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, weigh
 from tests.parameters import tail
 from torch_xlstm_ops import config
-from torch_xlstm_ops.registrations import dynamo, inline
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -171,7 +171,7 @@ def operators(fn: Callable[..., Any], args: list[Tensor], **options: Any) -> lis
     stay: list[str] = []
 
     def look(module: fx.GraphModule, examples: Any) -> Any:
-        stay.extend(str(inline.operator_of(node)) for node in dynamo.prepare(module, dynamo.read(options, None)))
+        stay.extend(str(splice.operator_of(node)) for node in backend.prepare(module, backend.read(options, None)))
         return module
 
     torch.compile(fn, backend=look, fullgraph=True)(*args)
@@ -232,10 +232,10 @@ def test_bad_options_are_refused_at_once_by_name(options: dict[str, Any], messag
 @pytest.mark.slow
 def test_options_are_not_changed_and_the_rest_go_to_inductor():
     options = {"inline": True, "epilogue_fusion": False, "chunk_size": 32}
-    asked = dynamo.read(options, None)
+    asked = backend.read(options, None)
     assert asked == ({"chunk_size": 32}, True, {"epilogue_fusion": False})
     assert options == {"inline": True, "epilogue_fusion": False, "chunk_size": 32}
-    assert dynamo.read(None, "max-autotune-no-cudagraphs").inductor["max_autotune"] is True
+    assert backend.read(None, "max-autotune-no-cudagraphs").inductor["max_autotune"] is True
     args = draw(Sizes())
     assert_close(compiled(chunkwise, **options)(*args), exact(args), TOLERANCE[torch.float32])
 

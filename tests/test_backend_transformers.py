@@ -21,13 +21,14 @@ from transformers.models.xlstm import modeling_xlstm as peer  # noqa: E402
 if peer.external_xlstm:
     pytest.skip("transformers' own xLSTM needs an environment without the package xlstm", allow_module_level=True)
 
+from torch_xlstm_ops.registrations.dynamo import backend, rules, splice  # noqa: E402
+
 import torch_xlstm_ops  # noqa: E402
 from tests.oracle import GRADIENT_TOLERANCE, assert_close  # noqa: E402
 from tests.parameters import tail  # noqa: E402
 from tests.test_patch_transformers import LAYERS, build, decode, logits, prefill, prompt  # noqa: E402
 from torch_xlstm_ops.models import transformers as adapter  # noqa: E402
 from torch_xlstm_ops.patch import patch  # noqa: E402
-from torch_xlstm_ops.registrations import dynamo, dynamo_rules, inline  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 WRAPPER = "transformers.models.xlstm.modeling_xlstm.wrap_chunkwise_arbitrary_sequence_length"
@@ -163,7 +164,7 @@ import sys, torch
 import transformers.models.xlstm.modeling_xlstm as peer
 if {loaded}:
     torch.compile(lambda x: x, backend="xlstm")
-    assert "torch_xlstm_ops.registrations.dynamo_rules" in sys.modules
+    assert "torch_xlstm_ops.registrations.dynamo.rules" in sys.modules
 shape = lambda *size: torch.ones(2, 3, *size)
 def record(module, examples):
     print([(node.op, getattr(node.target, "__name__", node.target)) for node in module.graph.nodes])
@@ -187,7 +188,7 @@ def test_backends_side_by_side_keep_their_own_code():
     seen: list[str] = []
 
     def record(module: fx.GraphModule, examples: Any) -> Any:
-        seen.extend(str(inline.operator_of(node)) for node in module.graph.nodes if inline.operator_of(node))
+        seen.extend(str(splice.operator_of(node)) for node in module.graph.nodes if splice.operator_of(node))
         return module
 
     ours, theirs = compiled(model), torch.compile(model, backend=record, fullgraph=True)
@@ -205,31 +206,31 @@ fn = torch.compile(lambda run, ids: run(ids), backend="xlstm", fullgraph=True)
 assert importlib.util.find_spec("transformers.models.xlstm.modeling_xlstm")
 assert "transformers.models.xlstm.modeling_xlstm" not in sys.modules
 import transformers.models.xlstm.modeling_xlstm
-from torch_xlstm_ops.registrations import dynamo_rules
-assert "{WRAPPER}" in dynamo_rules._installed
+from torch_xlstm_ops.registrations.dynamo import rules
+assert "{WRAPPER}" in rules._installed
 """
     child(check)
 
 
 def test_a_function_that_takes_other_arguments_is_left_with_a_warning(monkeypatch: pytest.MonkeyPatch):
-    index, rule = next((i, r) for i, r in enumerate(dynamo_rules.RULES) if r.place == WRAPPER)
-    rules = list(dynamo_rules.RULES)
-    rules[index] = rule._replace(module="made_up")
+    index, rule = next((i, r) for i, r in enumerate(rules.RULES) if r.place == WRAPPER)
+    table = list(rules.RULES)
+    table[index] = rule._replace(module="made_up")
     module = types.ModuleType("made_up")
     setattr(module, rule.function, lambda query, key: query)
     monkeypatch.setitem(sys.modules, "made_up", module)
-    monkeypatch.setattr(dynamo_rules, "RULES", rules)
+    monkeypatch.setattr(rules, "RULES", table)
     message = r"the backend xlstm leaves it as it is: made_up.* must take value, .* to be replaced, got \(query, key\)"
     with pytest.warns(RuntimeWarning, match=message):
-        dynamo_rules.install("made_up")
-    assert rules[index].place not in dynamo_rules._installed
+        rules.install("made_up")
+    assert table[index].place not in rules._installed
 
 
 @pytest.mark.smoke
 def test_every_rule_for_transformers_is_installed():
-    rules = [rule for rule in dynamo_rules.RULES if rule.module == peer.__name__]
-    assert len(rules) == 4
-    assert {rule.place for rule in rules} <= dynamo_rules._installed
+    ours = [rule for rule in rules.RULES if rule.module == peer.__name__]
+    assert len(ours) == 4
+    assert {rule.place for rule in ours} <= rules._installed
 
 
 # --- the explanation ---
@@ -290,15 +291,15 @@ def test_under_cuda_graphs_the_states_are_known_to_stay_where_they_are():
 
     def look(module: fx.GraphModule, examples: Any) -> Any:
         parameters = count(module)  # these are known to stay anyway
-        dynamo.prepare(module, dynamo.read(None, None))
-        dynamo.hold_states(module)
+        backend.prepare(module, backend.read(None, None))
+        backend.hold_states(module)
         held.append(count(module) - parameters)
         return module
 
     look.wants_xlstm_rules = True  # type: ignore[attr-defined]
     decode(torch.compile(model, backend=look, fullgraph=True), ids[:, :1], cache)
     assert held == [3 * LAYERS + 1]  # and the count of tokens
-    assert dynamo.read(None, "reduce-overhead").inductor["triton.cudagraphs"] is True
+    assert backend.read(None, "reduce-overhead").inductor["triton.cudagraphs"] is True
 
 
 @pytest.mark.slow

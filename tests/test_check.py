@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torch_xlstm_ops import cli
 from torch_xlstm_ops.cli import check
-from torch_xlstm_ops.patch import peers
+from torch_xlstm_ops.patch import upstream
 
 TOKENS = [case for case in check.CASES if case.name in ("mlstm_step", "slstm_step")]
 
@@ -51,7 +51,7 @@ def test_every_operator_is_within_tolerance(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_the_report_names_every_supported_package() -> None:
     versions = check.report(torch.device("cpu"), [])["versions"]
-    assert {peer.distribution for peer in peers.PEERS.values()} <= versions.keys()
+    assert {peer.distribution for peer in upstream.PEERS.values()} <= versions.keys()
     assert versions["torch"] == torch.__version__
 
 

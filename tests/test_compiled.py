@@ -9,7 +9,8 @@ import torch
 
 from tests import oracle
 from tests.parameters import tail
-from torch_xlstm_ops import compiled, config, mlstm_chunkwise, slstm_sequence
+from torch_xlstm_ops import config, mlstm_chunkwise, slstm_sequence
+from torch_xlstm_ops.runtime import compiler
 
 
 def scale(x, y, *, factor):
@@ -22,12 +23,12 @@ AXES = ("G NC D", "G NC D")
 @pytest.fixture
 def compiles(monkeypatch):
     """Count compiles, from an empty cache."""
-    compiled.clear()
+    compiler.clear()
     count = []
-    original = compiled._compile
-    monkeypatch.setattr(compiled, "_compile", lambda *args: count.append(args[3]) or original(*args))
+    original = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda *args: count.append(args[3]) or original(*args))
     yield count
-    compiled.clear()
+    compiler.clear()
 
 
 def draw(G, NC, D=8, dtype=torch.float32):
@@ -38,7 +39,7 @@ def draw(G, NC, D=8, dtype=torch.float32):
 def test_free_sizes_share_one_compile(compiles):
     for G, NC in [(1, 1), (1, 7), (5, 1), (3, 4), (64, 33)]:
         args = draw(G, NC)
-        (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
+        (found,) = compiler.get(scale, AXES, args, factor=2.0)(list(args))
         torch.testing.assert_close(found, scale(*args, factor=2.0)[0])
     assert len(compiles) == 1
 
@@ -65,7 +66,7 @@ def test_lengths_and_batches_of_an_slstm_share_its_compiles(compiles):
 def test_what_a_kernel_is_specialised_on_is_in_the_key(compiles):
     calls = [(draw(2, 2), 2.0), (draw(2, 2, D=9), 2.0), (draw(2, 2, dtype=torch.float64), 2.0), (draw(2, 2), 3.0)]
     for args, factor in calls:
-        (found,) = compiled.get(scale, AXES, args, factor=factor)(list(args))
+        (found,) = compiler.get(scale, AXES, args, factor=factor)(list(args))
         torch.testing.assert_close(found, scale(*args, factor=factor)[0])
     assert len(compiles) == 4
 
@@ -76,7 +77,7 @@ def test_another_number_of_threads_is_another_kernel(compiles):
         for threads in (1, 3):
             torch.set_num_threads(threads)
             args = draw(8, 64)
-            (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
+            (found,) = compiler.get(scale, AXES, args, factor=2.0)(list(args))
             torch.testing.assert_close(found, scale(*args, factor=2.0)[0])
     finally:
         torch.set_num_threads(before)
@@ -88,7 +89,7 @@ def test_threads_that_race_compile_once(compiles):
 
     def ask():
         start.wait(60)
-        found.append(compiled.get(scale, AXES, args, factor=2.0))
+        found.append(compiler.get(scale, AXES, args, factor=2.0))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for t in threads:
@@ -104,26 +105,26 @@ def test_sizes_that_the_compiler_excludes_get_their_own_compile(compiles, monkey
         call, admits = original(*args)
         return call, lambda sizes: sizes["NC"] < 10 and admits(sizes)
 
-    original = compiled._compile
-    monkeypatch.setattr(compiled, "_compile", limited)
+    original = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", limited)
     for NC in (4, 20):
         args = draw(2, NC)
-        (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
+        (found,) = compiler.get(scale, AXES, args, factor=2.0)(list(args))
         torch.testing.assert_close(found, scale(*args, factor=2.0)[0])
     assert [bool(free) for free in compiles] == [True, False]
 
 
 def test_caches_are_bounded(compiles, monkeypatch):
-    monkeypatch.setattr(compiled, "CAPACITY", 3)
+    monkeypatch.setattr(compiler, "CAPACITY", 3)
     for NC in range(1, 9):
         args = draw(1, NC)
-        compiled.get(scale, AXES, args, factor=2.0)
-    assert len(compiled._callables) == 3
+        compiler.get(scale, AXES, args, factor=2.0)
+    assert len(compiler._callables) == 3
     assert len(compiles) == 1
 
 
 def test_compiling_inside_other_modes(compiles):
     args = draw(2, 3)
     with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
-        (found,) = compiled.get(scale, AXES, args, factor=2.0)(list(args))
+        (found,) = compiler.get(scale, AXES, args, factor=2.0)(list(args))
     torch.testing.assert_close(found.clone(), scale(*args, factor=2.0)[0])

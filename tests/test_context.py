@@ -14,10 +14,11 @@ import torch
 pytest.importorskip("transformers")
 
 from tests.context_models import SEGMENT, Interrupting, build, equal, some_tokens
-from torch_xlstm_ops import config, devices
+from torch_xlstm_ops import config
 from torch_xlstm_ops.context import StreamError, allocation, prefill, restore, states, storage, text_tokens
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
+from torch_xlstm_ops.runtime import devices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

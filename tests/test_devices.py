@@ -10,7 +10,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from torch_xlstm_ops import devices
+from torch_xlstm_ops.runtime import devices
 
 CPU = torch.device("cpu")
 

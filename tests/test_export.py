@@ -10,7 +10,7 @@ import torch
 
 from tests import oracle
 from tests.operator_cases import mlstm_sequence, mlstm_token, ops, slstm_sequence, slstm_token
-from torch_xlstm_ops import pure
+from torch_xlstm_ops.maths import aten
 from torch_xlstm_ops.patch import patch
 from torch_xlstm_ops.registrations import decompositions
 
@@ -229,4 +229,4 @@ def test_onnx_of_a_patched_model_computes_the_same(model):
 
 def test_every_forward_operator_has_a_decomposition():
     assert {op.name().partition("::")[2] for op in decompositions.TABLE} == set(CALLS)
-    assert decompositions.TABLE[ops.mlstm_step.default] is pure.mlstm_step
+    assert decompositions.TABLE[ops.mlstm_step.default] is aten.mlstm_step

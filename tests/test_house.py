@@ -13,16 +13,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each floor may import from itself and from those before it.
 FLOORS = [
-    ["checkout", "extras", "arrivals"],
-    ["torch_internals"],
-    ["shapes", "tolerance", "config", "devices", "trace", "trace_files", "winners"],
-    ["decay"],
-    ["mlstm", "slstm", "packing"],
-    ["pure"],
-    ["compiled"],
+    ["checkout"],
+    ["runtime"],
+    ["maths", "config", "trace"],
     ["schedules"],
+    ["ops"],
     ["registrations"],
-    ["functional"],
+    ["api"],
     ["patch"],
     ["backend"],
     ["explain"],
@@ -34,22 +31,10 @@ FLOORS = [
 ]
 # Floors that see less than what lies below them.
 ONLY = {
-    "decay": set(),
-    "mlstm": {"shapes", "decay"},
-    "slstm": {"shapes"},
-    "packing": set(),
-    "pure": {"shapes", "mlstm", "slstm", "packing"},
-    "compiled": {"torch_internals"},
-    "torch_internals": set(),
-    "checkout": set(),
-    "extras": set(),
-    "arrivals": set(),
-    "schedules": {"extras", "shapes", "config", "devices", "trace", "winners"},
-    "functional": {"shapes"},
-    "patch": {"arrivals", "shapes", "compiled", "functional", "torch_internals"},
+    "maths": set(),
+    "schedules": {"runtime", "config", "trace", "maths"},
+    "api": {"maths"},
     "models": set(),
-    "context": {"shapes", "config", "devices", "trace", "models"},
-    "explain": {"config", "schedules", "registrations", "torch_internals"},
 }
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 SOURCES = [
@@ -58,7 +43,7 @@ SOURCES = [
 ]
 
 
-BACKEND = {"dynamo", "dynamo_rules", "inline"}  # loaded on their own, by Dynamo's entry point
+BACKEND = {"dynamo"}  # loaded on its own, by Dynamo's entry point
 
 
 def room(path: Path) -> str:

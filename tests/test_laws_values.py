@@ -12,8 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, float32_tolerance, weigh
 from tests.parameters import tail
-from torch_xlstm_ops import config, mlstm, mlstm_chunkwise, mlstm_step, mlstm_step_, packing, slstm
-from torch_xlstm_ops.functional import slstm_sequence, slstm_step
+from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_
+from torch_xlstm_ops.api import slstm_sequence, slstm_step
+from torch_xlstm_ops.maths import mlstm, packing, slstm
 
 L = 16
 NONE, ALL = -math.inf, math.inf

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.oracle import TOLERANCE, Sizes, assert_close, draw, error, exact, weigh
-from torch_xlstm_ops import mlstm
-from torch_xlstm_ops.mlstm import recurrence
+from torch_xlstm_ops.maths import mlstm
+from torch_xlstm_ops.maths.mlstm import recurrence
 
 EPS = 1e-6
 

@@ -12,16 +12,9 @@ from torch.library import opcheck
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, float32_tolerance, weigh
 from tests.parameters import tail
-from torch_xlstm_ops import (
-    compiled,
-    config,
-    mlstm,
-    mlstm_chunkwise,
-    mlstm_step,
-    mlstm_step_,
-    registrations,
-    trace,
-)
+from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_, registrations, trace
+from torch_xlstm_ops.maths import mlstm
+from torch_xlstm_ops.runtime import compiler
 
 L = 16  # one chunk size and one pair of head dimensions: each new one is a compile
 ops = torch.ops.xlstm
@@ -418,6 +411,6 @@ def test_an_auto_schedule_as_an_argument_wins_over_the_configured_one():
 def test_clear_forgets_what_calls_found():
     step = step_args(draw(Sizes(S=1)))
     wanted = flat(mlstm_step(*step))
-    compiled.clear()
+    compiler.clear()
     assert registrations.mlstm._steps.again(tuple(step), mlstm.advance, 1e-6) is None
     assert all(map(torch.equal, flat(mlstm_step(*step)), wanted))

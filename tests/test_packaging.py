@@ -73,8 +73,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pyproject_names_every_package() -> None:
-    there = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "torch_xlstm_ops").rglob("__init__.py")}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == there | {"torch_xlstm_ops.registrations"}
+    there = {
+        ".".join(("torch_xlstm_ops", *file.parent.relative_to(top.parent).parts)[top.name == "torch_xlstm_ops":])
+        for top in (ROOT / "torch_xlstm_ops", ROOT / "registrations") for file in top.rglob("__init__.py")
+    }
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == there
 
 
 def test_a_checkout_imports_from_itself_in_its_root() -> None:

@@ -176,7 +176,7 @@ def test_sums_ahead_are_made_where_they_cost_less_than_waiting():
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 from torch_xlstm_ops.parallel import Workers, prefill  # noqa: E402
-from torch_xlstm_ops.schedules.ray import wire  # noqa: E402
+from torch_xlstm_ops.schedules.ray import serialization  # noqa: E402
 
 on_ray = pytest.mark.ray
 
@@ -453,7 +453,7 @@ def test_what_crosses_a_boundary_is_the_summary_alone_whatever_the_length(two):
     assert len(set(sizes)) == 1
     assert sizes[0] <= summary
     wide = [torch.zeros(1, 8, 256, 512), torch.zeros(1, 8, 256), torch.zeros(1, 8, 1)]
-    assert len(ray.cloudpickle.dumps(wire.pack(wide))) <= 1.05 * sum(4 * t.numel() for t in wide)
+    assert len(ray.cloudpickle.dumps(serialization.pack(wide))) <= 1.05 * sum(4 * t.numel() for t in wide)
 
 
 @on_ray

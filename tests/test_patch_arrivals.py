@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from torch_xlstm_ops import arrivals
-from torch_xlstm_ops.arrivals import when_imported
+from torch_xlstm_ops.runtime import import_hook
+from torch_xlstm_ops.runtime.import_hook import when_imported
 
 NAME = "made_up_arrival"
 
@@ -22,10 +22,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / f"{NAME}.py"
     path.write_text("value = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    waiting, there = dict(arrivals._awaited), arrivals._finder in sys.meta_path
+    waiting, there = dict(import_hook._awaited), import_hook._finder in sys.meta_path
     yield path
     sys.modules.pop(NAME, None)
-    assert (arrivals._awaited, arrivals._finder in sys.meta_path) == (waiting, there)
+    assert (import_hook._awaited, import_hook._finder in sys.meta_path) == (waiting, there)
 
 
 def test_everybody_who_waits_is_told_once_when_the_module_is_whole() -> None:

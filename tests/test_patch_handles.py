@@ -17,7 +17,7 @@ import torch
 
 from tests import together
 from torch_xlstm_ops import patch as patch_package
-from torch_xlstm_ops.patch import Change, Peer, patch, peers
+from torch_xlstm_ops.patch import Change, Peer, patch, upstream
 from torch_xlstm_ops.patch.on_import import patch_from_environment, patch_on_import
 
 
@@ -63,7 +63,7 @@ def make_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "made_up", peer)
     monkeypatch.setitem(sys.modules, "made_up_drop_in", drop_in)
     row = Peer("made_up_drop_in", "made-up", (1, 0), (1, 4), "made_up")
-    monkeypatch.setattr(peers, "PEERS", {"made_up": row})
+    monkeypatch.setattr(upstream, "PEERS", {"made_up": row})
     version(monkeypatch, "1.2.3")
 
 
@@ -278,7 +278,7 @@ def test_a_fork_is_known_by_its_looks(monkeypatch: pytest.MonkeyPatch, providers
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: providers)
-    assert peers.found("made_up") == (("0.1", "made-up-fork") if providers else (None, None))
+    assert upstream.found("made_up") == (("0.1", "made-up-fork") if providers else (None, None))
     for name in ("made_up", "made-up"):
         with patch(name) as handle:
             assert len(handle.report()) == 3

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle import assert_close, error
-from torch_xlstm_ops import slstm
+from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.patch import patch
 
 CONFIG = {"num_blocks": 2, "embedding_dim": 64, "num_heads": 4}

@@ -20,7 +20,7 @@ from transformers.models.xlstm import modeling_xlstm as peer  # noqa: E402
 from tests import together  # noqa: E402
 from tests.parameters import tail  # noqa: E402
 from torch_xlstm_ops.models import transformers as adapter  # noqa: E402
-from torch_xlstm_ops.patch import Peer, kernels, patch, peers  # noqa: E402
+from torch_xlstm_ops.patch import Peer, kernels, patch, upstream  # noqa: E402
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 LAYERS, VOCABULARY = 2, 61
@@ -274,13 +274,13 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"must be one of transformers, mlstm_kernels, .*, got 'tranformers'"):
         patch("tranformers")
     absent = {"no_such_package": Peer("nowhere", "no-such-package", (3, 1), (3, 2), "no_such_package")}
-    known = peers.PEERS
-    monkeypatch.setattr(peers, "PEERS", absent)
+    known = upstream.PEERS
+    monkeypatch.setattr(upstream, "PEERS", absent)
     with pytest.raises(ImportError, match=r"no_such_package is not installed: pip install 'no-such-package>=3.1'"):
         patch("no_such_package")
     with pytest.raises(ImportError, match=r"there is nothing to patch: pip install 'no-such-package>=3.1'"):
         patch()
-    monkeypatch.setattr(peers, "PEERS", known)
+    monkeypatch.setattr(upstream, "PEERS", known)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1")
     with pytest.raises(RuntimeError, match=r"transformers must be transformers>=5.17, got 4.57.1: pip install"):
         patch("transformers")

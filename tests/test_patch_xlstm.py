@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle import assert_close, error
-from torch_xlstm_ops import slstm
+from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.patch import convert_slstm_state_dict, patch
 
 pytest.importorskip("xlstm", reason="needs the package xlstm")

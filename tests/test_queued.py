@@ -17,12 +17,14 @@ from torch import Tensor
 
 from tests import together
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, float32_tolerance, weigh
-from torch_xlstm_ops import config, devices, mlstm_chunkwise, trace
+from torch_xlstm_ops import config, mlstm_chunkwise, trace
 from torch_xlstm_ops.config import Schedule
-from torch_xlstm_ops.schedules import inductor, pool
-from torch_xlstm_ops.schedules.job import Job, TaskError
-from torch_xlstm_ops.schedules.lanes import Strict
+from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.schedules import sequential
 from torch_xlstm_ops.schedules.plan import Plan
+from torch_xlstm_ops.schedules.queue import worker_threads
+from torch_xlstm_ops.schedules.queue.band_queues import Strict
+from torch_xlstm_ops.schedules.queue.job import Job, TaskError
 
 L = 16  # as in test_mlstm_ops: each new size is a compile
 CPU = torch.device("cpu")
@@ -111,7 +113,7 @@ def test_modes_of_the_caller_hold_on_workers(mode, plan):
 
 
 def test_workers_leave_the_number_of_threads_alone():
-    pool.close()
+    worker_threads.close()
     queued(draw(Sizes(S=100)))
     elsewhere = []
     thread = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
@@ -123,7 +125,7 @@ def test_workers_leave_the_number_of_threads_alone():
 def test_workers_keep_to_their_number_of_threads():
     queued(draw(Sizes(S=100)))
     found: queue.SimpleQueue[int] = queue.SimpleQueue()
-    workers = pool.get(1)
+    workers = worker_threads.get(1)
     together = threading.Barrier(3)  # no thread serves two
 
     def count() -> None:
@@ -150,7 +152,7 @@ def test_a_trace_names_each_task_and_how_many_were_in_flight():
 
 
 def test_an_error_names_its_task_and_leaves_nothing_running(monkeypatch):
-    run, done = inductor.run, []
+    run, done = sequential.run, []
 
     def failing(kernels, rows, band, segment, state):
         if (band.start, segment.start) == (2, 2 * L):
@@ -160,7 +162,7 @@ def test_an_error_names_its_task_and_leaves_nothing_running(monkeypatch):
 
     args = draw(Sizes(S=1000))
     with config.use(segment=2 * L, heads_per_band=2):
-        monkeypatch.setattr(inductor, "run", failing)
+        monkeypatch.setattr(sequential, "run", failing)
         with pytest.raises(TaskError, match=r"band 1, segment 1.*ArithmeticError: a cosmic ray") as caught:
             queued(args)
         count = len(done)
@@ -285,9 +287,9 @@ def test_the_pool_closes_and_opens_again():
     args = draw(Sizes(S=40))
     for _ in range(3):
         assert_close(queued(args), exact(args), TOLERANCE[torch.float32])
-        assert any(t.name.startswith(pool.NAME) for t in threading.enumerate())
-        pool.close()
-        assert not any(t.name.startswith(pool.NAME) for t in threading.enumerate())
+        assert any(t.name.startswith(worker_threads.NAME) for t in threading.enumerate())
+        worker_threads.close()
+        assert not any(t.name.startswith(worker_threads.NAME) for t in threading.enumerate())
 
 
 @pytest.mark.soak

@@ -23,8 +23,8 @@ from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, dra
 from tests.parameters import tail
 from torch_xlstm_ops import config, mlstm_chunkwise, schedules, trace
 from torch_xlstm_ops.config import Config, Schedule
-from torch_xlstm_ops.schedules.job import TaskError
 from torch_xlstm_ops.schedules.plan import Machine, Shape, make
+from torch_xlstm_ops.schedules.queue.job import TaskError
 
 pytest.importorskip("ray", reason="ray is not installed")
 from torch_xlstm_ops.schedules import ray as schedule

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch_xlstm_ops.registrations.seen import Seen
 
 from tests.oracle import Sizes, draw
+from torch_xlstm_ops.ops.call_cache import Seen
 
 one, two = torch.zeros(2, 3), torch.zeros(3, 2)
 KINDS = {

@@ -19,11 +19,11 @@ from torch.library import opcheck
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, assert_close, weigh
 from tests.parameters import tail
-from torch_xlstm_ops import slstm
-from torch_xlstm_ops.functional import slstm_sequence, slstm_step
+from torch_xlstm_ops.api import slstm_sequence, slstm_step
+from torch_xlstm_ops.maths import slstm
+from torch_xlstm_ops.maths.shapes import SLSTMState, state_dtype
+from torch_xlstm_ops.maths.slstm import Product
 from torch_xlstm_ops.schedules import slstm as schedule
-from torch_xlstm_ops.shapes import SLSTMState, state_dtype
-from torch_xlstm_ops.slstm import Product
 
 B, S, NH, DH = 3, 11, 2, 4  # NH, DH: one pair, as each new one is a compile
 operators = importlib.import_module("torch_xlstm_ops.registrations.slstm")

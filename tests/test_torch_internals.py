@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from torch_xlstm_ops import torch_internals
+from torch_xlstm_ops.runtime import torch_internals
 
 ROOT = Path(__file__).parent.parent
 ROOM = ROOT / "torch_xlstm_ops/torch_internals"

@@ -18,8 +18,10 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from torch_xlstm_ops import config, devices, trace, trace_files
-from torch_xlstm_ops.trace_files import Entry
+from torch_xlstm_ops import config, trace
+from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.trace.export import Entry
 
 CPU = torch.device("cpu")
 LATE = torch.device("meta:0")  # stands for a device that finishes work after the call returns
@@ -251,7 +253,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_text("old")
 
     def interrupted() -> None:
-        with trace_files.whole_file(str(path)) as file:
+        with export.whole_file(str(path)) as file:
             file.write("half")
             raise KeyError
 

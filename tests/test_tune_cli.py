@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from tests.conftest import Command
-from torch_xlstm_ops import cli, config, trace, winners
+from torch_xlstm_ops import cli, config, trace
+from torch_xlstm_ops.api import mlstm_chunkwise
 from torch_xlstm_ops.cli import tune as command
 from torch_xlstm_ops.cli import tuning
-from torch_xlstm_ops.functional import mlstm_chunkwise
+from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.registrations import mlstm as registration
 from torch_xlstm_ops.tune import bench, workloads
 from torch_xlstm_ops.tune.bench import Measured
@@ -33,12 +34,12 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     config.reload(flags={})
-    winners.forget()
+    tuned_plans.forget()
     registration.forget_routes()
     yield tmp_path / "torch_xlstm_ops" / "tuned.json"
     monkeypatch.undo()
     config.reload(flags={})
-    winners.forget()
+    tuned_plans.forget()
     registration.forget_routes()
 
 
@@ -94,8 +95,8 @@ def test_a_training_step_has_a_winner_of_its_own(run: Command, chosen: None) -> 
 
 def test_generate_uses_the_winner_and_info_shows_it(run: Command, kept: Path, chosen: None) -> None:
     prompt = "import os\n" * 4  # 40 bytes
-    kind = winners.kind(CPU, torch.float32, 4, len(prompt), 64, 64, training=False)
-    winners.store(kept, {str(kind): {"settings": {"schedule": "queued", "chunk_size": 16, "workers": 1}}})
+    kind = tuned_plans.kind(CPU, torch.float32, 4, len(prompt), 64, 64, training=False)
+    tuned_plans.store(kept, {str(kind): {"settings": {"schedule": "queued", "chunk_size": 16, "workers": 1}}})
     text = ("generate", "--prompt", prompt, "--max-new-tokens", 2)
     assert re.search(r"│ schedule +│ queued", run(*text)[2])
     assert re.search(r"│ schedule +│ inductor", run(*text, "--tuned", "off")[2])
@@ -108,12 +109,12 @@ def test_generate_uses_the_winner_and_info_shows_it(run: Command, kept: Path, ch
 def test_a_default_that_is_as_fast_takes_an_older_winner_out(
     run: Command, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = winners.kind(CPU, torch.float32, 6, 40, 8, 16, training=False)
-    winners.store(kept, {str(kind): {"settings": {"schedule": "queued"}}})
+    kind = tuned_plans.kind(CPU, torch.float32, 6, 40, 8, 16, training=False)
+    tuned_plans.store(kept, {str(kind): {"settings": {"schedule": "queued"}}})
     even = Measured(Interval(1.0, 0.99, 1.01), (), 0.0, None)
     monkeypatch.setattr(bench.Timed, "measure", lambda self, challenger, best, seconds: even)
     assert "no: not faster than the default beyond noise" in run("tune", *SHAPE, "--trials", 3)[1]
-    assert winners.read(kept) == {}
+    assert tuned_plans.read(kept) == {}
 
 
 def test_nothing_is_kept_unasked(run: Command, kept: Path, chosen: None) -> None:
@@ -126,7 +127,7 @@ def test_winners_are_handed_over(run: Command, kept: Path, tmp_path: Path, chose
     shared = tmp_path / "shared.json"
     assert run("tune", "--export", shared)[:2] == (0, f"1 tuned plan: {kept} -> {shared}\n")
     kept.unlink()
-    winners.forget()
+    tuned_plans.forget()
     registration.forget_routes()
     assert schedules_run() == {("inductor", 0)}
     assert run("tune", "--import", shared)[:2] == (0, f"1 tuned plan: {shared} -> {kept}\n")

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from tests.oracle import Sizes, draw
-from torch_xlstm_ops import config, trace, winners
-from torch_xlstm_ops.functional import mlstm_chunkwise
+from torch_xlstm_ops import config, trace
+from torch_xlstm_ops.api import mlstm_chunkwise
+from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.registrations import mlstm as registration
 
 SIZES = Sizes(S=40)
@@ -26,16 +27,16 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Keep winners in a file of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config.reload(flags={})
-    winners.forget()
+    tuned_plans.forget()
     registration.forget_routes()
     yield tmp_path / "torch_xlstm_ops" / "tuned.json"
-    winners.forget()
+    tuned_plans.forget()
     registration.forget_routes()
 
 
 def key(*, training: bool = False, **changed: Any) -> str:
     B, NH, S, DHQK, DHHV = SIZES
-    kind = winners.kind(CPU, torch.float32, B * NH, S, DHQK, DHHV, training=training)
+    kind = tuned_plans.kind(CPU, torch.float32, B * NH, S, DHQK, DHHV, training=training)
     return str(kind._replace(**changed))
 
 
@@ -55,7 +56,7 @@ def ran(*, training: bool = False, **how: Any) -> list[tuple[str, str | None, in
 
 def test_auto_runs_the_winner_and_only_auto(file: Path) -> None:
     assert {schedule for _, schedule, _ in ran()} == {"inductor"}
-    winners.store(file, {key(): entry()})
+    tuned_plans.store(file, {key(): entry()})
     registration.forget_routes()
     assert {(schedule, number) for _, schedule, number in ran()} == {("queued", 0), ("queued", 1), ("queued", 2)}
     assert {schedule for _, schedule, _ in ran(schedule="inductor")} == {"inductor"}
@@ -64,13 +65,13 @@ def test_auto_runs_the_winner_and_only_auto(file: Path) -> None:
 
 
 def test_what_the_user_set_stands(file: Path) -> None:
-    winners.store(file, {key(): entry()})
+    tuned_plans.store(file, {key(): entry()})
     with config.use(segment=32):
         assert {number for _, _, number in ran()} == {0, 1}
 
 
 def test_training_and_prefill_have_winners_of_their_own(file: Path) -> None:
-    winners.store(file, {key(training=True): entry(schedule="inductor")})
+    tuned_plans.store(file, {key(training=True): entry(schedule="inductor")})
     assert {number for _, _, number in ran()} == {0}
     found = ran(training=True)
     assert {(phase, number) for phase, _, number in found if phase == "forward"} == {("forward", n) for n in range(3)}
@@ -81,7 +82,7 @@ def test_training_and_prefill_have_winners_of_their_own(file: Path) -> None:
     {"device": "another"}, {"torch": "2.0"}, {"tokens": 128}, {"DHHV": 32}, {"dtype": "bfloat16"},
 ])
 def test_a_winner_of_another_kind_is_not_used(file: Path, changed: dict[str, Any]) -> None:
-    winners.store(file, {key(**changed): entry()})
+    tuned_plans.store(file, {key(**changed): entry()})
     assert {schedule for _, schedule, _ in ran()} == {"inductor"}
 
 
@@ -107,7 +108,7 @@ def test_a_corrupt_entry_is_left_out_with_a_warning_and_the_others_stay(file: Pa
 def test_a_winner_whose_schedule_is_not_there_is_not_used(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch_xlstm_ops import schedules
 
-    winners.store(file, {key(): entry()})
+    tuned_plans.store(file, {key(): entry()})
     real = schedules.unavailable
     monkeypatch.setattr(schedules, "unavailable",
                         lambda s, device: "gone" if s is config.Schedule.QUEUED else real(s, device))
@@ -116,23 +117,23 @@ def test_a_winner_whose_schedule_is_not_there_is_not_used(file: Path, monkeypatc
 
 
 def test_storing_keeps_other_entries_replaces_a_broken_file_and_takes_entries_out(file: Path) -> None:
-    winners.store(file, {"a": entry(), "b": entry()})
-    winners.store(file, {"b": None, "c": entry()})
-    assert list(winners.read(file)) == ["a", "c"]
+    tuned_plans.store(file, {"a": entry(), "b": entry()})
+    tuned_plans.store(file, {"b": None, "c": entry()})
+    assert list(tuned_plans.read(file)) == ["a", "c"]
     file.write_text("broken")
-    winners.store(file, {"d": entry()})
-    assert list(winners.read(file)) == ["d"]
+    tuned_plans.store(file, {"d": entry()})
+    assert list(tuned_plans.read(file)) == ["d"]
     assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
 
 
 def test_the_setting_names_another_file_or_none(tmp_path: Path, file: Path) -> None:
-    assert winners.place("on") == file
-    assert winners.place("off") is None
-    assert winners.place("there.json") == Path("there.json")
+    assert tuned_plans.place("on") == file
+    assert tuned_plans.place("off") is None
+    assert tuned_plans.place("there.json") == Path("there.json")
 
 
 def test_importing_reads_no_file_and_a_call_reads_it_once(file: Path) -> None:
-    winners.store(file, {key(): entry()})
+    tuned_plans.store(file, {key(): entry()})
     check = """
 import builtins, pathlib, sys
 read = []

@@ -2,10 +2,10 @@
 
 from torch_xlstm_ops import checkout as checkout
 from torch_xlstm_ops import registrations as registrations
+from torch_xlstm_ops.api import mlstm_chunkwise, mlstm_step, mlstm_step_, slstm_sequence, slstm_step
 from torch_xlstm_ops.explain import explain
-from torch_xlstm_ops.functional import mlstm_chunkwise, mlstm_step, mlstm_step_, slstm_sequence, slstm_step
+from torch_xlstm_ops.maths.shapes import MLSTMState, SLSTMState
 from torch_xlstm_ops.patch.on_import import patch_from_environment
-from torch_xlstm_ops.shapes import MLSTMState, SLSTMState
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 import torch_xlstm_ops
-from torch_xlstm_ops import config, torch_internals
+from torch_xlstm_ops import config
+from torch_xlstm_ops.runtime import torch_internals
 from torch_xlstm_ops.schedules import plan, tuned
 from torch_xlstm_ops.schedules.machine import machine
 
@@ -35,7 +36,7 @@ def explain(
     graphs: list[_Graph] = []
 
     def record(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        graphs.append(_look(module, dynamo.read(options, None)))
+        graphs.append(_look(module, dynamo.backend.read(options, None)))
         return module
 
     record.wants_xlstm_rules = True  # type: ignore[attr-defined]
@@ -47,18 +48,18 @@ def explain(
 
 def _look(module: fx.GraphModule, options: Any) -> _Graph:
     """Describe a graph, which is changed as the backend would change it."""
-    from torch_xlstm_ops.registrations import dynamo, dynamo_rules, inline
+    from torch_xlstm_ops.registrations import dynamo
 
     nodes = len(module.graph.nodes)
     called = [  # described before it is spliced away
-        (node, name, _first_argument(node)) for node in module.graph.nodes if (name := inline.operator_of(node))
+        (node, name, _first_argument(node)) for node in module.graph.nodes if (name := dynamo.splice.operator_of(node))
     ]
-    taken = iter([f for f in dynamo_rules.findings() if f.refusal is None])
-    stay = dynamo.prepare(module, options)
-    calls = [_refused(f) for f in dynamo_rules.findings() if f.refusal is not None]
+    taken = iter([f for f in dynamo.rules.findings() if f.refusal is None])
+    stay = dynamo.backend.prepare(module, options)
+    calls = [_refused(f) for f in dynamo.rules.findings() if f.refusal is not None]
     plans = []
     for node, name, argument in called:
-        finding = next(taken, None) if dynamo_rules.__file__ in node.meta.get("stack_trace", "") else None
+        finding = next(taken, None) if dynamo.rules.__file__ in node.meta.get("stack_trace", "") else None
         where = _where(finding.stack) if finding is not None else _last_frame(node.meta.get("stack_trace", ""))
         what = f"torch.ops.xlstm.{name}" + (", a call" if node in stay else ", spliced into the graph")
         calls.append(f"{finding.place if finding is not None else 'an operator, as written'}\n    at {where}\n"
@@ -96,18 +97,18 @@ def _last_frame(trace: str) -> str:
 
 
 def _first_argument(node: fx.Node) -> str:
-    from torch_xlstm_ops.registrations import inline
+    from torch_xlstm_ops.registrations import dynamo
 
-    name, first = next(iter(inline.arguments(node).items()))
+    name, first = next(iter(dynamo.splice.arguments(node).items()))
     value = first.meta["example_value"]
     return f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device.type}"
 
 
 def _plan(node: fx.Node, options: Any) -> str:
     """Return the plan of a chunkwise call; sizes that Dynamo left symbolic stand at the values of this run."""
-    from torch_xlstm_ops.registrations import inline
+    from torch_xlstm_ops.registrations import dynamo
 
-    q, v = inline.example(node, "q"), inline.example(node, "v")
+    q, v = dynamo.splice.example(node, "q"), dynamo.splice.example(node, "v")
     B, NH, S, DHQK, DHHV = (_size(s) for s in (*q.shape, v.shape[-1]))
     with config.use(**options.settings):
         settings = config.for_call(chunk_size=node.kwargs.get("chunk_size"))  # type: ignore[arg-type]

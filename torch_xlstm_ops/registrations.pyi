@@ -1,9 +1,4 @@
-"""Effects only: importing it registers the operators."""
+"""What type checkers see of the folder beside the package, which an installation puts inside it."""
 
-from typing import Any
-
-# The Dynamo backend, which nothing imports before it is asked for.
-dynamo: Any
-dynamo_rules: Any
-inline: Any
-mlstm: Any  # for the tuner, whose winners change routes
+from registrations import dynamo as dynamo
+from registrations import mlstm as mlstm

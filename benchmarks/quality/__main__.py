@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.quality import coherence, mqar, perplexity, report, throughput
 from benchmarks.quality.contenders import Conditions, usable
 from benchmarks.timing import machine, save
-from torch_xlstm_ops import devices
+from torch_xlstm_ops.runtime import devices
 
 PARTS: dict[str, Callable[[Conditions], dict[str, Any]]] = {
     "mqar": mqar.run, "perplexity": perplexity.run, "coherence": coherence.run, "throughput": throughput.run,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_xlstm_ops import mlstm_chunkwise, slstm_sequence, slstm_step
-from torch_xlstm_ops.shapes import state_dtype
+from torch_xlstm_ops.maths.shapes import state_dtype
 
 GATE_CAP = 15.0  # gates pass through cap * tanh(. / cap), as in xLSTM-7B
 Mix = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]  # q k v igate fgate c n m -> h, (c, n, m)

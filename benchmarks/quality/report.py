@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import plots as drawing
-from torch_xlstm_ops.extras import how_to_install
+from torch_xlstm_ops.runtime.extras import how_to_install
 
 Result = Mapping[str, Any]
 EXAMPLES = (0, 11)  # prompts whose texts are shown

@@ -1,6 +1,6 @@
 """Watches every compiled function: what each call submits, and whether it equals the float64 function in every order.
 
-It stands in for `compiled.get`, so a function that an op starts to compile tomorrow is watched without a word here.
+It stands in for `compiler.get`, so a function that an op starts to compile tomorrow is watched without a word here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_xlstm_ops import compiled
+from torch_xlstm_ops.runtime import compiler
 
 from ..oracle import error
 from . import emulator
@@ -46,13 +46,13 @@ class Instrument:
 
     def __init__(self, *, checks: int) -> None:
         self.checks = checks
-        self._original = compiled.get
+        self._original = compiler.get
         self.calls: list[Call] = []
         self.own: list[range] = []
 
     def install(self) -> None:
-        """Wrap every callable that `compiled.get` returns from now on."""
-        self._original, compiled.get = compiled.get, self._get
+        """Wrap every callable that `compiler.get` returns from now on."""
+        self._original, compiler.get = compiler.get, self._get
 
     def _get(
         self, fn: Callable[..., Any], axes: Sequence[str], args: Sequence[Tensor], **options: Any

@@ -10,7 +10,8 @@ import torch
 from torch._inductor.codegen.mps import MetalKernel
 from torch.utils._ordered_set import OrderedSet
 
-from torch_xlstm_ops import compiled, config, devices, schedules
+from torch_xlstm_ops import config, schedules
+from torch_xlstm_ops.runtime import compiler, devices
 
 from . import cases, emulator
 from .instrument import Call, Instrument, relative_errors
@@ -29,7 +30,7 @@ def function(name: str) -> dict[str, Any]:
         with emulator.recording() as log:
             for gates in cases.GATES if "fgate" in row.names else ("usual",):
                 args = [t.to("mps") for t in cases.arguments(row, cases.DTYPES[dtype], gates)]
-                compiled.get(row.fn, row.axes, args, **row.static)(args)
+                compiler.get(row.fn, row.axes, args, **row.static)(args)
         report[dtype] = [_call(call, log) for call in instrument.calls]
     return report
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import mlstm
+from torch_xlstm_ops.maths import mlstm
 
 EPS = 1e-6
 _PADDING = (0.0, 0.0, 0.0, -torch.inf, torch.inf)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import slstm
+from torch_xlstm_ops.maths import slstm
+from torch_xlstm_ops.maths.slstm import Product
 from torch_xlstm_ops.registrations import slstm as _slstm  # noqa: F401 - registers the ops
-from torch_xlstm_ops.slstm import Product
 
 
 class SLSTM(NamedTuple):

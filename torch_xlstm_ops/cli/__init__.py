@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import torch_xlstm_ops
-from torch_xlstm_ops import config, devices, trace_files
+from torch_xlstm_ops import config
 from torch_xlstm_ops.cli import cache, check, foreign, info, request, run, tune, writing
 from torch_xlstm_ops.cli.loading import BadInput, check_extra
+from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.trace import export
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,7 +74,7 @@ def _generate(parsed: argparse.Namespace) -> int:
 def _check(parsed: argparse.Namespace) -> int:
     with request.bad_input():
         if parsed.json is not None:
-            trace_files.check_file("--json", parsed.json)
+            export.check_file("--json", parsed.json)
         device = devices.resolve_device(parsed.device)
     return check.run(device, parsed.json, parsed.seconds)
 

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import devices, trace
+from torch_xlstm_ops import trace
 from torch_xlstm_ops.cli.loading import BadInput, Loaded, Prompt
 from torch_xlstm_ops.cli.meter import Meter
 from torch_xlstm_ops.context import Progress, StatePool, allocation, prefill, restore
 from torch_xlstm_ops.models import transformers as adapter
-from torch_xlstm_ops.torch_internals import OperatorMode, operator_name
+from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.runtime.torch_internals import OperatorMode, operator_name
 
 
 def pieces(length: int, device: torch.device) -> list[int]:

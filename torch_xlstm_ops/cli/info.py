@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import torch
 
 import torch_xlstm_ops
-from torch_xlstm_ops import config, devices, schedules, torch_internals, winners
-from torch_xlstm_ops.patch import peers
+from torch_xlstm_ops import config, schedules
+from torch_xlstm_ops.config import tuned_plans
+from torch_xlstm_ops.patch import upstream
+from torch_xlstm_ops.runtime import devices, torch_internals
 
 PACKAGES = ("torch", "triton", "safetensors", "rich", "ray", "optuna", "matplotlib")
 _UNSET = {"trace": "off", "ray_address": "none"}
@@ -44,14 +46,14 @@ def versions() -> list[tuple[str, ...]]:
 
 def supported() -> list[tuple[str, ...]]:
     """Return a line for each package that `patch` knows: the version that is there, and those we were tested with."""
-    return [(peer.distribution, _version(name), f"tested with {peer.tested}") for name, peer in peers.PEERS.items()]
+    return [(peer.distribution, _version(name), f"tested with {peer.tested}") for name, peer in upstream.PEERS.items()]
 
 
 def _version(name: str) -> str:
-    if not peers.installed(name):
+    if not upstream.installed(name):
         return "not installed"
-    version, distribution = peers.found(name)
-    fork = distribution is not None and distribution != peers.PEERS[name].distribution
+    version, distribution = upstream.found(name)
+    fork = distribution is not None and distribution != upstream.PEERS[name].distribution
     return f"{version} of {distribution}" if fork else version or "unknown"
 
 
@@ -102,13 +104,13 @@ def configuration_rows() -> list[tuple[str, ...]]:
 
 def tuned_rows(device: torch.device) -> list[tuple[str, ...]]:
     """Return where the tuner's winners are kept, and a line for each that is for this device and this torch."""
-    path = winners.place(config.current().tuned)
+    path = tuned_plans.place(config.current().tuned)
     if path is None:
         return [("off",)]
-    kept = winners.entries(path)
+    kept = tuned_plans.entries(path)
     if not kept:
         return [("none: xlstm-ops tune finds them",)]
-    here = f"device={winners.device_name(device)} | torch={torch.__version__} | "
+    here = f"device={tuned_plans.device_name(device)} | torch={torch.__version__} | "
     found = [(key.removeprefix(here), " ".join(f"{field}={value}" for field, value in entry["settings"].items()))
              for key, entry in kept.items() if key.startswith(here)]
     return [("kept in", str(path)), ("for this device", f"{len(found)} of {len(kept)}"), *found]

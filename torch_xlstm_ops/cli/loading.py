@@ -13,7 +13,7 @@ import torch
 
 from torch_xlstm_ops.cli.sampling import CONTEXT
 from torch_xlstm_ops.context import text_tokens
-from torch_xlstm_ops.extras import how_to_install
+from torch_xlstm_ops.runtime.extras import how_to_install
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 EXTRA = ("transformers", "safetensors", "rich")

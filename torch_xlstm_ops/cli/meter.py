@@ -12,8 +12,8 @@ from typing import NamedTuple, TextIO
 
 import torch
 
-from torch_xlstm_ops import devices
-from torch_xlstm_ops.trace_files import whole_file
+from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.trace.export import whole_file
 
 
 class Row(NamedTuple):

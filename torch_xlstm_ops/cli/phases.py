@@ -10,8 +10,8 @@ from torch import Tensor
 
 from torch_xlstm_ops.cli import generate
 from torch_xlstm_ops.cli.loading import Loaded
+from torch_xlstm_ops.maths.tolerance import TOLERANCE
 from torch_xlstm_ops.models import transformers as adapter
-from torch_xlstm_ops.tolerance import TOLERANCE
 from torch_xlstm_ops.tune.workloads import Workload
 
 DECODED = 16  # tokens a call

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_xlstm_ops import config, devices, schedules, trace_files
+from torch_xlstm_ops import config, schedules
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput, check_directory
 from torch_xlstm_ops.config import FRACTION, WHOLE, Kind
 from torch_xlstm_ops.context.tokens import BLOCK
+from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.trace import export
 
 DEFAULT_PROMPT = "import os\nimport sys\n\n\n"
 
@@ -119,9 +121,9 @@ def read(parsed: argparse.Namespace) -> Request:
     prompt = _prompt(parsed)
     with bad_input():
         if values["stats_log"] is not None:
-            trace_files.check_file("--stats-log", values["stats_log"])
+            export.check_file("--stats-log", values["stats_log"])
         if parsed.resume is not None:
-            trace_files.check_file("--resume", parsed.resume)
+            export.check_file("--resume", parsed.resume)
         device = devices.resolve_device(values["device"])
         schedule = config.reload(flags=flags).schedule
         reason = None if parsed.no_patch else schedules.unavailable(schedule, device)

@@ -6,12 +6,13 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from torch_xlstm_ops import config, winners
+from torch_xlstm_ops import config
 from torch_xlstm_ops.cli import foreign
 from torch_xlstm_ops.cli.loading import BadInput, check_extra
 from torch_xlstm_ops.cli.request import bad_input
 from torch_xlstm_ops.cli.tune_request import OPTIONS, read
-from torch_xlstm_ops.extras import how_to_install
+from torch_xlstm_ops.config import tuned_plans
+from torch_xlstm_ops.runtime.extras import how_to_install
 
 _EXTRAS = {"optuna": "tune", "rich": "tune", "matplotlib": "plot"}
 
@@ -66,7 +67,7 @@ def _hand_over(parsed: argparse.Namespace) -> int:
     from torch_xlstm_ops.tune import publish
 
     with bad_input():
-        own = winners.place(config.reload(flags={}).tuned)
+        own = tuned_plans.place(config.reload(flags={}).tuned)
     if own is None:
         raise BadInput("--export and --import must come with a place for tuned plans, got XLSTM_OPS_TUNED=off")
     if parsed.export is not None and parsed.source is not None:

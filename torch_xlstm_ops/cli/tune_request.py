@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_xlstm_ops import config, devices, schedules, winners
+from torch_xlstm_ops import config, schedules
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput, check_directory
 from torch_xlstm_ops.cli.request import COUNT, Option, bad_input, one_of, value
-from torch_xlstm_ops.config import Kind, Schedule
+from torch_xlstm_ops.config import Kind, Schedule, tuned_plans
+from torch_xlstm_ops.runtime import devices
 
 METHODS = ("random", "ga", "tpe", "bandit", "boltzmann", "grid")
 OP_PHASES, MODEL_PHASES = ("prefill", "train"), ("decode", "first-token")
@@ -98,7 +99,7 @@ def read(parsed: argparse.Namespace) -> Request:
         raise BadInput(f"--shape must come without the phases of a model, got {', '.join(phases)}")
     automatic = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = DTYPES.get(values["dtype"], automatic)
-    tuned = None if parsed.no_apply else winners.place(config.current().tuned)
+    tuned = None if parsed.no_apply else tuned_plans.place(config.current().tuned)
     shape = values["shape"] or _shape_of(model)
     return Request(model, out, parsed.resume, tuned, device, dtype, shape, values)
 

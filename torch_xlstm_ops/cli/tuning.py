@@ -10,11 +10,12 @@ import optuna
 import torch
 
 import torch_xlstm_ops
-from torch_xlstm_ops import config, winners
+from torch_xlstm_ops import config
 from torch_xlstm_ops.cli import generate, phases
 from torch_xlstm_ops.cli.info import aligned
 from torch_xlstm_ops.cli.loading import Loaded, load
 from torch_xlstm_ops.cli.tune_request import MODEL_PHASES, Request
+from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.schedules.machine import machine
 from torch_xlstm_ops.schedules.plan import STEP_TOKENS
 from torch_xlstm_ops.tune import bench, publish, space, study, workloads
@@ -103,14 +104,14 @@ def _piece(request: Request, length: int) -> int:
     return generate.pieces(length, request.device)[0]
 
 
-def kinds(request: Request, length: int) -> list[winners.Kind]:
+def kinds(request: Request, length: int) -> list[tuned_plans.Kind]:
     """Return the kinds of call that a search of a length finds the winner of."""
     B, NH, DHQK, DHHV = request.shape
     wanted = set(request.values["phase"])
     calls = {("training", length)} if "train" in wanted else set()
     calls |= {("forward", length)} if "prefill" in wanted else set()
     calls |= {("forward", _piece(request, length))} if "first-token" in wanted else set()
-    return [winners.kind(request.device, request.dtype, B * NH, tokens, DHQK, DHHV, training=use == "training")
+    return [tuned_plans.kind(request.device, request.dtype, B * NH, tokens, DHQK, DHHV, training=use == "training")
             for use, tokens in sorted(calls)]
 
 
@@ -128,7 +129,7 @@ def _name(request: Request, length: int) -> str:
 
 def _about(request: Request) -> dict[str, Any]:
     return {
-        "device": winners.device_name(request.device), "torch": torch.__version__,
+        "device": tuned_plans.device_name(request.device), "torch": torch.__version__,
         "torch_xlstm_ops": torch_xlstm_ops.__version__,
         "model": request.model.resolve().name if request.needs_model else None,
     }

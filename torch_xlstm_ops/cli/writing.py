@@ -14,12 +14,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch_xlstm_ops import config, context, devices, trace
+from torch_xlstm_ops import config, context, trace
 from torch_xlstm_ops.cli import generate, sampling
 from torch_xlstm_ops.cli.loading import BadInput, Loaded, LongPrompt, Prompt, end_tokens, load, prompt_of
 from torch_xlstm_ops.cli.meter import Meter, Row, write_stats
 from torch_xlstm_ops.cli.request import Request, bad_input
 from torch_xlstm_ops.context import states, storage
+from torch_xlstm_ops.runtime import devices
 
 if TYPE_CHECKING:
     from torch_xlstm_ops.cli.reading import Readers

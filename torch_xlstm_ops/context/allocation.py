@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from torch_xlstm_ops import config, devices
+from torch_xlstm_ops import config
+from torch_xlstm_ops.runtime import devices
 
 # Tokens a piece, unless a segment is longer: progress is seen on a CPU, and a GPU has enough to do.
 PIECES = {"cpu": 2048, "cuda": 8192, "mps": 4096}

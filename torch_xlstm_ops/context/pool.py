@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_xlstm_ops import devices
 from torch_xlstm_ops.context import states, storage
 from torch_xlstm_ops.context.batch import Batch
 from torch_xlstm_ops.context.disk import Disk
@@ -22,6 +21,7 @@ from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.storage import Storage, packed_bytes
 from torch_xlstm_ops.context.tiers import Memory, Usage
 from torch_xlstm_ops.context.tokens import as_array, digest
+from torch_xlstm_ops.runtime import devices
 
 DEVICE_SHARE, HOST_SHARE, DISK_SHARE = 1 / 16, 1 / 8, 1 / 10  # of what is free when a pool is made
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch_xlstm_ops import devices
 from torch_xlstm_ops.context import states, storage
 from torch_xlstm_ops.context.allocation import Allocation
 from torch_xlstm_ops.context.reader import Pool, Reader
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import Broken, Source
+from torch_xlstm_ops.runtime import devices
 
 
 class Progress(NamedTuple):

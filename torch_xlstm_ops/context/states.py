@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.maths.shapes import MLSTMState
 from torch_xlstm_ops.models import transformers as adapter
-from torch_xlstm_ops.shapes import MLSTMState
 
 UNKNOWN = ""  # the identity of a model that nobody asked for
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.context.states import Snapshot, raw_bytes
-from torch_xlstm_ops.shapes import MLSTMState
+from torch_xlstm_ops.maths.shapes import MLSTMState
 
 FORMAT = "xlstm-state-1"
 SUFFIX = ".safetensors"

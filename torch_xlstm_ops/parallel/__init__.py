@@ -32,7 +32,7 @@ from torch_xlstm_ops.parallel.passing import check_splits
 from torch_xlstm_ops.parallel.report import Report
 from torch_xlstm_ops.parallel.stretches import Stretch
 from torch_xlstm_ops.parallel.worker import Read, Worker
-from torch_xlstm_ops.schedules.ray import actors, cluster, wire
+from torch_xlstm_ops.schedules.ray import actors, cluster, serialization
 
 __all__ = ["Prefilled", "Report", "Workers", "prefill"]
 
@@ -96,7 +96,7 @@ class Workers:
         self._room: Any = None
         self._prompts = 0
         self._weights = [1.0] * workers  # of stretches
-        wire.expect_read_only()
+        serialization.expect_read_only()
         self._ours = cluster.connect()
         try:
             self._start(model, workers, threads, call or models.transformers_call)
@@ -114,7 +114,7 @@ class Workers:
             settings["schedule"] = Schedule.INDUCTOR
         self._bundle = {"CPU": threads} if self.device.type == "cpu" else {"GPU": 1}
         parcel = models.pack(model)
-        with wire.room_for("the model", wire.nbytes(parcel.tensors)):
+        with serialization.room_for("the model", serialization.nbytes(parcel.tensors)):
             there = ray.put(parcel)
         self._arguments: tuple[Any, ...] = (there, call, settings, self.device.type, threads)
         self._room = self._reserve(workers)
@@ -163,9 +163,9 @@ class Workers:
         replays = 0
 
         def start(stretch: Stretch) -> None:
-            (part,) = wire.pack([ids[:, stretch.start:stretch.stop]])
+            (part,) = serialization.pack([ids[:, stretch.start:stretch.stop]])
             read = self._workers[stretch.number].read
-            with wire.room_for(f"tokens {stretch.start} to {stretch.stop}", wire.nbytes([part])):
+            with serialization.room_for(f"tokens {stretch.start} to {stretch.stop}", serialization.nbytes([part])):
                 running[read.remote(self._keeper, self._prompts, part, stretch, ahead)] = stretch
 
         for stretch in cuts:

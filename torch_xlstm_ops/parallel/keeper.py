@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_xlstm_ops.schedules.ray import wire
+from torch_xlstm_ops.schedules.ray import serialization
 
 
 class Keeper:
@@ -79,7 +79,7 @@ class Carry:
         while True:
             (state,) = ray.get(self._keeper.find.remote(self._prompt, self._stretch - 1, layer, lost))
             try:
-                found = wire.unpack(ray.get(state))
+                found = serialization.unpack(ray.get(state))
             except ObjectLostError:  # with its owner or its node
                 lost += 1
                 continue
@@ -90,8 +90,8 @@ class Carry:
         """Leave the state after a layer to the stretch behind."""
         import ray
 
-        packed = wire.pack(state)
-        self.sent.append(wire.nbytes(packed))
-        with wire.room_for(f"the state after layer {layer}", self.sent[-1]):
+        packed = serialization.pack(state)
+        self.sent.append(serialization.nbytes(packed))
+        with serialization.room_for(f"the state after layer {layer}", self.sent[-1]):
             state_there = ray.put(packed)
         self._keeper.keep.remote(self._prompt, self._stretch, layer, [state_there])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.models import transformers as adapter
-from torch_xlstm_ops.schedules.ray import wire
+from torch_xlstm_ops.schedules.ray import serialization
 
 Call = Callable[[Any, Tensor, int], tuple[Tensor, Any]]
 
@@ -23,7 +23,7 @@ class Parcel(NamedTuple):
     """An object without its tensors, and those."""
 
     skeleton: bytes
-    tensors: list[wire.Packed]
+    tensors: list[serialization.Packed]
 
 
 class _Place(NamedTuple):
@@ -48,7 +48,7 @@ def pack(value: object) -> Parcel:
 
     file = io.BytesIO()
     Pickler(file).dump(value)
-    return Parcel(file.getvalue(), wire.pack(part for _, part in found.values()))
+    return Parcel(file.getvalue(), serialization.pack(part for _, part in found.values()))
 
 
 def unpack(parcel: Parcel, device: torch.device, *, owned: bool) -> Any:
@@ -56,7 +56,7 @@ def unpack(parcel: Parcel, device: torch.device, *, owned: bool) -> Any:
 
     owned: copy the tensors out of the store; otherwise, on the CPU, they may lie there and are only to be read.
     """
-    tensors = wire.unpack(parcel.tensors, device)
+    tensors = serialization.unpack(parcel.tensors, device)
     made: dict[_Place, Tensor] = {}
 
     class Unpickler(pickle.Unpickler):

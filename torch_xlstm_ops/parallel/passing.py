@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import mlstm
+from torch_xlstm_ops.maths import mlstm
 from torch_xlstm_ops.parallel.keeper import Carry
 from torch_xlstm_ops.registrations import mlstm as operators
-from torch_xlstm_ops.torch_internals import OperatorMode, operator_name
+from torch_xlstm_ops.runtime.torch_internals import OperatorMode, operator_name
 
 MLSTM, SLSTM = "xlstm::mlstm_chunkwise", "xlstm::slstm_sequence"
 _STREAMS = {MLSTM: 5, SLSTM: 3}  # arguments before the state

@@ -14,7 +14,7 @@ from torch_xlstm_ops.parallel import models
 from torch_xlstm_ops.parallel.keeper import Carry
 from torch_xlstm_ops.parallel.passing import SLSTM, Passing
 from torch_xlstm_ops.parallel.stretches import Stretch
-from torch_xlstm_ops.schedules.ray import wire
+from torch_xlstm_ops.schedules.ray import serialization
 
 
 class Read(NamedTuple):
@@ -54,7 +54,7 @@ class Worker:
 
         os.environ.pop(config.SETTINGS["trace"].variable, None)  # the file is the caller's
         torch.set_num_threads(threads)
-        wire.expect_read_only()
+        serialization.expect_read_only()
         self._call, self._settings, self._device = call, settings, torch.device(device)
         self._cold = True
         self._model = models.unpack(parcel, self._device, owned=False).eval()
@@ -66,10 +66,10 @@ class Worker:
         """Return the process's id, once the model is there."""
         return os.getpid()
 
-    def read(self, keeper: Any, prompt: int, tokens: wire.Packed, stretch: Stretch, ahead: bool) -> Read:
+    def read(self, keeper: Any, prompt: int, tokens: serialization.Packed, stretch: Stretch, ahead: bool) -> Read:
         """Read a stretch's tokens (B, S) of a prompt, with the state that the stretch before leaves with the keeper."""
         began, carry = time.perf_counter(), Carry(keeper, prompt, stretch.number)
-        (ids,) = wire.unpack([tokens], self._device)
+        (ids,) = serialization.unpack([tokens], self._device)
         passing = Passing(carry, first=stretch.number == 0, last=stretch.last, ahead=ahead)
         with config.use(**self._settings), torch.inference_mode(), passing:
             logits, cache = self._call(self._model, ids.clone(), stretch.start)
@@ -84,5 +84,5 @@ class Worker:
         """Put what follows from the prompt into the store."""
         import ray
 
-        with wire.room_for("the logits and states behind the prompt", wire.nbytes(parcel.tensors)):
+        with serialization.room_for("the logits and states behind the prompt", serialization.nbytes(parcel.tensors)):
             return ray.put(parcel)

@@ -14,7 +14,7 @@ model is; in another process, and after removal, the mark means nothing. What Dy
 code inlined and does not guard on it, so installing and removing reset `torch.compiler`.
 
 Where a peer computes something wrong ours is right; `compat=True` repeats the peer's results instead.
-One file a package: it offers ``changes(compat)``, and a row of `peers.PEERS` names it.
+One file a package: it offers ``changes(compat)``, and a row of `upstream.PEERS` names it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from typing import Protocol, cast
 
 import torch
 
-from torch_xlstm_ops.patch import peers
+from torch_xlstm_ops.patch import upstream
 from torch_xlstm_ops.patch.checkpoints import convert_slstm_state_dict
-from torch_xlstm_ops.patch.ledger import (
+from torch_xlstm_ops.patch.replacements import (
     MARK,
     Change,
     Replaced,
@@ -43,7 +43,7 @@ from torch_xlstm_ops.patch.ledger import (
     lock,
     release,
 )
-from torch_xlstm_ops.patch.peers import PEERS, Peer, row
+from torch_xlstm_ops.patch.upstream import PEERS, Peer, row
 
 __all__ = ["PEERS", "Change", "Handle", "Peer", "convert_slstm_state_dict", "patch", "row"]
 
@@ -127,9 +127,9 @@ class _DropIn(Protocol):
 
 
 def _of_all(compat: bool) -> list[Change]:
-    installed = list(filter(peers.installed, peers.PEERS))
+    installed = list(filter(upstream.installed, upstream.PEERS))
     if not installed:
-        wanted = " or ".join(f"pip install '{peer.requirement}'" for peer in peers.PEERS.values())
+        wanted = " or ".join(f"pip install '{peer.requirement}'" for peer in upstream.PEERS.values())
         raise ImportError(f"there is nothing to patch: {wanted}")
     found: list[Change] = []
     failures: list[Exception] = []
@@ -147,11 +147,11 @@ def _of_all(compat: bool) -> list[Change]:
 
 def _of_model(model: torch.nn.Module, compat: bool) -> list[Change]:
     """Return the changes that concern layers of the model, of whichever packages are imported."""
-    changes = _of_names([name for name, peer in peers.PEERS.items() if peer.seam in sys.modules], compat)
+    changes = _of_names([name for name, peer in upstream.PEERS.items() if peer.seam in sys.modules], compat)
     types = {type(module) for module in model.modules()}
     concerned = [c for c in changes if any(issubclass(t, _type(c)) for t in types)]
     if not concerned:
-        raise ValueError(f"a model to patch must have xLSTM layers of {', '.join(peers.PEERS)}, got "
+        raise ValueError(f"a model to patch must have xLSTM layers of {', '.join(upstream.PEERS)}, got "
                          f"{type(model).__name__} without")
     return concerned
 
@@ -198,7 +198,7 @@ def _changes(name: str, compat: bool) -> list[Change]:
     Of a release that we were tested with, all must look as we know it. Of another, what looks different is left as it
     is with a warning.
     """
-    peer, tested = peers.PEERS[name], peers.is_tested(name)
+    peer, tested = upstream.PEERS[name], upstream.is_tested(name)
     try:
         found = cast(_DropIn, importlib.import_module(peer.drop_in)).changes(compat)
     except (ImportError, AttributeError) as error:
@@ -214,7 +214,7 @@ def _changes(name: str, compat: bool) -> list[Change]:
         else:
             known.append(change)
     if unlike:
-        _tell_of(unlike, f"{name} {peers.found(name)}", peer.tested, nothing_left=not known)
+        _tell_of(unlike, f"{name} {upstream.found(name)}", peer.tested, nothing_left=not known)
     return known
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_xlstm_ops import compiled, torch_internals
-from torch_xlstm_ops.patch.ledger import MARK
+from torch_xlstm_ops.patch.replacements import MARK
+from torch_xlstm_ops.runtime import compiler, torch_internals
 
 EFFECT = "on the CPU a token without gradients is one compiled call, in a block of the peer's own modules without hooks"
 Result = tuple[Tensor, Sequence[Tensor]]
@@ -76,7 +76,7 @@ class _Block:
         self._classes = [(kind, kind.forward) for kind in {type(m) for m in parts}]
         self._weights = [m._parameters for m in parts if m._parameters]
         self._forward = forward
-        self._latest: tuple[int, Callable[..., bool], compiled.RawCallable] | None = None
+        self._latest: tuple[int, Callable[..., bool], compiler.RawCallable] | None = None
 
     def stands(self) -> bool:
         """Say whether it still is what it was, and nobody hooked into it."""
@@ -91,14 +91,14 @@ class _Block:
         """Return the weights as they are now."""
         return [w for d in self._weights for w in d.values() if w is not None]
 
-    def compiled_for(self, tensors: list[Tensor]) -> compiled.RawCallable | None:
+    def compiled_for(self, tensors: list[Tensor]) -> compiler.RawCallable | None:
         """Return the callable for x, the state and the weights, or None if they are not plain tensors in order."""
         threads = torch.get_num_threads()
         if self._latest is None or self._latest[0] != threads or not self._latest[1](*tensors):
             if not all(t.is_cpu and type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in tensors):
                 return None
-            run = compiled.get(self._forward, [" ".join("abcd"[:t.dim()]) for t in tensors], tensors)
-            if isinstance(run, compiled.Uncompiled):  # slower than the block itself
+            run = compiler.get(self._forward, [" ".join("abcd"[:t.dim()]) for t in tensors], tensors)
+            if isinstance(run, compiler.Uncompiled):  # slower than the block itself
                 return None
             like = torch_internals.like(tensors)
             self._latest = threads, like, run
@@ -106,7 +106,7 @@ class _Block:
 
 
 _blocks: weakref.WeakKeyDictionary[nn.Module, _Block] = weakref.WeakKeyDictionary()
-compiled.forget_with(_blocks.clear)
+compiler.forget_with(_blocks.clear)
 _forwards: dict[tuple[object, ...], _Forward] = {}  # by kind: layers and models share what is compiled
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.functional import slstm_step
-from torch_xlstm_ops.patch.flashrnn import FLOOR, every_state
+from torch_xlstm_ops.api import slstm_step
+from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.patch.kernels import mlstm, slstm
-from torch_xlstm_ops.shapes import state_dtype
+from torch_xlstm_ops.patch.upstream.flashrnn import FLOOR, every_state
 
 Given = Mapping[str, Any]
 NAN = float("nan")

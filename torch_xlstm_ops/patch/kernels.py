@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.functional import mlstm_chunkwise, mlstm_step, slstm_sequence
-from torch_xlstm_ops.shapes import MLSTMState, SLSTMState, state_dtype
+from torch_xlstm_ops.api import mlstm_chunkwise, mlstm_step, slstm_sequence
+from torch_xlstm_ops.maths.shapes import MLSTMState, SLSTMState, state_dtype
 
 
 def mlstm(

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 
-from torch_xlstm_ops.arrivals import when_imported
-from torch_xlstm_ops.patch import Handle, patch, peers
+from torch_xlstm_ops.patch import Handle, patch, upstream
+from torch_xlstm_ops.runtime.import_hook import when_imported
 
 VARIABLE = "XLSTM_OPS_PATCH"
 
@@ -25,7 +25,7 @@ def patch_on_import(*names: str, compat: bool = False) -> Watch:
 
     compat: as of `patch`. Raises ValueError for a name we do not know.
     """
-    return Watch(list(dict.fromkeys(map(peers.row, names))) or list(peers.PEERS), compat)
+    return Watch(list(dict.fromkeys(map(upstream.row, names))) or list(upstream.PEERS), compat)
 
 
 def patch_from_environment() -> Watch | None:
@@ -36,7 +36,7 @@ def patch_from_environment() -> Watch | None:
     try:
         return patch_on_import(*([] if value == "auto" else [name.strip() for name in value.split(",")]))
     except ValueError:
-        expected = f"auto or names of {', '.join(peers.PEERS)}"
+        expected = f"auto or names of {', '.join(upstream.PEERS)}"
         raise ValueError(f"environment variable {VARIABLE} must be {expected}, got {value!r}") from None
 
 
@@ -46,7 +46,7 @@ class Watch:
     def __init__(self, names: Sequence[str], compat: bool) -> None:
         self._compat = compat
         self._handles: list[Handle] = []
-        self._calls_off = [when_imported(peers.PEERS[name].seam, partial(self._met, name)) for name in names]
+        self._calls_off = [when_imported(upstream.PEERS[name].seam, partial(self._met, name)) for name in names]
 
     def report(self) -> tuple[str, ...]:
         """Return the lines of every package patched so far."""

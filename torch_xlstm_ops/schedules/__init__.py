@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from torch_xlstm_ops.config import Schedule
-from torch_xlstm_ops.extras import how_to_install
+from torch_xlstm_ops.runtime.extras import how_to_install
 
 _MODULES = {
     Schedule.INDUCTOR: "inductor", Schedule.QUEUED: "queued", Schedule.RAY: "ray", Schedule.RECURRENT: "recurrent",

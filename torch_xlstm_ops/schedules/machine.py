@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from torch_xlstm_ops import config, devices, schedules
+from torch_xlstm_ops import config, schedules
 from torch_xlstm_ops.config import Schedule
+from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules.plan import Machine
 
 

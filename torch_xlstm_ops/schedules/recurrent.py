@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torch_xlstm_ops import trace
-from torch_xlstm_ops.schedules.inductor import OP
-from torch_xlstm_ops.schedules.inductor import backward as backward
 from torch_xlstm_ops.schedules.plan import Plan, Segment
-from torch_xlstm_ops.schedules.strict import step_through
-from torch_xlstm_ops.schedules.tasks import Kernels, Rows
+from torch_xlstm_ops.schedules.sequential import OP
+from torch_xlstm_ops.schedules.sequential import backward as backward
+from torch_xlstm_ops.schedules.slicing import Kernels, Rows
+from torch_xlstm_ops.schedules.token_by_token import step_through
 
 
 def forward(
     plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return h (R, S, DHHV) and the last state; arguments as of `inductor.forward`."""
+    """Return h (R, S, DHHV) and the last state; arguments as of `sequential.forward`."""
     rows = Rows(plan, streams)
     whole, everything = slice(0, plan.rows), Segment(0, plan.tokens, 0)
     if trace.active():

@@ -7,8 +7,8 @@ import warnings
 
 import torch
 
-from torch_xlstm_ops import schedules, winners
-from torch_xlstm_ops.config import Config, Schedule
+from torch_xlstm_ops import schedules
+from torch_xlstm_ops.config import Config, Schedule, tuned_plans
 from torch_xlstm_ops.schedules.plan import STEP_TOKENS, Shape
 
 
@@ -19,8 +19,8 @@ def settle(config: Config, shape: Shape, device: torch.device, dtype: torch.dtyp
     """
     if config.schedule is not Schedule.AUTO or config.tuned == "off" or shape.tokens <= STEP_TOKENS or not shape.rows:
         return config
-    kind = winners.kind(device, dtype, *shape, training=training)
-    found = winners.find(config.tuned, kind)
+    kind = tuned_plans.kind(device, dtype, *shape, training=training)
+    found = tuned_plans.find(config.tuned, kind)
     if found is None:
         return config
     reason = schedules.unavailable(Schedule(found["schedule"]), device)

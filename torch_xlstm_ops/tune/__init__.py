@@ -2,5 +2,5 @@
 
 `space` says which plans there are, `measure` and `bench` what one is worth, `samplers` in which order to try them,
 `study` runs the search and survives being killed, `records`, `report` and `plots` tell what happened, `ablate` changes
-one setting at a time. The winner goes to `torch_xlstm_ops.winners`, where ``schedule="auto"`` looks.
+one setting at a time. The winner goes to `torch_xlstm_ops.config.tuned_plans`, where ``schedule="auto"`` looks.
 """

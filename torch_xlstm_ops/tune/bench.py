@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import config, devices, trace
+from torch_xlstm_ops import config, trace
+from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.tune import measure
 from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.records import Timing

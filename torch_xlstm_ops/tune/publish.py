@@ -8,15 +8,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch_xlstm_ops import registrations, winners
-from torch_xlstm_ops.config import Schedule
+from torch_xlstm_ops import registrations
+from torch_xlstm_ops.config import Schedule, tuned_plans
 from torch_xlstm_ops.tune.space import Space
 from torch_xlstm_ops.tune.study import Result
 
 _OF_ANY_SCHEDULE = ("schedule", "chunk_size", "segment", "heads_per_band")
 
 
-def publish(path: Path, kinds: Iterable[winners.Kind], space: Space, result: Result, about: Mapping[str, Any]) -> bool:
+def publish(
+    path: Path, kinds: Iterable[tuned_plans.Kind], space: Space, result: Result, about: Mapping[str, Any]
+) -> bool:
     """Put a winner under each kind of call; where the default is as fast, take out what stands there.
 
     about: what else the entry tells.
@@ -28,7 +30,7 @@ def publish(path: Path, kinds: Iterable[winners.Kind], space: Space, result: Res
         "plan": str(result.best.plan).splitlines()[:5],
         "found": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **about,
     }
-    winners.store(path, {str(kind): entry if result.faster else None for kind in kinds})
+    tuned_plans.store(path, {str(kind): entry if result.faster else None for kind in kinds})
     registrations.mlstm.forget_routes()
     return result.faster
 
@@ -36,7 +38,7 @@ def publish(path: Path, kinds: Iterable[winners.Kind], space: Space, result: Res
 def settings(space: Space, result: Result) -> dict[str, Any]:
     """Return the settings that lead to the winner, without those that its schedule does not read."""
     given = space.settings(result.best.params)
-    fields = _OF_ANY_SCHEDULE if result.best.plan.schedule is Schedule.INDUCTOR else winners.FIELDS
+    fields = _OF_ANY_SCHEDULE if result.best.plan.schedule is Schedule.INDUCTOR else tuned_plans.FIELDS
     return {field: str(given[field]) if field == "schedule" else given[field] for field in fields if field in given}
 
 
@@ -45,9 +47,9 @@ def hand_over(source: Path, path: Path) -> int:
 
     Raises OSError if a file cannot be read or written, ValueError for a file or an entry that makes no sense.
     """
-    found = winners.read(source)
+    found = tuned_plans.read(source)
     for key, entry in found.items():
-        winners.checked(entry, f"{key} in {source}")
-    winners.store(path, found)
+        tuned_plans.checked(entry, f"{key} in {source}")
+    tuned_plans.store(path, found)
     registrations.mlstm.forget_routes()
     return len(found)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from torch_xlstm_ops import schedules, winners
-from torch_xlstm_ops.config import Config, Schedule
+from torch_xlstm_ops import schedules
+from torch_xlstm_ops.config import Config, Schedule, tuned_plans
 from torch_xlstm_ops.schedules import plan
 from torch_xlstm_ops.schedules.plan import Machine, Plan, Shape
 
@@ -136,7 +136,7 @@ class Space:
     def _every_choice(self, habits: list[Plan]) -> dict[str, tuple[Value, ...]]:
         """Return the values of each field, those of the plans without settings among them."""
         tokens, rows, kind = max(self.shape.tokens, 1), max(self.shape.rows, 1), self.device.type
-        longest = winners.bucket(tokens)
+        longest = tuned_plans.bucket(tokens)
         chunks = {L for L in CHUNK_SIZES if longest >= L} | {p.chunk_size for p in habits}
         most = min(longest, self._max_chunks * max(chunks))
         segments = set(_powers(min(LEAST_SEGMENT, most), most)) | {min(p.segment, longest) for p in habits}

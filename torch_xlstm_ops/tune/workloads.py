@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import config, mlstm
-from torch_xlstm_ops.functional import mlstm_chunkwise
+from torch_xlstm_ops import config
+from torch_xlstm_ops.api import mlstm_chunkwise
+from torch_xlstm_ops.maths import mlstm
+from torch_xlstm_ops.maths.shapes import EPS
+from torch_xlstm_ops.maths.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error
 from torch_xlstm_ops.schedules.plan import Shape
-from torch_xlstm_ops.shapes import EPS
-from torch_xlstm_ops.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error
 
 CHECKED_TOKENS = 96  # by the recurrence
 

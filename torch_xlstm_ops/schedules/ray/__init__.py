@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.config import Config, Schedule
-from torch_xlstm_ops.schedules import inductor, queued
-from torch_xlstm_ops.schedules.inductor import OP
-from torch_xlstm_ops.schedules.job import Job
-from torch_xlstm_ops.schedules.lanes import State, Steps, Summary
+from torch_xlstm_ops.schedules import queue, sequential
 from torch_xlstm_ops.schedules.plan import Machine, Plan, Shape, make
+from torch_xlstm_ops.schedules.queue.band_queues import State, Steps, Summary
+from torch_xlstm_ops.schedules.queue.job import Job
 from torch_xlstm_ops.schedules.ray import actors
-from torch_xlstm_ops.schedules.tasks import Kernels, Rows, Run
+from torch_xlstm_ops.schedules.sequential import OP
+from torch_xlstm_ops.schedules.slicing import Kernels, Rows, Run
 
 HOST = torch.device("cpu")
 
 
 def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
-    """Return h (R, S, DHHV) and the last state; arguments as of `inductor.forward`."""
-    if queued.in_line(streams[0].device):
-        return inductor.forward(plan, kernels, streams, state)
+    """Return h (R, S, DHHV) and the last state; arguments as of `sequential.forward`."""
+    if queue.in_line(streams[0].device):
+        return sequential.forward(plan, kernels, streams, state)
     device = streams[0].device
     pool = actors.get(device.type, plan.workers)
     run = pool.remote(partial(_run, plan.chunk_size, kernels))
@@ -38,7 +38,7 @@ def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: Stat
     streams, state = _to(streams, HOST), _to(state, HOST)
     rows = Rows(plan, streams)
     h = streams[2].new_empty(plan.rows, plan.tokens, streams[2].shape[-1])
-    lanes = [queued.lane(plan, _steps(plan, kernels, rows, h, band, run, summarize), band, state)
+    lanes = [queue.lane(plan, _steps(plan, kernels, rows, h, band, run, summarize), band, state)
              for band in plan.bands]
     Job(plan, lanes, HOST, OP, "forward", pool.close).run()
     return h.to(device), _to(state, device)
@@ -47,13 +47,13 @@ def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: Stat
 def backward(
     plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State, dh: Tensor, dstate: State
 ) -> tuple[list[Tensor], State]:
-    """Return the gradients of the streams (R, S, ...) and of the initial state; arguments as of `inductor.backward`."""
-    if queued.in_line(streams[0].device):
-        return inductor.backward(plan, kernels, streams, state, dh, dstate)
+    """Return the gradients of the streams (R, S, ...) and of the initial state; arguments as `sequential.backward`."""
+    if queue.in_line(streams[0].device):
+        return sequential.backward(plan, kernels, streams, state, dh, dstate)
     device = dh.device
     pool = actors.get(device.type, plan.workers)
     remote = kernels._replace(after=_owned(pool.remote(kernels.after)), backward=_owned(pool.remote(kernels.backward)))
-    gradients, first = queued.backward(plan, remote, _to(streams, HOST), _to(state, HOST), dh.to(HOST),
+    gradients, first = queue.backward(plan, remote, _to(streams, HOST), _to(state, HOST), dh.to(HOST),
                                        _to(dstate, HOST), pool.close)
     return _to(gradients, device), _to(first, device)
 
@@ -78,7 +78,7 @@ def _steps(
     def answer(number: int, summary: Summary, state: State) -> None:
         emit(number, state)
 
-    return Steps(emit, sum_up, lambda summary, state: queued.absorb(kernels, summary, state), answer)
+    return Steps(emit, sum_up, lambda summary, state: queue.absorb(kernels, summary, state), answer)
 
 
 def _to(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -96,10 +96,10 @@ def _run(chunk_size: int, kernels: Kernels, args: list[Tensor]) -> list[Tensor]:
     settings = Config(Schedule.INDUCTOR, chunk_size=chunk_size)
     (G, T, DHQK), DHHV = q.shape, v.shape[-1]
     plan = make(Shape(G, T, DHQK, DHHV), q.device.type, settings, Machine(torch.get_num_threads()))
-    h, state = inductor.forward(plan, kernels, [t[None] for t in (q, k, v, igate, fgate)], [t.clone() for t in state])
+    h, state = sequential.forward(plan, kernels, [t[None] for t in (q, k, v, igate, fgate)], [t.clone() for t in state])
     return [h, *state]
 
 
 def _summarize(kernels: Kernels, args: list[Tensor]) -> Sequence[Tensor]:
     """Reduce one task to its monoid element F, M, dC, dn, on an actor; nothing where it is not finite."""
-    return queued.finite(kernels.summarize(args)[:4]) or ()
+    return queue.finite(kernels.summarize(args)[:4]) or ()

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from torch_xlstm_ops import trace
 from torch_xlstm_ops.config import SETTINGS
-from torch_xlstm_ops.schedules import job
-from torch_xlstm_ops.schedules.ray import cluster, wire
-from torch_xlstm_ops.schedules.tasks import Run
+from torch_xlstm_ops.schedules.queue import job
+from torch_xlstm_ops.schedules.ray import cluster, serialization
+from torch_xlstm_ops.schedules.slicing import Run
 
 START_SECONDS = 120.0  # that a cluster has for starting an actor
 BEAT = 5.0  # seconds between two signs of life of an actor that works on, and that it has for giving one
@@ -36,7 +36,7 @@ class Actor:
     def __init__(self, device: str, threads: int) -> None:
         os.environ.pop(SETTINGS["trace"].variable, None)  # the file is the caller's
         torch.set_num_threads(threads)
-        wire.expect_read_only()
+        serialization.expect_read_only()
         self._device = torch.device(device)
         self._known: dict[bytes, Run] = {}
 
@@ -47,7 +47,7 @@ class Actor:
     def beat(self) -> None:
         """Give a sign of life, while the actor works."""
 
-    def call(self, work: bytes, packed: Sequence[wire.Packed]) -> list[wire.Packed]:
+    def call(self, work: bytes, packed: Sequence[serialization.Packed]) -> list[serialization.Packed]:
         """Do a pickled piece of work."""
         from ray import cloudpickle
 
@@ -55,7 +55,7 @@ class Actor:
         if run is None:
             self._known[work] = run = cloudpickle.loads(work)
         with torch.no_grad():
-            return wire.pack(run(wire.unpack(packed, self._device)))
+            return serialization.pack(run(serialization.unpack(packed, self._device)))
 
 
 class _Hand:
@@ -82,7 +82,7 @@ class Pool:
 
     def __init__(self, device: str) -> None:
         """device: the type that the actors compute on."""
-        wire.expect_read_only()
+        serialization.expect_read_only()
         self.device = device
         self._hands: list[_Hand] = []
         self._count = 0  # of all that were ever there
@@ -118,15 +118,15 @@ class Pool:
         from ray import cloudpickle
 
         pickled = cloudpickle.dumps(work)
-        return lambda tensors: self._call(pickled, wire.pack(tensors))
+        return lambda tensors: self._call(pickled, serialization.pack(tensors))
 
-    def _call(self, work: bytes, packed: Sequence[wire.Packed]) -> Sequence[Tensor]:
+    def _call(self, work: bytes, packed: Sequence[serialization.Packed]) -> Sequence[Tensor]:
         from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
         for _ in range(REPLAYS + 1):
             hand = self._take()
             try:
-                return wire.unpack(self._wait(hand, work, packed))
+                return serialization.unpack(self._wait(hand, work, packed))
             except RayTaskError as error:
                 raise error.cause from error
             except (RayActorError, ObjectLostError) as error:  # or its result, with its node
@@ -137,17 +137,17 @@ class Pool:
                 self._leave(hand)
         raise RuntimeError(f"an actor must live through its work, got {REPLAYS + 1} that did not") from lost
 
-    def _wait(self, hand: _Hand, work: bytes, packed: Sequence[wire.Packed]) -> Any:
+    def _wait(self, hand: _Hand, work: bytes, packed: Sequence[serialization.Packed]) -> Any:
         import ray
 
-        size = wire.nbytes(packed)
+        size = serialization.nbytes(packed)
         with self._span(hand, "remote", size):
             began = time.monotonic()
-            with wire.room_for("the tensors of a task", size):
+            with serialization.room_for("the tensors of a task", size):
                 found = hand.actor.call.remote(work, packed)
             while not ray.wait([found], timeout=BEAT)[0]:
                 self._beat(hand, time.monotonic() - began)
-            with wire.room_for("the results of a task, beside its tensors", size):
+            with serialization.room_for("the results of a task, beside its tensors", size):
                 return ray.get(found)
 
     def _beat(self, hand: _Hand, worked: float) -> None:

@@ -1,0 +1,112 @@
+"""The documented Python API: named results around the operators, which check their arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops.maths.shapes import EPS, MLSTMState, SLSTMState
+
+
+def mlstm_chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
+    c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
+    *, reset: Tensor | None = None, chunk_size: int | None = None, schedule: str | None = None, eps: float = EPS,
+) -> tuple[Tensor, MLSTMState]:
+    """Run an mLSTM over a sequence, by matrix products over chunks and segments; differentiable.
+
+        m' = max(log_f + m, igate)          log_f = logsigmoid(fgate)
+        c' = exp(log_f + m - m') c + exp(igate - m') k v^T          n' likewise with k
+        h  = (q DHQK^-1/2 . c') / (max(|q DHQK^-1/2 . n'|, exp(-m')) + eps)
+
+    q, k: (B, NH, S, DHQK), any S from 0 up; float32, float16, bfloat16, or float64.
+    v: (B, NH, S, DHHV), of q's dtype.
+    igate, fgate: (B, NH, S), pre-activations, of any floating dtype; computed in float32.
+    c, n, m: the state before the first token, (B, NH, DHQK, DHHV), (B, NH, DHQK), (B, NH, 1), float32 (float64 for
+        float64 inputs); all or none, default zeros.
+    reset: (B, S), bool, true where a row starts afresh at a token, as a packed document does; default nowhere. Copies
+        the streams, with a token more for each reset, and reads their number back from the device.
+    chunk_size: tokens a chunk, default chosen by device; changes speed and rounding, never the result.
+    schedule: auto, inductor, queued, ray or recurrent; default the configured one.
+    eps: added to the denominator, default 1e-6.
+
+    Returns h (B, NH, S, DHHV) in v's dtype, and the state after the last token.
+    Raises ValueError for shapes, devices and values, TypeError for dtypes, NotImplementedError for a schedule that
+    cannot run here.
+    Source: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eq. 19 to 27, stabilised as in its appendix.
+    """
+    h, *state = torch.ops.xlstm.mlstm_chunkwise(
+        q, k, v, igate, fgate, c, n, m, reset,
+        chunk_size=chunk_size, schedule=None if schedule is None else str(schedule), eps=eps,
+    )
+    return h, MLSTMState(*state)
+
+
+def mlstm_step(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float = EPS
+) -> tuple[Tensor, MLSTMState]:
+    """Advance an mLSTM by one token; the recurrence is that of `mlstm_chunkwise`. Differentiable.
+
+    q, k: (B, NH, DHQK); v: (B, NH, DHHV); igate, fgate: (B, NH, 1); dtypes as there.
+    c, n, m: the state before the token, (B, NH, DHQK, DHHV), (B, NH, DHQK), (B, NH, 1).
+    eps: added to the denominator, default 1e-6.
+
+    Returns h (B, NH, DHHV) in v's dtype, and the state after the token.
+    Raises ValueError for shapes, devices and values, TypeError for dtypes.
+    """
+    h, *state = torch.ops.xlstm.mlstm_step(q, k, v, igate, fgate, c, n, m, eps=eps)
+    return h, MLSTMState(*state)
+
+
+def mlstm_step_(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float = EPS
+) -> Tensor:
+    """Advance an mLSTM by one token and write the new state over c, n, m; for inference.
+
+    Arguments as of `mlstm_step`. Returns h (B, NH, DHHV).
+    Raises as `mlstm_step`, and RuntimeError where autograd would record the call. torch.func.functionalize refuses it,
+    as it does every operator outside ATen that writes to its arguments: use `mlstm_step` there.
+    """
+    return torch.ops.xlstm.mlstm_step_(q, k, v, igate, fgate, c, n, m, eps=eps)  # type: ignore[no-any-return]
+
+
+def slstm_sequence(
+    x: Tensor, r: Tensor, b: Tensor, y: Tensor | None = None, c: Tensor | None = None, n: Tensor | None = None,
+    m: Tensor | None = None, *, reset: Tensor | None = None, floor: float = 0.0,
+) -> tuple[Tensor, SLSTMState]:
+    """Run an sLSTM over a sequence, step by step in compiled blocks; differentiable.
+
+        g  = x_t + R y + b, the gates i f z o          log_f = logsigmoid(f)
+        m' = i where n == 0 else max(i, log_f + m)
+        c' = exp(log_f + m - m') c + exp(i - m') tanh(z)          n' likewise with 1, at least floor
+        y' = sigmoid(o) c' / n'
+
+    x: (B, S, 4, NH, DH), what the input gives the gates, any S from 0 up; float32, float16, bfloat16, or float64.
+    r: (4, NH, DH, DH) [gate, head, out, in], of x's dtype.
+    b: (4, NH, DH), of any floating dtype.
+    y, c, n, m: the state before the first token, (B, NH, DH), float32 (float64 for float64 inputs); all or none,
+        default zeros. A cell is fresh where n is 0; its m means nothing.
+    reset: (B, S), bool, true where a row starts afresh at a token, as a packed document does; default nowhere.
+    floor: least n, default 0.0; FlashRNN's is 1.0.
+
+    Returns h (B, S, NH, DH) in x's dtype, and the state after the last token.
+    Raises ValueError for shapes, devices and values, TypeError for dtypes.
+    Source: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eq. 8 to 18.
+    """
+    h, *state = torch.ops.xlstm.slstm_sequence(x, r, b, y, c, n, m, reset, floor=floor)
+    return h, SLSTMState(*state)
+
+
+def slstm_step(
+    x: Tensor, r: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor, m: Tensor, *, floor: float = 0.0
+) -> SLSTMState:
+    """Advance an sLSTM by one token; the recurrence is that of `slstm_sequence`. Differentiable.
+
+    x: (B, 4, NH, DH); r: (4, NH, DH, DH); b: (4, NH, DH); dtypes as there.
+    y, c, n, m: the state before the token, (B, NH, DH).
+    floor: least n, default 0.0.
+
+    Returns the state after the token, whose y is the output, in float32 (float64 for float64 inputs).
+    Raises ValueError for shapes, devices and values, TypeError for dtypes.
+    """
+    return SLSTMState(*torch.ops.xlstm.slstm_step(x, r, b, y, c, n, m, floor=floor))

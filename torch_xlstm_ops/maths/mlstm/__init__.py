@@ -1,0 +1,70 @@
+"""mLSTM mathematics: the step, the two-level segment and its gradient, and the recurrent oracle.
+
+A task holds G rows (any heads of any batch entries) and NC chunks of L tokens. Gates are pre-activations; a state
+(c, n, m) stands for ``c * exp(m)``, ``n * exp(m)``. Source: Beck et al. 2024, "xLSTM" (mLSTM, stabilised form);
+Beck et al. 2025, "Tiled Flash Linear Attention" (chunkwise form). The second level, chunks into a segment, is the
+same masked product again.
+"""
+
+from torch_xlstm_ops.maths.mlstm.chunks import absorb, combine
+from torch_xlstm_ops.maths.mlstm.gradient import finish_gradient, gradient
+from torch_xlstm_ops.maths.mlstm.recurrence import advance, recurrent, step, step_
+from torch_xlstm_ops.maths.mlstm.segment import (
+    after,
+    answers,
+    close,
+    emit,
+    opening,
+    opens,
+    operands,
+    scores,
+    segment,
+    single,
+    stand,
+    summarize,
+)
+from torch_xlstm_ops.maths.mlstm.step_gradient import step_gradient
+
+__all__ = [
+    "AXES",
+    "absorb",
+    "advance",
+    "after",
+    "answers",
+    "close",
+    "combine",
+    "emit",
+    "finish_gradient",
+    "gradient",
+    "opening",
+    "opens",
+    "operands",
+    "recurrent",
+    "scores",
+    "segment",
+    "single",
+    "stand",
+    "step",
+    "step_",
+    "step_gradient",
+    "summarize",
+]
+
+_STREAMS = ("G NC L DHQK", "G NC L DHQK", "G NC L DHHV", "G NC L", "G NC L")
+_STATE = ("G DHQK DHHV", "G DHQK", "G 1")
+_SUMMARY = ("G 1", "G 1", "G DHQK DHHV", "G DHQK")
+_STEP = ("B NH DHQK", "B NH DHQK", "B NH DHHV", "B NH 1", "B NH 1", "B NH DHQK DHHV", "B NH DHQK", "B NH 1")
+# The functions that are compiled, with the axes of their arguments.
+AXES = {
+    advance: _STEP,
+    step_: _STEP,
+    operands: (*_STREAMS, "G NC L L", *_STATE),
+    opening: (*_STREAMS, "G NC L L"),
+    close: (*["G NC DHQK DHHV"] * 2, *["G 1"] * 2, _STATE[0]),
+    single: tuple(axes.replace("NC", "1") for axes in (*_STREAMS, "G NC L L")),
+    answers: ("G NC L DHQK", "G NC L", "G NC L", "G NC L L", "G NC", "G NC DHQK", *_STATE[1:]),
+    summarize: _STREAMS[1:],
+    absorb: (*_SUMMARY, *_STATE),
+    after: (*_STREAMS[1:], *_STATE),
+    gradient: (*_STREAMS, "G NC L L", *_STATE, "G NC L DHHV", *_STATE),
+}

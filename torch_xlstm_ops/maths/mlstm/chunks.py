@@ -1,0 +1,135 @@
+"""The second level: what each chunk adds to the state, and how much of that stands before each later chunk."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops.maths.decay import NEG_INF, constant_if_empty, finite, span, weight
+from torch_xlstm_ops.maths.mlstm.recurrence import COLUMN
+
+
+class Summaries(NamedTuple):
+    """The monoid elements of the chunks of a segment, but for their decay."""
+
+    M: Tensor  # (G, NC)
+    dC: Tensor  # (G, NC, DHQK, DHHV)
+    dn: Tensor  # (G, NC, DHQK)
+
+
+def summaries(
+    k: Tensor, v: Tensor, igate: Tensor, within: Tensor, least: Tensor | None = None
+) -> tuple[Summaries, Tensor, Tensor]:
+    """Sum up each chunk, all weights relative to the chunk's largest; within: `prefixes` of its tokens.
+
+    least: (G, NC), which M is raised to. Returns these, the weights (G, NC, L), and k times them (G, NC, DHQK, L).
+    """
+    gate, M = _input_weights(igate, within, least)
+    k_gated, dn = _gated(k, gate)
+    dC = torch.bmm(k_gated.flatten(0, 1), v.to(k_gated.dtype).flatten(0, 1))
+    return Summaries(M, dC.view(*k_gated.shape[:3], v.shape[-1]), dn), gate, k_gated
+
+
+def _gated(k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return k times the gate, transposed (G, NC, DHQK, L), in the dtype of products, and its sum over the tokens."""
+    product = product_dtype(k.dtype)
+    if k.device.type != "mps":
+        k_gated = k.to(gate.dtype) * gate[..., None]
+        return k_gated.to(product).mT, sum_tokens(k_gated)
+    # In Metal, Inductor writes k_gated and sums it in one kernel only along the last axis; contiguous says that it is
+    # kept so, else Inductor would copy it for whoever returns it.
+    k_gated = k.to(gate.dtype).mT * gate[..., None, :]
+    return k_gated.to(product).contiguous(), k_gated.sum(-1)
+
+
+def sum_tokens(terms: Tensor) -> Tensor:
+    """Return the sum over the tokens of each chunk, (..., L, D) -> (..., D).
+
+    On CUDA in halves of a chunk, for the reason that `advance` gives.
+    """
+    if terms.is_cuda and terms.shape[-2] > COLUMN and terms.shape[-2] % COLUMN == 0:
+        terms = torch.unflatten(terms, -2, (-1, COLUMN)).sum(-2)
+    return terms.sum(-2)
+
+
+def _input_weights(igate: Tensor, within: Tensor, least: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what a token weighs at the end of its chunk, (G, NC, L), relative to the chunk's largest, and that M."""
+    log_weight = span(within[..., -1:], within) + igate
+    M = log_weight.amax(-1)
+    if least is not None:
+        M = torch.maximum(M, least)
+    return weight(log_weight - finite(M)[..., None]), M
+
+
+class Reach(NamedTuple):
+    """How much of each chunk's summary, and of the incoming state, stands before each chunk."""
+
+    W: Tensor  # (G, NC, NC), strictly lower triangular
+    w_state: Tensor  # (G, NC)
+    m_before: Tensor  # (G, NC), what both are relative to
+    from_chunk: Tensor  # (G, NC, NC) and
+    from_state: Tensor  # (G, NC): their logarithms, not relative
+
+    def with_state(self) -> Tensor:
+        """Return W with w_state in the last column: the last chunk's summary feeds no chunk of this segment."""
+        chunk = torch.arange(self.W.shape[-1], device=self.W.device)
+        return torch.where(chunk == self.W.shape[-1] - 1, self.w_state[..., None], self.W)
+
+
+def reaches(F_: Tensor, across: Tensor, M: Tensor, m: Tensor) -> Reach:
+    """Find the weights of the second level; F_: each chunk's decay (3, G, NC); across: of `across_chunks`."""
+    chunk = torch.arange(M.shape[-1], device=M.device)
+    before = across - F_
+    from_state = span(before).to(M.dtype) + m
+    from_chunk = span(before[..., :, None], across[..., None, :]).to(M.dtype) + M[..., None, :]
+    from_chunk = torch.where(chunk[None, :] < chunk[:, None], from_chunk, NEG_INF)
+    m_before = torch.maximum(from_chunk.amax(-1), from_state)
+    base = finite(m_before)
+    W = weight(from_chunk - base[..., None])
+    return Reach(W, weight(from_state - base), m_before, from_chunk, from_state)
+
+
+def before(reach: Reach, dn: Tensor, n: Tensor) -> Tensor:
+    """Return n before each chunk, (G, NC, DHQK)."""
+    return torch.bmm(reach.W, dn) + reach.w_state[..., None] * n[:, None]
+
+
+def fold(across: Tensor, M: Tensor, dC: Tensor, dn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compose the monoid elements of the chunks of a segment into one."""
+    from_chunk = span(across[..., -1:], across).to(M.dtype) + M
+    M_all = from_chunk.amax(-1, keepdim=True)
+    share = weight(from_chunk - finite(M_all))
+    dC_all = (share[..., None, None] * dC.to(M.dtype)).sum(1)
+    return span(across[..., -1:]).to(M.dtype), M_all, dC_all, (share[..., None] * dn).sum(1)
+
+
+def absorb(
+    F_: Tensor, M: Tensor, dC: Tensor, dn: Tensor, c: Tensor, n: Tensor, m: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the state after a segment from its monoid element and the state before it.
+
+        m' = max(F + m, M)      c' = exp(F + m - m') c + exp(M - m') dC          n' likewise
+    """
+    m_new = constant_if_empty(torch.maximum(F_ + m, M))
+    base = finite(m_new)
+    keep, add = weight(F_ + m - base), weight(M - base)
+    return keep[..., None] * c + add[..., None] * dC, keep * n + add * dn, m_new
+
+
+def combine(
+    first: tuple[Tensor, Tensor, Tensor, Tensor], second: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compose the monoid elements of two segments, `first` before `second` in time; exactly associative."""
+    (F_first, M, dC, dn), (F_second, M_second, dC_second, dn_second) = first, second
+    M_new = torch.maximum(F_second + M, M_second)
+    base = finite(M_new)
+    keep, add = torch.exp(F_second + M - base), torch.exp(M_second - base)
+    dC_new = keep[..., None] * dC + add[..., None] * dC_second
+    return F_first + F_second, M_new, dC_new, keep * dn + add * dn_second
+
+
+def product_dtype(stream: torch.dtype) -> torch.dtype:
+    """Return the dtype in which states are multiplied: float16's range is too small for a sum over a segment."""
+    return torch.float32 if stream == torch.float16 else stream

@@ -1,0 +1,1 @@
+"""How the operators run: checks, plans, kernels and results; `registrations` gives them to the dispatcher."""

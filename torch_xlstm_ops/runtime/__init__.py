@@ -1,0 +1,1 @@
+"""What the package needs of torch, of the machine and of the files on it."""

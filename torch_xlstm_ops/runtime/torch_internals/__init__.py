@@ -1,0 +1,79 @@
+"""The one room for private torch APIs: each need is a small function with a fallback that is slower but right.
+
+Nothing outside this package imports or touches a private name of torch; a test holds that. Each function tries what
+torch has today. When that has moved or changed (ImportError, AttributeError, TypeError), it warns once, uses its
+fallback from then on, and `xlstm-ops info` says so. Nothing here is imported from torch before it is needed.
+"""
+
+from torch_xlstm_ops.runtime.torch_internals.compile import (
+    PERSISTENT,
+    Admits,
+    Raw,
+    compile_raw,
+    compiler_missing,
+    reduction_choices,
+    supported_options,
+)
+from torch_xlstm_ops.runtime.torch_internals.decompositions import keep_as_call, register_decomposition
+from torch_xlstm_ops.runtime.torch_internals.dispatch import (
+    below_autograd,
+    functionalizes,
+    next_is_device,
+    without_autocast,
+)
+from torch_xlstm_ops.runtime.torch_internals.dynamo import (
+    as_boxed,
+    compile_graph,
+    compile_key,
+    frame,
+    graph_breaks,
+    hold_address,
+    inductor_options,
+    no_recompile_limit,
+    operator_name,
+    traced,
+    user_stack,
+)
+from torch_xlstm_ops.runtime.torch_internals.modes import OperatorMode, forward_mode, outside_modes, transforms, watched
+from torch_xlstm_ops.runtime.torch_internals.modules import global_hooks, hooks
+from torch_xlstm_ops.runtime.torch_internals.need import NEEDS, Need, status
+from torch_xlstm_ops.runtime.torch_internals.tensors import like, written
+
+__all__ = [
+    "NEEDS",
+    "PERSISTENT",
+    "Admits",
+    "Need",
+    "OperatorMode",
+    "Raw",
+    "as_boxed",
+    "below_autograd",
+    "compile_graph",
+    "compile_key",
+    "compile_raw",
+    "compiler_missing",
+    "forward_mode",
+    "frame",
+    "functionalizes",
+    "global_hooks",
+    "graph_breaks",
+    "hold_address",
+    "hooks",
+    "inductor_options",
+    "keep_as_call",
+    "like",
+    "next_is_device",
+    "no_recompile_limit",
+    "operator_name",
+    "outside_modes",
+    "reduction_choices",
+    "register_decomposition",
+    "status",
+    "supported_options",
+    "traced",
+    "transforms",
+    "user_stack",
+    "watched",
+    "without_autocast",
+    "written",
+]

@@ -1,0 +1,50 @@
+"""Decompose operators for exporters, and for nobody else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torch_xlstm_ops.runtime.torch_internals.need import need
+
+
+def _only_by_hand(op: Any, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    pass
+
+
+@need(_only_by_hand, where=("torch._decomp.register_decomposition",),
+      without="torch.onnx.export needs a program that was decomposed by registrations.decompositions.table()")
+def register_decomposition(op: Any, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an operator's decomposition for exporters; fake tensors still use its fake.
+
+    FakeTensorMode prefers a decomposition to a fake where sizes are symbolic, unless it finds the operator in the table
+    of Python meta functions.
+    """
+    torch._decomp.register_decomposition(op, type="meta")(fake)
+    torch._decomp.register_decomposition(op)(function)
+
+
+def _as_it_is(op: Any) -> None:
+    pass
+
+
+@need(_as_it_is, where=("torch._inductor.lowering.make_fallback", "torch._inductor.lowering.lowerings",
+                        "torch._inductor.lowering.tag_to_layout_constraint",
+                        "torch._inductor.graph.get_layout_constraint_tag"),
+      without="with the environment variable CI set, Inductor refuses operators that have a decomposition")
+def keep_as_call(op: Any) -> None:
+    """Tell Inductor, if it is loaded, that an operator stays a call although it has a decomposition.
+
+    Inductor does the same by itself, except where the environment variable CI is set: there it raises instead.
+    """
+    if "torch._inductor.lowering" not in sys.modules:
+        return
+    from torch._inductor.graph import get_layout_constraint_tag  # type: ignore[attr-defined]
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+
+    if op not in lowerings:
+        constraint = tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+        make_fallback(op, layout_constraint=constraint, warn=False)  # type: ignore[no-untyped-call]

@@ -1,0 +1,134 @@
+"""Modes and transforms that see, or change, what a call computes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.autograd import forward_ad
+
+from torch_xlstm_ops.runtime.torch_internals.need import need
+
+Runner = Callable[[Callable[[], Any]], Any]
+_Mode = TypeVar("_Mode", bound="OperatorMode")
+
+
+def _assume_watched() -> bool:
+    return True
+
+
+@need(_assume_watched, where=(
+        "torch._C._len_torch_dispatch_stack", "torch._C._len_torch_function_stack",
+        "torch._C._are_functorch_transforms_active", "torch.autograd.forward_ad._current_level", "torch._C._is_tracing",
+    ),
+      without="a token runs a transformers block layer by layer, not as one compiled call")
+def watched() -> bool:
+    """Return whether a mode, a transform or a tracer sees what this thread computes."""
+    c = torch._C
+    return bool(
+        c._len_torch_dispatch_stack() or c._len_torch_function_stack()
+        or c._are_functorch_transforms_active() or forward_ad._current_level >= 0 or c._is_tracing()
+    )
+
+
+def _assume_transforms() -> bool:
+    return True
+
+
+@need(_assume_transforms, where=("torch._C._are_functorch_transforms_active",),
+      without="calls that autograd records run the pure functions, which are slower")
+def transforms() -> bool:
+    """Return whether a transform of torch.func (grad, vmap, jvp and others) is active in this thread."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def _ask_tensors() -> bool:
+    return True
+
+
+@need(_ask_tensors, where=("torch.autograd.forward_ad._current_level", "torch._C._are_functorch_transforms_active"),
+      without="each call asks its tensors for tangents, a few microseconds more")
+def forward_mode() -> bool:
+    """Return whether tensors may carry tangents in this thread; where that is not known, True.
+
+    Code that Dynamo traced enters a level of forward mode without setting `_current_level`, within a transform.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _other_thread() -> Runner:
+    return _in_another_thread
+
+
+def _in_another_thread(call: Callable[[], Any]) -> Any:
+    found: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="xlstm-ops-outside-modes")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return found[0]
+
+
+@need(_other_thread, where=("torch.utils._python_dispatch._disable_current_modes",),
+      without="kernels are compiled in a thread of their own, where no mode of the caller is active")
+def outside_modes() -> Runner:
+    """Return a function that runs a call which no dispatch mode of the caller sees."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    def run(call: Callable[[], Any]) -> Any:
+        with _disable_current_modes():
+            return call()
+
+    return run
+
+
+def _operator_mode() -> type:
+    return torch.overrides.TorchFunctionMode
+
+
+@need(_operator_mode, where=("torch.utils._python_dispatch.TorchDispatchMode",),
+      without="operators are seen where Python calls them, not where the dispatcher does")
+def _mode_base() -> type:
+    """Return the base class of a mode that sees every operator call below autograd."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    return TorchDispatchMode
+
+
+class OperatorMode:
+    """A ``with`` block in which a function sees every operator call of this thread, and runs it.
+
+    see: called with the operator, its arguments and its keywords; returns the results.
+    """
+
+    def __init__(self, see: Callable[[Any, Sequence[Any], dict[str, Any]], Any]) -> None:
+        base: Any = _mode_base()
+
+        class Mode(base):  # type: ignore[misc]
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                return see(func, args, kwargs or {})
+
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                return see(func, args, kwargs or {})
+
+        if base is not torch.overrides.TorchFunctionMode:
+            del Mode.__torch_function__
+        self._mode: Any = Mode()
+
+    def __enter__(self: _Mode) -> _Mode:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)
