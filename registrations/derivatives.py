@@ -33,7 +33,7 @@ class Derivative(NamedTuple):
     functional: Callable[..., Results] | None = None  # the operator without its writes, which torch cannot take away
 
 
-def learns(args: Sequence[Any]) -> bool:
+def requires_grad(args: Sequence[Any]) -> bool:
     """Return whether autograd would record this call."""
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
@@ -62,7 +62,7 @@ def register(name: str, derivative: Derivative) -> None:
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         tangents = forward_mode.run() and has_tangents(args)
-        if not tangents and not learns(args):
+        if not tangents and not requires_grad(args):
             return direct(*args, **kwargs) if next_is_device.run(keyset) else below(keyset, args, kwargs)
         if tangents or torch_internals.transforms():
             check(*args, **kwargs)

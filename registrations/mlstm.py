@@ -22,7 +22,7 @@ from torch_xlstm_ops.maths.shapes import (
     state_dtype,
 )
 from torch_xlstm_ops.ops import overlap
-from torch_xlstm_ops.ops.call_cache import Seen
+from torch_xlstm_ops.ops.call_cache import CallCache
 from torch_xlstm_ops.runtime import compiler, devices, torch_internals
 from torch_xlstm_ops.schedules import plan, sequential, tuned
 from torch_xlstm_ops.schedules.machine import machine
@@ -81,7 +81,7 @@ def _kernels(
         scored = run(fn, eps=eps, **static)
         return lambda args: scored([*args[:5], mlstm.scores(args[0], args[1]), *args[5:]])
 
-    after_scores = run(mlstm.answers, eps=eps)
+    after_scores = run(mlstm.factors_from_summary, eps=eps)
 
     def answers(args: list[Tensor]) -> Sequence[Tensor]:
         q, k, igate, fgate, *rest = args
@@ -95,10 +95,11 @@ def _kernels(
         return *mlstm.finish_gradient(P, dS, dq, dk, k_gated, ddC, q, k, v, dh), *rest
 
     return Kernels(
-        operands=with_scores(mlstm.operands), opening=with_scores(mlstm.opening) if opens else None,
-        single=with_scores(mlstm.single) if single else None,
-        stand=mlstm.stand, emit=mlstm.emit, close=run(mlstm.close),
-        step=_joined(_run(mlstm.advance, eps=eps)), after=run(mlstm.after), backward=backward,
+        operands=with_scores(mlstm.segment_factors),
+        opening=with_scores(mlstm.segment_factors_zero_state) if opens else None,
+        single=with_scores(mlstm.segment_factors_single_chunk) if single else None,
+        stand=mlstm.inter_chunk_states, emit=mlstm.write_output_, close=run(mlstm.final_state_),
+        step=_joined(_run(mlstm.advance, eps=eps)), after=run(mlstm.final_state), backward=backward,
         summarize=run(mlstm.summarize), answers=answers, absorb=run(mlstm.absorb),
         step_gradient=lambda args: mlstm.step_gradient(*args, eps=eps),
     )
@@ -118,11 +119,11 @@ def _submit(run: compiler.RawCallable, args: list[Tensor]) -> Sequence[Tensor]:
         return run(args)
 
 
-_steps = Seen(_find_step)
+_steps = CallCache(_find_step)
 
 
 def _step(*args: Tensor, eps: float = 1e-6) -> _Results:
-    given, run = list(args), _steps.again(args, mlstm.advance, eps)
+    given, run = list(args), _steps.hit(args, mlstm.advance, eps)
     if run is None:  # what is found again was found for contiguous tensors: no need to look at each
         given = [t.contiguous() for t in args]
         run = _steps(given, mlstm.advance, eps)
@@ -131,7 +132,7 @@ def _step(*args: Tensor, eps: float = 1e-6) -> _Results:
 
 
 def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:
-    given, run = list(args), _steps.again(args, mlstm.step_, eps)
+    given, run = list(args), _steps.hit(args, mlstm.step_, eps)
     if run is None and all(t.is_contiguous() for t in args[5:]):
         given = [t.contiguous() for t in args]
         run = _steps(given, mlstm.step_, eps)
@@ -144,7 +145,7 @@ def _step_(*args: Tensor, eps: float = 1e-6) -> Tensor:
     return h
 
 
-_memory = overlap.Memory(written=slice(5, 8))
+_memory = overlap.OverlapCheck(written=slice(5, 8))
 
 
 def step_by_copy(*args: Tensor, eps: float = 1e-6) -> Tensor:
@@ -218,19 +219,19 @@ def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float
     B, NH, S, DHQK = q.shape
     shape = plan.Shape(B * NH, S, DHQK, v.shape[-1])
     strict = cfg.schedule in (Schedule.INDUCTOR, Schedule.QUEUED)
-    cfg = tuned.settle(cfg, shape, q.device, q.dtype, training=training)
+    cfg = tuned.apply_tuned(cfg, shape, q.device, q.dtype, training=training)
     planned = plan.make(shape, q.device.type, cfg, machine(q.device, cfg.schedule))
     kind = q.device.type
     in_order = planned.schedule in (Schedule.INDUCTOR, Schedule.QUEUED) and planned.abreast == 1
     empty = c is None and in_order and v.numel() > 0
     single = empty and len(planned.segments) == 1 and planned.segments[0].chunks == 1
-    opens = empty and not single and mlstm.opens(kind)
+    opens = empty and not single and mlstm.prefers_zero_state(kind)
     threaded = kind == "cpu" and planned.threaded
     kernels = _kernels(eps, opens=opens, single=single, release_gil=threaded, strict=strict)
     return _Route(planned, schedules.load(planned.schedule, q.device), kernels)
 
 
-_routes = Seen(_find_route)
+_routes = CallCache(_find_route)
 
 
 def forget_routes() -> None:

@@ -12,7 +12,7 @@ from torch_xlstm_ops import trace
 from torch_xlstm_ops.maths import aten, shapes, slstm
 from torch_xlstm_ops.maths.shapes import check_not_negative, check_shape, state_dtype
 from torch_xlstm_ops.maths.slstm import Product
-from torch_xlstm_ops.ops.call_cache import Seen
+from torch_xlstm_ops.ops.call_cache import CallCache
 from torch_xlstm_ops.runtime import compiler, devices
 from torch_xlstm_ops.schedules import slstm as schedule
 
@@ -141,7 +141,7 @@ def _find_step(args: list[Tensor], floor: float) -> compiler.RawCallable:
     return compiler.get(slstm.step, axes, args, threads=threads, floor=floor, product=Product.FUSED)
 
 
-_steps = Seen(_find_step)
+_steps = CallCache(_find_step)
 
 
 def _step(*args: Tensor, floor: float = 0.0) -> _Results:

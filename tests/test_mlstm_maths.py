@@ -43,29 +43,30 @@ def test_segment_equals_recurrence(shape, gate, seed):
 def emitted(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Do a segment as a device does."""
     q, k, v, igate, fgate, c, n, m = args
-    P, q_gated, W, dC, *state = mlstm.operands(q, k, v, igate, fgate, mlstm.scores(q, k), c, n, m, eps=EPS)
+    P, q_gated, W, dC, *state = mlstm.segment_factors(q, k, v, igate, fgate, mlstm.scores(q, k), c, n, m, eps=EPS)
     h = torch.empty_like(v)
-    mlstm.emit(P, q_gated, mlstm.stand(W, dC, c), v, h.flatten(0, 1))
+    mlstm.write_output_(P, q_gated, mlstm.inter_chunk_states(W, dC, c), v, h.flatten(0, 1))
     return h, *state
 
 
 def opened(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Do a segment as CUDA does from an empty state."""
     q, k, v, igate, fgate = args[:5]
-    P, q_gated, W, dC, n, m, keep, add = mlstm.opening(q, k, v, igate, fgate, mlstm.scores(q, k), eps=EPS)
+    found = mlstm.segment_factors_zero_state(q, k, v, igate, fgate, mlstm.scores(q, k), eps=EPS)
+    P, q_gated, W, dC, n, m, keep, add = found
     h, c = torch.empty_like(v), torch.empty_like(args[5])
-    C_before = mlstm.stand(W, dC, None)
-    mlstm.emit(P, q_gated, C_before, v, h.flatten(0, 1))
-    mlstm.close(dC, C_before, keep, add, c)
+    C_before = mlstm.inter_chunk_states(W, dC, None)
+    mlstm.write_output_(P, q_gated, C_before, v, h.flatten(0, 1))
+    mlstm.final_state_(dC, C_before, keep, add, c)
     return h, c, n, m
 
 
 def single(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Do a segment of one chunk from an empty state."""
     q, k, v, igate, fgate = args[:5]
-    P, *state = mlstm.single(q, k, v, igate, fgate, mlstm.scores(q, k), eps=EPS)
+    P, *state = mlstm.segment_factors_single_chunk(q, k, v, igate, fgate, mlstm.scores(q, k), eps=EPS)
     h = torch.empty_like(v)
-    mlstm.emit(P, None, None, v, h.flatten(0, 1))
+    mlstm.write_output_(P, None, None, v, h.flatten(0, 1))
     return h, *state
 
 
@@ -142,7 +143,7 @@ def test_what_is_forgotten_leaves_no_denormal_numbers(fgate):
     args = draw(Sizes(1, 2, 256, 16, 16), torch.float32)
     args[4][:] += fgate - args[4].mean()
     args = chunked(args, 128)
-    factors = mlstm.operands(*args[:5], mlstm.scores(*args[:2]), *args[5:], eps=EPS)
+    factors = mlstm.segment_factors(*args[:5], mlstm.scores(*args[:2]), *args[5:], eps=EPS)
     for t in factors[:4]:
         denormal = (t != 0) & (t.abs() < torch.finfo(t.dtype).tiny)
         assert denormal.float().mean() < 1e-3
@@ -199,7 +200,7 @@ def test_monoid_is_associative_and_equals_the_state_of_the_whole(seed, gate):
     for part in parts:
         one_by_one = mlstm.absorb(*part, *one_by_one)
     assert_close(one_by_one, mlstm.absorb(*left, *args[5:]), 1e-12)
-    assert_close(one_by_one, mlstm.after(*args[1:]), 1e-12)
+    assert_close(one_by_one, mlstm.final_state(*args[1:]), 1e-12)
     assert_close(one_by_one, mlstm.segment(*args, eps=EPS)[1:], 1e-12)
 
 

@@ -23,7 +23,7 @@ from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules import sequential
 from torch_xlstm_ops.schedules.plan import Plan
 from torch_xlstm_ops.schedules.queue import worker_threads
-from torch_xlstm_ops.schedules.queue.band_queues import Strict
+from torch_xlstm_ops.schedules.queue.band_queues import SequentialQueue
 from torch_xlstm_ops.schedules.queue.job import Job, TaskError
 
 L = 16  # as in test_mlstm_ops: each new size is a compile
@@ -179,7 +179,7 @@ def job(
 ) -> Job:
     """Return a job whose task (band, segment) is a call of `work`."""
     plan = Plan(Schedule.QUEUED, bands, segments, 1, 1, 1, workers=workers, window=window)
-    lanes = [Strict((s, lambda b=b, s=s: work(b, s)) for s in range(segments)) for b in range(bands)]
+    lanes = [SequentialQueue((s, lambda b=b, s=s: work(b, s)) for s in range(segments)) for b in range(bands)]
     return Job(plan, lanes, CPU, "test", "forward")
 
 

@@ -113,7 +113,7 @@ def _plan(node: fx.Node, options: Any) -> str:
     with config.use(**options.settings):
         settings = config.for_call(chunk_size=node.kwargs.get("chunk_size"))  # type: ignore[arg-type]
     shape = plan.Shape(B * NH, S, DHQK, DHHV)
-    settings = tuned.settle(settings, shape, q.device, q.dtype, training=q.requires_grad)
+    settings = tuned.apply_tuned(settings, shape, q.device, q.dtype, training=q.requires_grad)
     return str(plan.make(shape, q.device.type, settings, machine(q.device)))
 
 

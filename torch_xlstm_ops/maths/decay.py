@@ -11,7 +11,7 @@ NEG_INF = float("-inf")
 GRID = 256.0  # multiples of 1/GRID add up exactly in float32 to +-65,536
 
 
-def prefixes(fgate: Tensor) -> Tensor:
+def log_decay_prefixes(fgate: Tensor) -> Tensor:
     """Return the inclusive prefix sums over the last axis of log_f = logsigmoid(fgate), in three planes (3, ...).
 
     The planes are coarse, fine, and the count of closed gates (log_f = -inf). Differences of plain prefix sums lose a
@@ -37,7 +37,9 @@ def prefix(terms: Tensor) -> Tensor:
 
 
 def across_chunks(within: Tensor) -> Tensor:
-    """Return the prefix sums over chunks (3, ..., NC) of their decays, from `prefixes` within each (3, ..., NC, L).
+    """Return the prefix sums over chunks (3, ..., NC) of their decays.
+
+    within: `log_decay_prefixes` of each chunk, (3, ..., NC, L).
 
     In float64 on CUDA, where a segment is long: beyond +-65,536 float32 would round them.
     """
@@ -61,8 +63,8 @@ def prefix_and_suffix(earlier: Tensor, later: Tensor) -> Tensor:
     return torch.where(ahead, later[..., None, :], earlier[..., None, :]).sum(-1)
 
 
-def span(after: Tensor, before: Tensor | None = None) -> Tensor:
-    """Return the log decay between two of `prefixes`, -inf where a closed gate lies between them."""
+def log_decay(after: Tensor, before: Tensor | None = None) -> Tensor:
+    """Return the log decay between two of `log_decay_prefixes`, -inf where a closed gate lies between them."""
     coarse, fine, closed = (after if before is None else after - before).unbind(0)
     return torch.where(closed == 0, coarse + fine, NEG_INF)
 
@@ -73,7 +75,7 @@ def causal(size: int, like: Tensor) -> Tensor:
     return index[None, :] <= index[:, None]
 
 
-def weight(log_weight: Tensor) -> Tensor:
+def exp_or_zero(log_weight: Tensor) -> Tensor:
     """Return exp(log_weight), relative to a largest of 1, and 0 where it is next to nothing.
 
     There numbers are denormal, with which a CPU's products take ten times as long.
@@ -81,7 +83,7 @@ def weight(log_weight: Tensor) -> Tensor:
     return torch.where(log_weight < LEAST[log_weight.dtype], 0.0, torch.exp(log_weight))
 
 
-def finite(maximum: Tensor) -> Tensor:
+def zero_if_empty(maximum: Tensor) -> Tensor:
     """Replace the maximum of nothing, -inf, by 0, so that -inf - maximum stays -inf."""
     return torch.where(maximum == NEG_INF, 0.0, maximum)
 

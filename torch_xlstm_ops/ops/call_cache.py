@@ -24,7 +24,7 @@ class _Entry(Generic[_Found]):
     found: _Found
 
 
-class Seen(Generic[_Found]):
+class CallCache(Generic[_Found]):
     """A bounded memory of `find(tensors, *how)`, by the tensors' shapes, dtypes and devices, and by `how`.
 
     What `find` raises is not remembered.
@@ -41,7 +41,7 @@ class Seen(Generic[_Found]):
         self._entries.clear()
         self._latest = None
 
-    def again(self, tensors: _Arguments, *how: Hashable) -> _Found | None:
+    def hit(self, tensors: _Arguments, *how: Hashable) -> _Found | None:
         """Return what was found for the latest kind of call if this one is like its first, strides and all."""
         latest = self._latest
         if latest is not None and latest.kind == _kind(tensors, how) and latest.like(*tensors):
@@ -50,7 +50,7 @@ class Seen(Generic[_Found]):
 
     def __call__(self, tensors: _Arguments, *how: Hashable) -> _Found:
         """Return what was found for a call like this one, finding it if there was none."""
-        found = self.again(tensors, *how)
+        found = self.hit(tensors, *how)
         if found is not None:
             return found
         kind = _kind(tensors, how)

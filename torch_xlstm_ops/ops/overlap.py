@@ -11,7 +11,7 @@ from torch import Tensor
 CAPACITY = 1024  # pointers of calls that are remembered
 
 
-class Memory:
+class OverlapCheck:
     """Says whether the written arguments of a call are apart from all others, and remembers it by their addresses."""
 
     def __init__(self, written: slice) -> None:

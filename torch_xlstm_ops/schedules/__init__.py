@@ -12,7 +12,7 @@ from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.runtime.extras import how_to_install
 
 _MODULES = {
-    Schedule.INDUCTOR: "inductor", Schedule.QUEUED: "queued", Schedule.RAY: "ray", Schedule.RECURRENT: "recurrent",
+    Schedule.INDUCTOR: "sequential", Schedule.QUEUED: "queue", Schedule.RAY: "ray", Schedule.RECURRENT: "recurrent",
 }
 RAY_MISSING = f"ray is not installed: {how_to_install('ray')}"
 

@@ -14,7 +14,8 @@ from torch_xlstm_ops.schedules.token_by_token import finite, gradient, state_aft
 
 OP = "mlstm_chunkwise"
 Summary = tuple[Tensor, Tensor, Tensor, Tensor]  # F M dC dn
-Factors = tuple[Tensor, Tensor | None, Tensor | None, Tensor]  # P q_gated C_before v, as `mlstm.emit` takes them
+# P q_gated C_before v, the arguments of `write_output_`
+Factors = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
 
 
 def forward(

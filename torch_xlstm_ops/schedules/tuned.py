@@ -12,7 +12,7 @@ from torch_xlstm_ops.config import Config, Schedule, tuned_plans
 from torch_xlstm_ops.schedules.plan import STEP_TOKENS, Shape
 
 
-def settle(config: Config, shape: Shape, device: torch.device, dtype: torch.dtype, *, training: bool) -> Config:
+def apply_tuned(config: Config, shape: Shape, device: torch.device, dtype: torch.dtype, *, training: bool) -> Config:
     """Return a configuration whose schedule is `auto` with what won for such calls, where the user left it open.
 
     What the user set stands. A winner whose schedule cannot run here is not used, and a warning says so.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.maths.decay import NEG_INF, constant_if_empty, finite, span, weight
+from torch_xlstm_ops.maths.decay import NEG_INF, constant_if_empty, exp_or_zero, log_decay, zero_if_empty
 from torch_xlstm_ops.maths.mlstm.recurrence import COLUMN
 
 
@@ -22,7 +22,7 @@ class Summaries(NamedTuple):
 def summaries(
     k: Tensor, v: Tensor, igate: Tensor, within: Tensor, least: Tensor | None = None
 ) -> tuple[Summaries, Tensor, Tensor]:
-    """Sum up each chunk, all weights relative to the chunk's largest; within: `prefixes` of its tokens.
+    """Sum up each chunk, all weights relative to the chunk's largest; within: `log_decay_prefixes` of its tokens.
 
     least: (G, NC), which M is raised to. Returns these, the weights (G, NC, L), and k times them (G, NC, DHQK, L).
     """
@@ -56,14 +56,14 @@ def sum_tokens(terms: Tensor) -> Tensor:
 
 def _input_weights(igate: Tensor, within: Tensor, least: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return what a token weighs at the end of its chunk, (G, NC, L), relative to the chunk's largest, and that M."""
-    log_weight = span(within[..., -1:], within) + igate
+    log_weight = log_decay(within[..., -1:], within) + igate
     M = log_weight.amax(-1)
     if least is not None:
         M = torch.maximum(M, least)
-    return weight(log_weight - finite(M)[..., None]), M
+    return exp_or_zero(log_weight - zero_if_empty(M)[..., None]), M
 
 
-class Reach(NamedTuple):
+class InterChunkWeights(NamedTuple):
     """How much of each chunk's summary, and of the incoming state, stands before each chunk."""
 
     W: Tensor  # (G, NC, NC), strictly lower triangular
@@ -78,31 +78,31 @@ class Reach(NamedTuple):
         return torch.where(chunk == self.W.shape[-1] - 1, self.w_state[..., None], self.W)
 
 
-def reaches(F_: Tensor, across: Tensor, M: Tensor, m: Tensor) -> Reach:
+def inter_chunk_weights(F_: Tensor, across: Tensor, M: Tensor, m: Tensor) -> InterChunkWeights:
     """Find the weights of the second level; F_: each chunk's decay (3, G, NC); across: of `across_chunks`."""
     chunk = torch.arange(M.shape[-1], device=M.device)
     before = across - F_
-    from_state = span(before).to(M.dtype) + m
-    from_chunk = span(before[..., :, None], across[..., None, :]).to(M.dtype) + M[..., None, :]
+    from_state = log_decay(before).to(M.dtype) + m
+    from_chunk = log_decay(before[..., :, None], across[..., None, :]).to(M.dtype) + M[..., None, :]
     from_chunk = torch.where(chunk[None, :] < chunk[:, None], from_chunk, NEG_INF)
     m_before = torch.maximum(from_chunk.amax(-1), from_state)
-    base = finite(m_before)
-    W = weight(from_chunk - base[..., None])
-    return Reach(W, weight(from_state - base), m_before, from_chunk, from_state)
+    base = zero_if_empty(m_before)
+    W = exp_or_zero(from_chunk - base[..., None])
+    return InterChunkWeights(W, exp_or_zero(from_state - base), m_before, from_chunk, from_state)
 
 
-def before(reach: Reach, dn: Tensor, n: Tensor) -> Tensor:
+def n_before_chunks(reach: InterChunkWeights, dn: Tensor, n: Tensor) -> Tensor:
     """Return n before each chunk, (G, NC, DHQK)."""
     return torch.bmm(reach.W, dn) + reach.w_state[..., None] * n[:, None]
 
 
-def fold(across: Tensor, M: Tensor, dC: Tensor, dn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def reduce_chunks(across: Tensor, M: Tensor, dC: Tensor, dn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compose the monoid elements of the chunks of a segment into one."""
-    from_chunk = span(across[..., -1:], across).to(M.dtype) + M
+    from_chunk = log_decay(across[..., -1:], across).to(M.dtype) + M
     M_all = from_chunk.amax(-1, keepdim=True)
-    share = weight(from_chunk - finite(M_all))
+    share = exp_or_zero(from_chunk - zero_if_empty(M_all))
     dC_all = (share[..., None, None] * dC.to(M.dtype)).sum(1)
-    return span(across[..., -1:]).to(M.dtype), M_all, dC_all, (share[..., None] * dn).sum(1)
+    return log_decay(across[..., -1:]).to(M.dtype), M_all, dC_all, (share[..., None] * dn).sum(1)
 
 
 def absorb(
@@ -113,8 +113,8 @@ def absorb(
         m' = max(F + m, M)      c' = exp(F + m - m') c + exp(M - m') dC          n' likewise
     """
     m_new = constant_if_empty(torch.maximum(F_ + m, M))
-    base = finite(m_new)
-    keep, add = weight(F_ + m - base), weight(M - base)
+    base = zero_if_empty(m_new)
+    keep, add = exp_or_zero(F_ + m - base), exp_or_zero(M - base)
     return keep[..., None] * c + add[..., None] * dC, keep * n + add * dn, m_new
 
 
@@ -124,7 +124,7 @@ def combine(
     """Compose the monoid elements of two segments, `first` before `second` in time; exactly associative."""
     (F_first, M, dC, dn), (F_second, M_second, dC_second, dn_second) = first, second
     M_new = torch.maximum(F_second + M, M_second)
-    base = finite(M_new)
+    base = zero_if_empty(M_new)
     keep, add = torch.exp(F_second + M - base), torch.exp(M_second - base)
     dC_new = keep[..., None] * dC + add[..., None] * dC_second
     return F_first + F_second, M_new, dC_new, keep * dn + add * dn_second

@@ -20,15 +20,22 @@ from torch_xlstm_ops.maths.decay import (
     NEG_INF,
     across_chunks,
     causal,
-    finite,
+    exp_or_zero,
+    log_decay,
+    log_decay_prefixes,
     prefix_and_suffix,
-    prefixes,
-    span,
-    weight,
+    zero_if_empty,
 )
-from torch_xlstm_ops.maths.mlstm.chunks import Reach, before, product_dtype, reaches, sum_tokens, summaries
+from torch_xlstm_ops.maths.mlstm.chunks import (
+    InterChunkWeights,
+    inter_chunk_weights,
+    n_before_chunks,
+    product_dtype,
+    sum_tokens,
+    summaries,
+)
 from torch_xlstm_ops.maths.mlstm.recurrence import FLOOR, floor
-from torch_xlstm_ops.maths.mlstm.segment import Look, looks
+from torch_xlstm_ops.maths.mlstm.segment import IntraChunkLogWeights, intra_chunk_log_weights
 from torch_xlstm_ops.maths.shapes import state_dtype
 
 
@@ -38,19 +45,19 @@ def gradient(
 ) -> tuple[Tensor, ...]:
     """Turn a segment into the factors of its gradient, recomputing it; `finish_gradient` multiplies them.
 
-    dh: (G, NC, L, DHHV); dc, dn, dm: gradients of the state after the segment; the rest as in `segment.operands`.
+    dh: (G, NC, L, DHHV); dc, dn, dm: gradients of the state after the segment; the rest as of `segment_factors`.
     Returns P and dS (G*NC, L, L); dq and dk (G*NC, L, DHQK), so far from other chunks; k_gated (G, NC, L, DHQK) and
     ddC (G*NC, DHQK, DHHV); digate and dfgate (G, NC, L); and the gradients of c, n, m.
     """
     G, NC, L, DHQK = q.shape
     wide, product = state_dtype(q.dtype), product_dtype(q.dtype)
     fgate, igate, k_wide, dh_flat = fgate.to(wide), igate.to(wide), k.to(wide), dh.flatten(0, 1)
-    within = prefixes(fgate)
+    within = log_decay_prefixes(fgate)
     across = across_chunks(within)
     chunks, gate, k_gated = summaries(k, v, igate, within)
-    reach = reaches(within[..., -1], across, chunks.M, m)
-    look = looks(igate, within, reach.m_before)
-    n_before = before(reach, chunks.dn, n)
+    reach = inter_chunk_weights(within[..., -1], across, chunks.M, m)
+    look = intra_chunk_log_weights(igate, within, reach.m_before)
+    n_before = n_before_chunks(reach, chunks.dn, n)
     sources = _put(chunks.dC, -1, c)
     C_before = torch.bmm(reach.with_state().to(product), sources.flatten(2)).view(G * NC, DHQK, -1)
 
@@ -80,7 +87,7 @@ def gradient(
     dm_end = dm[:, 0] - passing[:, 0].sum(-1) - alpha[:, -1].sum(-1)
     to_chunk, to_state, to_summary = _maxima(dm_end, tokens.rho.sum(-1), chunks.M, reach, end)
     passing = passing + torch.where(last, to_state[..., None], to_chunk)
-    alpha = alpha + _shared(to_summary, span(within[..., -1:], within) + igate, chunks.M)
+    alpha = alpha + _shared(to_summary, log_decay(within[..., -1:], within) + igate, chunks.M)
     dm_in = (dc_in * c).sum((1, 2)) + (dn_in * n).sum(-1) + to_state.sum(-1) + tokens.rho[:, 0].sum(-1)
 
     digate = sum_tokens(tokens.E) + alpha
@@ -117,7 +124,9 @@ class _Tokens(NamedTuple):
     rho: Tensor  # (G, NC, L), what of a token's maximum was found there
 
 
-def _tokens(q: Tensor, scores: Tensor, look: Look, n_before: Tensor, seen: Tensor, y: Tensor, eps: float) -> _Tokens:
+def _tokens(
+    q: Tensor, scores: Tensor, look: IntraChunkLogWeights, n_before: Tensor, seen: Tensor, y: Tensor, eps: float
+) -> _Tokens:
     """Differentiate the first level; seen: dh_t . v_s (G, NC, L, L); y: C_before dh_t (G, NC, L, DHQK)."""
     scale = q.shape[-1] ** -0.5
     weights, w = look.weights() * scale, look.w_state() * scale
@@ -140,7 +149,7 @@ def _tokens(q: Tensor, scores: Tensor, look: Look, n_before: Tensor, seen: Tenso
 
 
 class _End(NamedTuple):
-    """How the state after the segment sees its chunks and the incoming state; names as in `chunks.Reach`."""
+    """How the state after the segment sees its chunks and the incoming state; names as in `InterChunkWeights`."""
 
     W: Tensor  # (G, NC)
     w_state: Tensor  # (G, 1)
@@ -150,14 +159,16 @@ class _End(NamedTuple):
 
 
 def _end(across: Tensor, M: Tensor, m: Tensor) -> _End:
-    from_chunk = span(across[..., -1:], across).to(M.dtype) + M
-    from_state = span(across[..., -1:]).to(M.dtype) + m
+    from_chunk = log_decay(across[..., -1:], across).to(M.dtype) + M
+    from_state = log_decay(across[..., -1:]).to(M.dtype) + m
     m_after = torch.maximum(from_chunk.amax(-1, keepdim=True), from_state)
-    base = finite(m_after)
-    return _End(weight(from_chunk - base), weight(from_state - base), m_after, from_chunk, from_state)
+    base = zero_if_empty(m_after)
+    return _End(exp_or_zero(from_chunk - base), exp_or_zero(from_state - base), m_after, from_chunk, from_state)
 
 
-def _maxima(dm_end: Tensor, dm_before: Tensor, M: Tensor, reach: Reach, end: _End) -> tuple[Tensor, Tensor, Tensor]:
+def _maxima(
+    dm_end: Tensor, dm_before: Tensor, M: Tensor, reach: InterChunkWeights, end: _End
+) -> tuple[Tensor, Tensor, Tensor]:
     """Share the gradients of the second level's maxima among where they were found, the end in the place of chunk 0.
 
     Returns what goes to other chunks' M (G, NC, NC), to the incoming m (G, NC), and what each M gets in all (G, NC).

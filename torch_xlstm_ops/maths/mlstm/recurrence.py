@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_xlstm_ops.maths.decay import NEG_INF, constant_if_empty, finite
+from torch_xlstm_ops.maths.decay import NEG_INF, constant_if_empty, zero_if_empty
 from torch_xlstm_ops.maths.shapes import state_dtype
 
 COLUMN = 128  # tokens of a chunk, or rows of a large c, that a CUDA kernel sums at once
@@ -59,7 +59,7 @@ def _step(
     c, n = torch.where(closed[..., None], 0.0, c), torch.where(closed, 0.0, n)
     carried = torch.where(closed, NEG_INF, F.logsigmoid(fgate) + m)
     m_new = constant_if_empty(torch.maximum(carried, igate))
-    base = finite(m_new)
+    base = zero_if_empty(m_new)
     forget, add = torch.exp(carried - base), torch.exp(igate - base)
     q_scaled = q.to(wide) * q.shape[-1] ** -0.5
     k_gated = add * k.to(wide)

@@ -7,8 +7,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.maths.decay import NEG_INF, across_chunks, causal, finite, prefixes, span, weight
-from torch_xlstm_ops.maths.mlstm.chunks import Reach, absorb, before, fold, product_dtype, reaches, summaries
+from torch_xlstm_ops.maths.decay import (
+    NEG_INF,
+    across_chunks,
+    causal,
+    exp_or_zero,
+    log_decay,
+    log_decay_prefixes,
+    zero_if_empty,
+)
+from torch_xlstm_ops.maths.mlstm.chunks import (
+    InterChunkWeights,
+    absorb,
+    inter_chunk_weights,
+    n_before_chunks,
+    product_dtype,
+    reduce_chunks,
+    summaries,
+)
 from torch_xlstm_ops.maths.mlstm.recurrence import floor
 from torch_xlstm_ops.maths.shapes import state_dtype
 
@@ -29,7 +45,7 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
     return product.view(*q.shape[:3], q.shape[2])
 
 
-def operands(
+def segment_factors(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, c: Tensor, n: Tensor, m: Tensor,
     *, eps: float,
 ) -> tuple[Tensor, ...]:
@@ -37,47 +53,51 @@ def operands(
 
     q, k: (G, NC, L, DHQK); v: (G, NC, L, DHHV); igate, fgate: (G, NC, L); scores: (G, NC, L, L), of `scores`;
     c: (G, DHQK, DHHV); n: (G, DHQK); m: (G, 1).
-    Returns P (G*NC, L, L), q_gated (G*NC, L, DHQK), W (G, NC, NC) and dC (G, NC, DHQK, DHHV) for `stand`, and c, n, m.
+    Returns P (G*NC, L, L), q_gated (G*NC, L, DHQK), then W (G, NC, NC) and dC (G, NC, DHQK, DHHV) for
+    `inter_chunk_states`, and the state c, n, m after the segment.
     The factors already hold 1/denominator, so no pass over h follows. A token with igate -inf and fgate +inf changes
     nothing (padding).
     """
-    within, igate = prefixes(fgate.to(state_dtype(q.dtype))), igate.to(state_dtype(q.dtype))
+    within, igate = log_decay_prefixes(fgate.to(state_dtype(q.dtype))), igate.to(state_dtype(q.dtype))
     chunks, _, _ = summaries(k, v, igate, within)
     across = across_chunks(within)
-    reach = reaches(within[..., -1], across, chunks.M, m)
-    P, q_gated = _answers(q, igate, within, reach, scores, before(reach, chunks.dn, n), eps)
+    reach = inter_chunk_weights(within[..., -1], across, chunks.M, m)
+    P, q_gated = _weights_and_gated_q(q, igate, within, reach, scores, n_before_chunks(reach, chunks.dn, n), eps)
     W = reach.with_state().to(product_dtype(q.dtype))
-    return P, q_gated, W, chunks.dC, *absorb(*fold(across, *chunks), c, n, m)
+    return P, q_gated, W, chunks.dC, *absorb(*reduce_chunks(across, *chunks), c, n, m)
 
 
-def opening(
+def segment_factors_zero_state(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, *, eps: float
 ) -> tuple[Tensor, ...]:
-    """Do what `operands` does from an empty state, but for c: that is left for `close`, after `stand`.
+    """Like `segment_factors` for a zero initial state; call `final_state_` after `inter_chunk_states` to obtain c.
 
     c is then the last chunk's summary, absorbed into what stands before it: a pass over two of the summaries in place
-    of one over all. Returns P, q_gated, W, dC, n, m, and keep and add (G, 1) for `close`.
+    of one over all. Returns P, q_gated, W, dC, n, m, and keep and add (G, 1) for `final_state_`.
     """
-    within, igate = prefixes(fgate.to(state_dtype(q.dtype))), igate.to(state_dtype(q.dtype))
+    within, igate = log_decay_prefixes(fgate.to(state_dtype(q.dtype))), igate.to(state_dtype(q.dtype))
     chunks, _, _ = summaries(k, v, igate, within)
-    reach = reaches(within[..., -1], across_chunks(within), chunks.M, torch.zeros_like(chunks.M[:, :1]))
+    reach = inter_chunk_weights(within[..., -1], across_chunks(within), chunks.M, torch.zeros_like(chunks.M[:, :1]))
     n_before = torch.bmm(reach.W, chunks.dn)
-    P, q_gated = _answers(q, igate, within, reach, scores, n_before, eps)
-    F_, M, m_before = span(within[..., -1:, -1]), chunks.M[:, -1:], reach.m_before[:, -1:]
+    P, q_gated = _weights_and_gated_q(q, igate, within, reach, scores, n_before, eps)
+    F_, M, m_before = log_decay(within[..., -1:, -1]), chunks.M[:, -1:], reach.m_before[:, -1:]
     m = torch.maximum(F_ + m_before, M)
-    keep, add = weight(F_ + m_before - finite(m)), weight(M - finite(m))
+    keep, add = exp_or_zero(F_ + m_before - zero_if_empty(m)), exp_or_zero(M - zero_if_empty(m))
     n = keep * n_before[:, -1] + add * chunks.dn[:, -1]
     return P, q_gated, reach.W.to(product_dtype(q.dtype)), chunks.dC, n, m, keep, add
 
 
-def close(dC: Tensor, C_before: Tensor, keep: Tensor, add: Tensor, c: Tensor) -> tuple[()]:
-    """Write over c (G, DHQK, DHHV) that after a segment which `opening` began; dC, C_before: (G, NC, DHQK, DHHV)."""
+def final_state_(dC: Tensor, C_before: Tensor, keep: Tensor, add: Tensor, c: Tensor) -> tuple[()]:
+    """Write c after a segment of `segment_factors_zero_state` into c (G, DHQK, DHHV).
+
+    dC, C_before: (G, NC, DHQK, DHHV); keep, add: (G, 1).
+    """
     c.copy_(keep[..., None] * C_before[:, -1].to(keep.dtype) + add[..., None] * dC[:, -1].to(add.dtype))
     return ()
 
 
-def opens(device: str) -> bool:
-    """Return whether a segment from an empty state does well to begin with `opening`.
+def prefers_zero_state(device: str) -> bool:
+    """Return whether a segment from an empty state does well to begin with `segment_factors_zero_state`.
 
     On CUDA, where a pass over all summaries is one over the memory. The CPU has them in its cache, and looks at c
     before it computes h.
@@ -85,7 +105,7 @@ def opens(device: str) -> bool:
     return device == "cuda"
 
 
-def single(
+def segment_factors_single_chunk(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute a segment of one chunk (NC = 1) from an empty state: no summary, no product with what stands before.
@@ -93,45 +113,45 @@ def single(
     Returns P (G, L, L), of which ``h = P v``, and the state after the segment.
     """
     wide = state_dtype(q.dtype)
-    within, igate = prefixes(fgate.to(wide)), igate.to(wide)
-    look = looks(igate, within, torch.zeros_like(igate[..., 0]))
+    within, igate = log_decay_prefixes(fgate.to(wide)), igate.to(wide)
+    look = intra_chunk_log_weights(igate, within, torch.zeros_like(igate[..., 0]))
     P = scores * q.shape[-1] ** -0.5 * look.weights()
-    P = P * _inverse(P.sum(-1), look, eps)[..., None]
-    (m, dC, dn), _, _ = summaries(k, v, igate, within, least=span(within[..., -1]))
+    P = P * _inverse_denominator(P.sum(-1), look, eps)[..., None]
+    (m, dC, dn), _, _ = summaries(k, v, igate, within, least=log_decay(within[..., -1]))
     return P.to(q.dtype).flatten(0, 1), dC[:, 0].to(wide), dn[:, 0], m
 
 
-def answers(
+def factors_from_summary(
     q: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, M: Tensor, dn: Tensor, n: Tensor, m: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return P, q_gated and W as `operands` does, from chunks already summarised by `summarize`."""
+    """Return P, q_gated and W as `segment_factors` does, from chunks already summarised by `summarize`."""
     wide = state_dtype(q.dtype)
-    within = prefixes(fgate.to(wide))
-    reach = reaches(within[..., -1], across_chunks(within), M, m)
-    P, q_gated = _answers(q, igate.to(wide), within, reach, scores, before(reach, dn, n), eps)
+    within = log_decay_prefixes(fgate.to(wide))
+    reach = inter_chunk_weights(within[..., -1], across_chunks(within), M, m)
+    P, q_gated = _weights_and_gated_q(q, igate.to(wide), within, reach, scores, n_before_chunks(reach, dn, n), eps)
     return P, q_gated, reach.with_state().to(product_dtype(q.dtype))
 
 
-def _answers(
-    q: Tensor, igate: Tensor, within: Tensor, reach: Reach, scores: Tensor, n_before: Tensor, eps: float
+def _weights_and_gated_q(
+    q: Tensor, igate: Tensor, within: Tensor, reach: InterChunkWeights, scores: Tensor, n_before: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     scale = q.shape[-1] ** -0.5
     q_wide = q.to(state_dtype(q.dtype))
-    look = looks(igate, within, reach.m_before)
+    look = intra_chunk_log_weights(igate, within, reach.m_before)
     P = scores * scale * look.weights()
     w = look.w_state() * scale
     qn = (q_wide * n_before[..., None, :]).sum(-1)
-    r = _inverse(P.sum(-1) + w * qn, look, eps)
+    r = _inverse_denominator(P.sum(-1) + w * qn, look, eps)
     P, q_gated = P * r[..., None], q_wide * (w * r)[..., None]
     return P.to(q.dtype).flatten(0, 1), q_gated.to(product_dtype(q.dtype)).flatten(0, 1)
 
 
-def _inverse(total: Tensor, look: Look, eps: float) -> Tensor:
+def _inverse_denominator(total: Tensor, look: IntraChunkLogWeights, eps: float) -> Tensor:
     """Return 1/denominator (G, NC, L), from the sum of all weights."""
     return 1 / (torch.maximum(total.abs(), floor(look.m)) + eps)
 
 
-class Look(NamedTuple):
+class IntraChunkLogWeights(NamedTuple):
     """Logarithms of what a token sees: the tokens s <= t of its chunk, and the state before the chunk."""
 
     decay: Tensor  # (G, NC, L, L)
@@ -140,25 +160,25 @@ class Look(NamedTuple):
 
     def weights(self) -> Tensor:
         """Return what each token weighs (G, NC, L, L), relative to the largest."""
-        return weight(self.decay - finite(self.m)[..., None])
+        return exp_or_zero(self.decay - zero_if_empty(self.m)[..., None])
 
     def w_state(self) -> Tensor:
         """Return what the state before the chunk weighs (G, NC, L)."""
-        return weight(self.m_inter - finite(self.m))
+        return exp_or_zero(self.m_inter - zero_if_empty(self.m))
 
 
-def looks(igate: Tensor, within: Tensor, m_before: Tensor) -> Look:
+def intra_chunk_log_weights(igate: Tensor, within: Tensor, m_before: Tensor) -> IntraChunkLogWeights:
     """Find the logarithms of the first level."""
-    decay = span(within[..., :, None], within[..., None, :]) + igate[..., None, :]
+    decay = log_decay(within[..., :, None], within[..., None, :]) + igate[..., None, :]
     decay = torch.where(causal(igate.shape[-1], igate), decay, NEG_INF)
-    m_inter = span(within) + m_before[..., None]
-    return Look(decay, m_inter, torch.maximum(decay.amax(-1), m_inter))
+    m_inter = log_decay(within) + m_before[..., None]
+    return IntraChunkLogWeights(decay, m_inter, torch.maximum(decay.amax(-1), m_inter))
 
 
-def stand(W: Tensor, dC: Tensor, c: Tensor | None) -> Tensor:
-    """Return what stands before each chunk, C_before (G, NC, DHQK, DHHV), from what `operands` returns; writes over dC.
+def inter_chunk_states(W: Tensor, dC: Tensor, c: Tensor | None) -> Tensor:
+    """Return the inter-chunk states C_before (G, NC, DHQK, DHHV), from W and dC of `segment_factors`; writes over dC.
 
-    c: that before the segment; None after `opening`, which leaves dC as it is.
+    c: that before the segment; None after `segment_factors_zero_state`, which leaves dC as it is.
     A product outside the compiled graph: there Inductor would copy all of dC to change one slot.
     """
     if c is not None:
@@ -166,10 +186,10 @@ def stand(W: Tensor, dC: Tensor, c: Tensor | None) -> Tensor:
     return torch.bmm(W, dC.flatten(2)).view(dC.shape)
 
 
-def emit(P: Tensor, q_gated: Tensor | None, C_before: Tensor | None, v: Tensor, h: Tensor) -> None:
-    """Write ``q_gated C_before + P v`` into h (G*NC, L, DHHV); v (G, NC, L, DHHV), C_before of `stand`.
+def write_output_(P: Tensor, q_gated: Tensor | None, C_before: Tensor | None, v: Tensor, h: Tensor) -> None:
+    """Write ``q_gated C_before + P v`` into h (G*NC, L, DHHV); v (G, NC, L, DHHV), C_before of `inter_chunk_states`.
 
-    None for q_gated and C_before: nothing stands before, after `single`.
+    None for q_gated and C_before: nothing stands before, after `segment_factors_single_chunk`.
 
     Products outside the compiled graph: there Inductor would copy the second to add it to the first.
     """
@@ -187,8 +207,8 @@ def emit(P: Tensor, q_gated: Tensor | None, C_before: Tensor | None, v: Tensor, 
 def segment(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return h (G, NC, L, DHHV) and the state after a segment; shapes as in `operands`. A pure form of the two."""
-    P, q_gated, W, dC, *state = operands(q, k, v, igate, fgate, scores(q, k), c, n, m, eps=eps)
+    """Return h (G, NC, L, DHHV) and the state after a segment as a pure function; arguments as of `segment_factors`."""
+    P, q_gated, W, dC, *state = segment_factors(q, k, v, igate, fgate, scores(q, k), c, n, m, eps=eps)
     sources = dC.slice_scatter(c.to(dC.dtype)[:, None], 1, dC.shape[1] - 1, dC.shape[1])
     C_before = torch.bmm(W, sources.flatten(2)).view(-1, *c.shape[1:])
     h = torch.bmm(q_gated, C_before).to(v.dtype) + torch.bmm(P, v.flatten(0, 1))
@@ -196,7 +216,7 @@ def segment(
     return h.view(v.shape), c_after, n_after, m_after
 
 
-def after(
+def final_state(
     k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return only the state after a segment."""
@@ -207,9 +227,10 @@ def after(
 def summarize(k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tensor, ...]:
     """Reduce a segment to its monoid element F (G, 1), M (G, 1), dC (G, DHQK, DHHV), dn (G, DHQK).
 
-    Returns these, and M (G, NC), dC (G, NC, DHQK, DHHV) and dn (G, NC, DHQK) of its chunks, for `answers` and `stand`.
+    Returns these, and M (G, NC), dC (G, NC, DHQK, DHHV) and dn (G, NC, DHQK) of its chunks, for
+    `factors_from_summary` and `inter_chunk_states`.
     """
     wide = state_dtype(k.dtype)
-    within = prefixes(fgate.to(wide))
+    within = log_decay_prefixes(fgate.to(wide))
     chunks, _, _ = summaries(k, v, igate.to(wide), within)
-    return *fold(across_chunks(within), *chunks), *chunks
+    return *reduce_chunks(across_chunks(within), *chunks), *chunks

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_xlstm_ops.maths.decay import NEG_INF, finite
+from torch_xlstm_ops.maths.decay import NEG_INF, zero_if_empty
 from torch_xlstm_ops.maths.mlstm.recurrence import FLOOR, floor
 from torch_xlstm_ops.maths.shapes import state_dtype
 
@@ -25,7 +25,7 @@ def step_gradient(
     c, n = torch.where(closed[..., None], 0.0, c), torch.where(closed, 0.0, n)
     carried = torch.where(closed, NEG_INF, F.logsigmoid(fgate) + m)
     m_new = torch.maximum(carried, igate)
-    base = finite(m_new)
+    base = zero_if_empty(m_new)
     forget, add = torch.exp(carried - base), torch.exp(igate - base)
     scale = q.shape[-1] ** -0.5
     q_scaled, k_gated = q * scale, add * k

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_xlstm_ops.schedules import sequential
 from torch_xlstm_ops.schedules.plan import Plan, Segment
 from torch_xlstm_ops.schedules.queue import worker_threads
-from torch_xlstm_ops.schedules.queue.band_queues import Abreast, Lane, State, Steps, Strict, Summary
+from torch_xlstm_ops.schedules.queue.band_queues import BandQueue, ScanQueue, SequentialQueue, State, Steps, Summary
 from torch_xlstm_ops.schedules.queue.job import Job
 from torch_xlstm_ops.schedules.sequential import OP
 from torch_xlstm_ops.schedules.slicing import Kernels, Rows
@@ -62,12 +62,12 @@ def _steps(plan: Plan, kernels: Kernels, rows: Rows, band: slice) -> Steps:
     )
 
 
-def lane(plan: Plan, steps: Steps, band: slice, whole: State) -> Lane:
+def lane(plan: Plan, steps: Steps, band: slice, whole: State) -> BandQueue:
     """Return the tasks of a band, which end by writing its last state into that of all rows."""
     count = len(plan.segments)
     if plan.abreast > 1 and count > 1:
         first = [t[band].clone() for t in whole]  # the last state may be written while the first is still read
-        return Abreast(count, plan.abreast, first, steps, partial(_write, whole, band))
+        return ScanQueue(count, plan.abreast, first, steps, partial(_write, whole, band))
     current = [[t[band] for t in whole]]
 
     def work(number: int) -> None:
@@ -75,7 +75,7 @@ def lane(plan: Plan, steps: Steps, band: slice, whole: State) -> Lane:
         if number == count - 1:
             _write(whole, band, current[0])
 
-    return Strict((number, partial(work, number)) for number in range(count))
+    return SequentialQueue((number, partial(work, number)) for number in range(count))
 
 
 def absorb(kernels: Kernels, summary: Summary, state: State) -> State:
@@ -100,13 +100,13 @@ def _answer(kernels: Kernels, rows: Rows, band: slice, segment: Segment, summary
 def _lane_back(
     plan: Plan, kernels: Kernels, rows: Rows, gradients: list[Tensor], dh: Tensor, band: slice, state: State,
     whole: State,
-) -> Lane:
+) -> BandQueue:
     first, last = [t[band] for t in state], [t[band] for t in whole]
     found = sequential.BandGradient(kernels, rows, gradients, dh, band, first, last)
     count = len(plan.segments)
     forth = [(number, partial(found.advance, number)) for number in range(count - 1)]
     back: list[tuple[int, Callable[[], None]]] = [(n, partial(found.retreat, n)) for n in reversed(range(count))]
-    return Strict([*forth, *back, (0, lambda: _write(whole, band, found.dstate))])
+    return SequentialQueue([*forth, *back, (0, lambda: _write(whole, band, found.dstate))])
 
 
 def finite(summary: Summary) -> Summary | None:

@@ -20,7 +20,7 @@ class Task(NamedTuple):
     run: Callable[[], Settle]  # returns what to do under the lock once it has run
 
 
-class Lane(Protocol):
+class BandQueue(Protocol):
     """The tasks of one band."""
 
     def take(self) -> Task | None:
@@ -30,7 +30,7 @@ class Lane(Protocol):
         """Return whether a task has not started yet."""
 
 
-class Strict:
+class SequentialQueue:
     """One task after another, each with the number of its segment."""
 
     def __init__(self, tasks: Iterable[tuple[int, Callable[[], None]]]) -> None:
@@ -66,7 +66,7 @@ class Steps(NamedTuple):
     answer: Callable[[int, Summary, State], None]  # write the h of a segment that was summarised
 
 
-class Abreast:
+class ScanQueue:
     """Several segments at once: summaries run ahead, states are handed on in order, segments emitted as they can.
 
     Of `width` consecutive segments the last one hands on the state that its own emission finds; the others are

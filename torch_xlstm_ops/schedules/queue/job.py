@@ -16,7 +16,7 @@ from torch_xlstm_ops import trace
 from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules.plan import Plan
 from torch_xlstm_ops.schedules.queue import worker_threads
-from torch_xlstm_ops.schedules.queue.band_queues import Lane, Settle, Task
+from torch_xlstm_ops.schedules.queue.band_queues import BandQueue, Settle, Task
 
 
 class Where(NamedTuple):
@@ -47,7 +47,7 @@ class TaskError(RuntimeError):
 
 class _Place(NamedTuple):
     band: int
-    lane: Lane
+    lane: BandQueue
 
 
 class Job:
@@ -58,7 +58,7 @@ class Job:
     """
 
     def __init__(
-        self, plan: Plan, lanes: Sequence[Lane], device: torch.device, op: str, phase: str,
+        self, plan: Plan, lanes: Sequence[BandQueue], device: torch.device, op: str, phase: str,
         abandon: Callable[[], None] = lambda: None,
     ) -> None:
         """abandon: makes tasks that run elsewhere end, after an interrupt."""

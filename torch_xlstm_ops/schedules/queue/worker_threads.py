@@ -15,7 +15,7 @@ Work = Callable[[], None]  # must not raise
 NAME = "xlstm-ops"
 
 
-class Pool:
+class WorkerThreads:
     """Threads that each may use `threads` intra-op threads, and take work in the order it was given."""
 
     def __init__(self, threads: int) -> None:
@@ -70,15 +70,15 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_pools: dict[int, Pool] = {}
+_pools: dict[int, WorkerThreads] = {}
 _lock = threading.Lock()
 
 
-def get(threads: int) -> Pool:
+def get(threads: int) -> WorkerThreads:
     """Return the process's pool of workers with `threads` intra-op threads each."""
     with _lock:
         if threads not in _pools:
-            _pools[threads] = Pool(threads)
+            _pools[threads] = WorkerThreads(threads)
         return _pools[threads]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.oracle import Sizes, draw
-from torch_xlstm_ops.ops.call_cache import Seen
+from torch_xlstm_ops.ops.call_cache import CallCache
 
 one, two = torch.zeros(2, 3), torch.zeros(3, 2)
 KINDS = {
@@ -30,7 +30,7 @@ def test_a_kind_of_call_is_found_once():
         found.append((tensors, how))
         return len(found)
 
-    seen = Seen(find)
+    seen = CallCache(find)
     first = {name: seen(*kind) for name, kind in KINDS.items()}
     assert sorted(first.values()) == [1, 2, 3, 4, 5, 6]
     for name, (tensors, how) in reversed(KINDS.items()):
@@ -42,22 +42,22 @@ def test_a_kind_of_call_is_found_once():
 
 
 def test_the_latest_kind_is_known_again_by_its_strides_too():
-    seen = Seen(lambda tensors, how: how)
-    assert seen.again((one, two), "a") is None
+    seen = CallCache(lambda tensors, how: how)
+    assert seen.hit((one, two), "a") is None
     assert seen((one, two), "a") == "a"
-    assert seen.again((two.t().contiguous(), two), "a") == "a"
-    assert seen.again((two.t(), two), "a") is None
-    assert seen.again((one, two), "b") is None
+    assert seen.hit((two.t().contiguous(), two), "a") == "a"
+    assert seen.hit((two.t(), two), "a") is None
+    assert seen.hit((one, two), "b") is None
     assert seen((one, None, two), "a") == "a"
-    assert seen.again((one, None, two), "a") == "a"
-    assert seen.again((one, two, None), "a") is None
-    assert seen.again((one, one, two), "a") is None
-    assert seen.again((one, None, None), "a") is None
-    assert seen.again((one.t().contiguous().t(), None, two), "a") is None
+    assert seen.hit((one, None, two), "a") == "a"
+    assert seen.hit((one, two, None), "a") is None
+    assert seen.hit((one, one, two), "a") is None
+    assert seen.hit((one, None, None), "a") is None
+    assert seen.hit((one.t().contiguous().t(), None, two), "a") is None
 
 
 def test_a_number_of_threads_is_a_kind():
-    seen = Seen(lambda tensors: torch.get_num_threads())
+    seen = CallCache(lambda tensors: torch.get_num_threads())
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 1):
@@ -71,7 +71,7 @@ def test_what_find_raises_is_not_remembered():
     def find(tensors: Sequence[Tensor | None]) -> int:
         raise ValueError("no")
 
-    seen = Seen(find)
+    seen = CallCache(find)
     for _ in range(2):
         with pytest.raises(ValueError, match="no"):
             seen((one,))
