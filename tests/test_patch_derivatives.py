@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from tests.oracle import Sizes, draw
+from tests.oracle import GRADIENT_TOLERANCE, Sizes, assert_close, draw
 from torch_xlstm_ops.patch import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,14 +64,38 @@ def flashrnn() -> tuple[Function, list[Tensor]]:
     return run, [normal(2, 4, 4, 2, 4), normal(4, 2, 4, 4) / 4, normal(4, 2, 4)]
 
 
+def tirex2_layer(kind: str) -> tuple[Function, list[Tensor]]:
+    """Return one layer of a tirex-2 model, over its hidden states."""
+    pytest.importorskip("tirex2.model.tirex2", reason="needs the package tirex-2")
+    from tests.test_patch_tirex import tirex2_model
+
+    layer = next(m for m in tirex2_model().modules() if type(m).__name__ == kind).double()
+    for module in layer.modules():
+        if hasattr(module, "force_float32_reductions"):
+            module.force_float32_reductions = False
+    return layer, [normal(1, 5, 64)]
+
+
+def tirex2_mlstm() -> tuple[Function, list[Tensor]]:
+    return tirex2_layer("mLSTMLayer")
+
+
+def tirex2_slstm() -> tuple[Function, list[Tensor]]:
+    return tirex2_layer("sLSTMFlashRNNLayer")
+
+
 PACKAGES: dict[str, tuple[str, Callable[[], Any]]] = {
     "transformers": ("transformers", transformers),
     "mlstm_kernels": ("mlstm_kernels", mlstm_kernels),
     "xlstm mLSTM": ("xlstm", xlstm_mlstm),
     "xlstm sLSTM": ("xlstm", xlstm_slstm),
     "flashrnn": ("flashrnn", flashrnn),
+    "tirex-2 mLSTM": ("tirex-2", tirex2_mlstm),
+    "tirex-2 sLSTM": ("tirex-2", tirex2_slstm),
 }
-every_package = pytest.mark.parametrize("package", PACKAGES)
+every_package = pytest.mark.parametrize("package", [
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith("tirex") else []) for name in PACKAGES
+])
 
 
 @every_package
@@ -122,3 +147,25 @@ def test_gradients_of_each_sample_by_functional_call_equal_those_unpatched() -> 
     for name, gradient in found.items():
         wanted = [torch.autograd.grad(loss(weights, one), weights[name])[0] for one in x]
         torch.testing.assert_close(gradient, torch.stack(wanted))
+
+
+def test_derivatives_of_a_tirex_cell_equal_those_of_the_float64_recurrence() -> None:
+    """The peer computes in bfloat16 whatever it is given, so its inputs are rounded first."""
+    pytest.importorskip("tirex.models.slstm.cell", reason="needs the package tirex-ts")
+    from tests.test_patch_tirex import cell_input, exact, tirex_cell
+
+    cell, x = tirex_cell(), cell_input().bfloat16().float()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).bfloat16().float()
+
+    def loss(run: Function, x: Tensor) -> Tensor:
+        return run(x).double().sin().sum()
+
+    def found(run: Function, x: Tensor, direction: Tensor) -> list[Tensor]:
+        gradient = torch.func.grad(functools.partial(loss, run))
+        tangent = torch.func.jvp(run, (x,), (direction,))[1]
+        return [gradient(x), tangent, torch.func.jvp(gradient, (x,), (direction,))[1]]
+
+    with patch("tirex"):
+        ours = found(lambda x: cell(x, None)[0], x, direction)
+    wanted = found(lambda x: exact(cell, x), x.double(), direction.double())
+    assert_close(ours, wanted, GRADIENT_TOLERANCE[torch.bfloat16])
