@@ -1,0 +1,54 @@
+"""Replace files atomically: a reader sees the old content or all of the new one, never a part of it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+PARTIAL = ".partial"  # how the hidden files that are being written end
+
+
+@contextmanager
+def replacing(path: str | Path, mode: str = "w", *, durable: bool = False) -> Iterator[IO[Any]]:
+    """Open a file that takes the place of `path` when the block ends; if the block raises, `path` keeps its content.
+
+    A `path` that is a link stays one: the file that it names is replaced. The content is written to a hidden file in
+    the same folder, under a random name.
+
+    mode: "w" for UTF-8 text with line ends as written, "wb" for bytes.
+    durable: also flush the file and its folder to the disk, so that the content survives a power cut.
+
+    Raises OSError if the file cannot be written.
+    """
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    partial = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}{PARTIAL}")
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+    try:
+        # Mode "x" fails for a file or link that is already there.
+        with open(partial, mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(partial)
+        raise
+    if durable:
+        _flush_folder(folder)
+
+
+def _flush_folder(folder: str) -> None:
+    """Make a folder's names survive a power cut, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
