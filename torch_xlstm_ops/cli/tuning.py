@@ -104,14 +104,14 @@ def _piece(request: Request, length: int) -> int:
     return generate.pieces(length, request.device)[0]
 
 
-def kinds(request: Request, length: int) -> list[tuned_plans.Kind]:
+def kinds(request: Request, length: int) -> list[tuned_plans.CallKind]:
     """Return the kinds of call that a search of a length finds the winner of."""
     B, NH, DHQK, DHHV = request.shape
     wanted = set(request.values["phase"])
     calls = {("training", length)} if "train" in wanted else set()
     calls |= {("forward", length)} if "prefill" in wanted else set()
     calls |= {("forward", _piece(request, length))} if "first-token" in wanted else set()
-    return [tuned_plans.kind(request.device, request.dtype, B * NH, tokens, DHQK, DHHV, training=use == "training")
+    return [tuned_plans.call_kind(request.device, request.dtype, B * NH, tokens, DHQK, DHHV, training=use == "training")
             for use, tokens in sorted(calls)]
 
 

@@ -28,18 +28,21 @@ def replacing(path: str | Path, mode: str = "w", *, durable: bool = False) -> It
     folder, name = os.path.split(target)
     partial = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}{PARTIAL}")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
-    try:
-        # Mode "x" fails for a file or link that is already there.
-        with open(partial, mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
+    # Mode "x" fails for a file or link that is already there.
+    with open(partial, mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
+        try:
             yield file
+            file.flush()
             if durable:
-                file.flush()
                 os.fsync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.remove(partial)
-        raise
+            file.close()
+            os.replace(partial, target)
+        except BaseException:
+            with suppress(OSError):
+                file.close()  # Windows does not delete an open file
+            with suppress(FileNotFoundError):
+                os.remove(partial)
+            raise
     if durable:
         _flush_folder(folder)
 

@@ -44,7 +44,7 @@ class Found(NamedTuple):
         return self.version or "of unknown version"
 
 
-_HERE = "torch_xlstm_ops.patch"
+_HERE = "torch_xlstm_ops.patch.upstream"
 PEERS = {
     "transformers": Peer(f"{_HERE}.transformers", "transformers", (5, 17), (5, 24),
                          "transformers.models.xlstm.modeling_xlstm"),
