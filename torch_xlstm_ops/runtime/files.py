@@ -5,15 +5,25 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, Literal, TextIO, overload
 
 PARTIAL = ".partial"  # how the hidden files that are being written end
 
 
+@overload
+def replacing(
+    path: str | Path, mode: Literal["w"] = "w", *, durable: bool = False
+) -> AbstractContextManager[TextIO]: ...
+
+
+@overload
+def replacing(path: str | Path, mode: Literal["wb"], *, durable: bool = False) -> AbstractContextManager[BinaryIO]: ...
+
+
 @contextmanager
-def replacing(path: str | Path, mode: str = "w", *, durable: bool = False) -> Iterator[IO[Any]]:
+def replacing(path: str | Path, mode: str = "w", *, durable: bool = False) -> Iterator[Any]:
     """Open a file that takes the place of `path` when the block ends; if the block raises, `path` keeps its content.
 
     A `path` that is a link stays one: the file that it names is replaced. The content is written to a hidden file in
@@ -45,6 +55,17 @@ def replacing(path: str | Path, mode: str = "w", *, durable: bool = False) -> It
             raise
     if durable:
         _flush_folder(folder)
+
+
+def check_file(name: str, path: str) -> None:
+    """Raise ValueError, naming the argument `name`, unless the file at `path` can be written."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        raise ValueError(f"{name} must be a file that can be written, got {path!r}, which is a directory")
+    if not os.path.isdir(folder):
+        raise ValueError(f"{name} must be a file that can be written, got {path!r}, whose directory is not there")
+    if not all(os.access(place, os.W_OK) for place in (folder, path) if os.path.exists(place)):
+        raise ValueError(f"{name} must be a file that can be written, got {path!r}, which permissions forbid")
 
 
 def _flush_folder(folder: str) -> None:

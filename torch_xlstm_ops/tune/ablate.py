@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.runtime import files
 from torch_xlstm_ops.tune import bench
 from torch_xlstm_ops.tune.rows import Row
 from torch_xlstm_ops.tune.space import Candidate, Space, Value
@@ -58,9 +58,9 @@ def write(folder: Path, tables: Sequence[Sequence[Row]], about: Mapping[str, Any
     """Write ablation.json, ablation.csv and, where matplotlib is installed, ablation.png; return what was written."""
     rows = [dataclasses.asdict(row) for table in tables for row in table]
     paths = [folder / "ablation.json", folder / "ablation.csv"]
-    with export.whole_file(str(paths[0])) as file:
+    with files.replacing(paths[0]) as file:
         json.dump({"about": dict(about), "load_average": bench.load_average(), "rows": rows}, file, indent=1)
-    with export.whole_file(str(paths[1])) as file:
+    with files.replacing(paths[1]) as file:
         writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.runtime import files
 
 
 class Outcome(str, Enum):
@@ -101,9 +101,9 @@ class Files:
     def __init__(self, folder: Path, records: Iterable[Record]) -> None:
         self._lines, self._table = folder / "trials.jsonl", folder / "trials.csv"
         kept = list(records)
-        with export.whole_file(str(self._lines)) as file:
+        with files.replacing(self._lines) as file:
             file.writelines(_line(record) for record in kept)
-        with export.whole_file(str(self._table)) as file:
+        with files.replacing(self._table) as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(row for record in kept for row in rows(record))

@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 
-from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.runtime import files
 from torch_xlstm_ops.tune import plots, study
 from torch_xlstm_ops.tune.measure import bounds, in_words
 from torch_xlstm_ops.tune.records import Outcome, Record, measured
@@ -38,7 +38,7 @@ def write(folder: Path) -> list[Path]:
     parts = [f"<h1>Plans tried</h1>{_machines(found)}", *(f"<h2>{title}</h2>{_picture(path)}"
                                                           for title, path in pictures.items())]
     parts += [_section(name, records, found[name].user_attrs) for name, records in studies.items()]
-    with export.whole_file(str(folder / PAGE)) as file:
+    with files.replacing(folder / PAGE) as file:
         file.write(f"<!doctype html><html lang=en><meta charset=utf-8><title>xlstm-ops tune</title>"
                    f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")
     return [folder / PAGE, *pictures.values()]
