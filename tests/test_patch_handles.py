@@ -265,7 +265,7 @@ def test_a_newer_version_of_which_nothing_is_known_is_refused(monkeypatch: pytes
     version(monkeypatch, "1.5.0")
     unlike = Replacement(Layer, "forward", build, "adds ten", ("self", "x"), uses=(("forward", ("self", "y")),))
     monkeypatch.setattr(sys.modules["made_up_drop_in"], "replacements", lambda compat: [unlike])
-    with pytest.raises(RuntimeError, match=r"made_up 1.5.0 differs from 1.0 to 1.4, .* cannot be patched: .*\(self, y\)"):
+    with pytest.raises(RuntimeError, match=r"made_up 1.5.0 differs from .* cannot be patched: .*\(self, y\)"):
         patch("made_up")
 
 
@@ -313,7 +313,7 @@ def test_a_half_imported_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         raise AttributeError("module 'made_up' has no attribute 'Layer'")
 
     monkeypatch.setattr(sys.modules["made_up_drop_in"], "replacements", broken)
-    with pytest.raises(RuntimeError, match="made_up differs from the releases .* has no attribute"):
+    with pytest.raises(RuntimeError, match=r"made_up differs from the releases .* has no attribute"):
         patch("made_up")
 
 

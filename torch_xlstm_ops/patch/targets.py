@@ -38,7 +38,7 @@ def of_all_installed(compat: bool) -> list[Replacement]:
     if not found:
         raise RuntimeError(f"nothing could be patched: {'; '.join(map(str, failures))}") from failures[0]
     for failure in failures:
-        warnings.warn(f"not patched: {failure}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"not patched: {failure}", RuntimeWarning, stacklevel=3)
     return found
 
 
