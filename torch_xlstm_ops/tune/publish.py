@@ -10,10 +10,10 @@ from typing import Any
 
 from torch_xlstm_ops import registrations
 from torch_xlstm_ops.config import Schedule, tuned_plans
+from torch_xlstm_ops.tune.search import Result
 from torch_xlstm_ops.tune.space import Space
-from torch_xlstm_ops.tune.study import Result
 
-_OF_ANY_SCHEDULE = ("schedule", "chunk_size", "segment", "heads_per_band")
+_ALL_SCHEDULES = ("schedule", "chunk_size", "segment", "heads_per_band")
 
 
 def publish(
@@ -40,7 +40,7 @@ def publish(
 def settings(space: Space, result: Result) -> dict[str, Any]:
     """Return the settings of the best plan, without those that its schedule does not read."""
     given = space.settings(result.best.params)
-    fields = _OF_ANY_SCHEDULE if result.best.plan.schedule is Schedule.INDUCTOR else tuned_plans.FIELDS
+    fields = _ALL_SCHEDULES if result.best.plan.schedule is Schedule.INDUCTOR else tuned_plans.FIELDS
     return {field: str(given[field]) if field == "schedule" else given[field] for field in fields if field in given}
 
 

@@ -1,4 +1,4 @@
-"""A page of what a folder's searches found, with its pictures in it and beside it."""
+"""An HTML page with the results of a folder's searches, and its plots as files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _STYLE = ("body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em 
 
 
 def write(folder: Path) -> list[Path]:
-    """Write report.html and the pictures of the searches in a folder; return what was written.
+    """Write report.html and the plots of the searches in a folder; return their paths.
 
-    Raises ValueError where there are none, StoreError for a store that cannot be read.
+    Raises ValueError if there are none, StoreError for a store that cannot be read.
     """
     if not (folder / study.STORE).is_file():
         raise ValueError(f"--out must be a folder with searches, got {folder} without {study.STORE}")
@@ -45,7 +45,7 @@ def write(folder: Path) -> list[Path]:
 
 
 def draw(folder: Path, studies: Mapping[str, Sequence[Record]]) -> dict[str, Path]:
-    """Write the pictures and return them by title."""
+    """Write the plots and return their paths by title."""
     pictures: dict[str, Path | None] = {
         "Reward against trial": plots.reward_by_trial(folder / "reward.png", studies),
         "What each setting explains": plots.importance(folder / "importance.png", studies),
