@@ -26,6 +26,7 @@ from torch_xlstm_ops.tune import bench, plots, samplers, space, study, workloads
 from torch_xlstm_ops.tune.bench import Measured
 from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.records import Record
+from torch_xlstm_ops.tune.search import Goal, Result, Search
 from torch_xlstm_ops.tune.space import Candidate, Key
 
 CASES = ["1,4,64,64,2048", "2,8,64,64,512"]  # one set of compiled kernels
@@ -52,11 +53,11 @@ class Replay:
 def search(
     name: str, place: space.Space, measures: bench.Bench, method: str, seed: int, trials: int, *,
     seconds: float = 0.0, folder: Path | None = None,
-) -> tuple[study.Search, study.Result]:
+) -> tuple[Search, Result]:
     """Run one search to its end."""
     store = optuna.storages.InMemoryStorage() if folder is None else study.open_store(folder / study.STORE)
-    found = study.Search(f"{name}-{method}-seed{seed}", place, measures, store, method=method, seed=seed,
-                         goal=study.Goal(trials, None, seconds), about={"torch": torch.__version__}, folder=folder)
+    found = Search(f"{name}-{method}-seed{seed}", place, measures, store, method=method, seed=seed,
+                         goal=Goal(trials, None, seconds), about={"torch": torch.__version__}, folder=folder)
     return found, found.run()
 
 

@@ -51,7 +51,7 @@ def test_every_operator_is_within_tolerance(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_the_report_names_every_supported_package() -> None:
     versions = check.report(torch.device("cpu"), [])["versions"]
-    assert {peer.distribution for peer in upstream.PEERS.values()} <= versions.keys()
+    assert {peer.distribution for peer in upstream.PACKAGES.values()} <= versions.keys()
     assert versions["torch"] == torch.__version__
 
 

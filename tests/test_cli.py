@@ -26,7 +26,7 @@ from tests.conftest import Command
 from torch_xlstm_ops import config, schedules, trace
 from torch_xlstm_ops.cli import foreign, generate, info, loading, meter, sampling
 from torch_xlstm_ops.context import allocation
-from torch_xlstm_ops.patch import upstream
+from torch_xlstm_ops.patch import releases, upstream
 from torch_xlstm_ops.runtime import devices, torch_internals
 from torch_xlstm_ops.runtime.extras import how_to_install
 from torch_xlstm_ops.runtime.torch_internals.need import Status
@@ -490,13 +490,13 @@ def test_info_tells_devices_versions_schedules_and_sources(
     reasons = {config.Schedule.RAY: f"ray is not installed: {how_to_install('ray')}"}
     monkeypatch.setattr(schedules, "unavailable", lambda schedule, device: reasons.get(schedule), raising=False)
     monkeypatch.setattr(info, "PACKAGES", ("no_such_package",))
-    table = {name: upstream.Peer("", f"{name}-ts", (1, 4), newest, name) for name, newest in
+    table = {name: upstream.Upstream("", f"{name}-ts", (1, 4), newest, name) for name, newest in
              (("no_such_peer", (1, 4)), ("there", (1, 6)), ("fork", (1, 4)), ("copied", (1, 4)))}
-    monkeypatch.setattr(upstream, "PEERS", table)
-    monkeypatch.setattr(upstream, "installed", lambda name: name != "no_such_peer")
-    versions = {"there": upstream.Found("1.5.2", "there-ts"), "fork": upstream.Found("0.3", "my-fork"),
-                "copied": upstream.Found(None, None)}
-    monkeypatch.setattr(upstream, "found", versions.get)
+    monkeypatch.setattr(upstream, "PACKAGES", table)
+    monkeypatch.setattr(releases, "installed", lambda name: name != "no_such_peer")
+    versions = {"there": releases.Found("1.5.2", "there-ts"), "fork": releases.Found("0.3", "my-fork"),
+                "copied": releases.Found(None, None)}
+    monkeypatch.setattr(releases, "found", versions.get)
     monkeypatch.setattr(info.platform, "python_version", lambda: "3.11.0")
     there = devices.Capabilities("cpu", None, ("8 threads",), False, False, devices.Memory(2**29, 2**30, None))
     gone = devices.Capabilities("mps", "MPS needs macOS, and this is linux", (), False, False, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 import threading
@@ -31,7 +32,7 @@ SAMPLES = {
     "tuned": ("off", "off"),
 }
 needs_toml = pytest.mark.skipif(
-    sys.version_info < (3, 11) and config.importlib.util.find_spec("tomli") is None, reason="tomli is not installed"
+    sys.version_info < (3, 11) and importlib.util.find_spec("tomli") is None, reason="tomli is not installed"
 )
 
 
@@ -42,7 +43,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith(config.PREFIX) or name in aliases:
             monkeypatch.delenv(name)
-    monkeypatch.setattr(config, "_listeners", [])
+    monkeypatch.setattr(config.active, "_listeners", [])
     config.reload(flags={})
     yield
     monkeypatch.undo()
@@ -237,7 +238,7 @@ XLSTM_OPS_CONFIG = DIR/ops.toml must be a TOML file, got: Expected '=' after a k
 
 
 def test_a_python_without_toml_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("XLSTM_OPS_CONFIG", "ops.toml")
     with pytest.raises(RuntimeError) as caught:
         config.reload()
@@ -249,10 +250,10 @@ def test_the_readme_table_shows_every_setting() -> None:
     assert_expected_inline(config.markdown(), """\
 | environment | flag | TOML key | value | meaning | also read |
 |---|---|---|---|---|---|
-| `XLSTM_OPS_SCHEDULE` | `--schedule` | `schedule` | one of auto, inductor, queued, ray, recurrent | how segments are put on the device | `XLSTM_CHUNKWISE_BACKEND` |
+| `XLSTM_OPS_SCHEDULE` | `--schedule` | `schedule` | one of auto, inductor, queued, ray, recurrent | how segments are executed | `XLSTM_CHUNKWISE_BACKEND` |
 | `XLSTM_OPS_CHUNK_SIZE` | `--chunk-size` | `chunk_size` | a whole number of at least 1 | tokens a chunk |  |
 | `XLSTM_OPS_SEGMENT` | `--segment` | `segment` | a whole number of at least 1 | tokens a segment, one compiled call each |  |
-| `XLSTM_OPS_HEADS_PER_BAND` | `--heads-per-band` | `heads_per_band` | a whole number of at least 1 | heads that travel together as one band | `XLSTM_MPS_HEADS_PER_BAND` |
+| `XLSTM_OPS_HEADS_PER_BAND` | `--heads-per-band` | `heads_per_band` | a whole number of at least 1 | heads computed together, as one band | `XLSTM_MPS_HEADS_PER_BAND` |
 | `XLSTM_OPS_WORKERS` | `--workers` | `workers` | a whole number of at least 1 | worker threads of the queued schedule, or Ray actors | `XLSTM_MPS_WORKERS` |
 | `XLSTM_OPS_STREAMS` | `--streams` | `streams` | a whole number of at least 1 | device streams of the queued schedule | `XLSTM_MPS_STREAMS` |
 | `XLSTM_OPS_WINDOW` | `--window` | `window` | a whole number of at least 1 | most tasks in flight at once |  |

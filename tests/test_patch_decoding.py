@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from tests import test_patch_transformers as laws
 from tests.test_patch_transformers import LAYERS, decode, decode_from, logits, prefill, prompt
 from torch_xlstm_ops.models import transformers as adapter
-from torch_xlstm_ops.patch import decoding, kernels, patch
+from torch_xlstm_ops.patch import adapters, decoding, patch
 
 IDS = prompt(6)
 CLOSE = 1e-3  # of logits about 2, where a gate's rounding is amplified by a small denominator
@@ -44,8 +44,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append(block is not None)
         return block
 
-    original = decoding._look_at
-    monkeypatch.setattr(decoding, "_look_at", noting)
+    original = decoding._traced_block
+    monkeypatch.setattr(decoding, "_traced_block", noting)
     return found
 
 
@@ -72,7 +72,7 @@ def test_a_token_is_one_compiled_call_a_block(taken: list[bool], biased: bool) -
     with patch("transformers"):
         close(after(model), unpatched)
     assert taken == [True] * LAYERS * 3
-    assert len({id(known._forward) for known in map(decoding._look_at, model.backbone.blocks) if known}) == 1
+    assert len({id(known._forward) for known in map(decoding._traced_block, model.backbone.blocks) if known}) == 1
 
 
 def test_one_model_is_patched_alone(taken: list[bool]) -> None:
@@ -87,8 +87,8 @@ def test_one_model_is_patched_alone(taken: list[bool]) -> None:
 
 def test_one_model_patched_again_is_traced_on_our_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = build(), []
-    step = kernels.mlstm_step
-    monkeypatch.setattr(kernels, "mlstm_step", lambda *args, **options: calls.append(args) or step(*args, **options))
+    step = adapters.mlstm_step
+    monkeypatch.setattr(adapters, "mlstm_step", lambda *args, **options: calls.append(args) or step(*args, **options))
     for B in (2, 3):
         before = len(calls)
         with patch(model):

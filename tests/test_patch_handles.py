@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from tests import together
-from torch_xlstm_ops import patch as patch_package
-from torch_xlstm_ops.patch import Change, Peer, patch, upstream
+from torch_xlstm_ops.patch import Replacement, Upstream, patch, releases, upstream
 from torch_xlstm_ops.patch.on_import import patch_from_environment, patch_on_import
+from torch_xlstm_ops.runtime import state
 
 
 class Layer(torch.nn.Module):
@@ -48,22 +48,22 @@ def build(theirs: Any) -> Any:
     return forward
 
 
-def changes(compat: bool) -> list[Change]:
+def replacements(compat: bool) -> list[Replacement]:
     return [
-        Change(Layer, "forward", build, "adds ten", ("self", "x")),
-        Change(KERNELS, "native", lambda theirs: f"ours for {theirs}", "resolves to ours", place="kernel native"),
-        Change(KERNELS, "new", lambda theirs: "ours", "resolves to ours", place="kernel new"),
+        Replacement(Layer, "forward", build, "adds ten", ("self", "x")),
+        Replacement(KERNELS, "native", lambda theirs: f"ours for {theirs}", "resolves to ours", place="kernel native"),
+        Replacement(KERNELS, "new", lambda theirs: "ours", "resolves to ours", place="kernel new"),
     ]
 
 
 def make_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `patch` know the package."""
     peer, drop_in = types.ModuleType("made_up"), types.ModuleType("made_up_drop_in")
-    drop_in.changes = changes  # type: ignore[attr-defined]
+    drop_in.replacements = replacements  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "made_up", peer)
     monkeypatch.setitem(sys.modules, "made_up_drop_in", drop_in)
-    row = Peer("made_up_drop_in", "made-up", (1, 0), (1, 4), "made_up")
-    monkeypatch.setattr(upstream, "PEERS", {"made_up": row})
+    row = Upstream("made_up_drop_in", "made-up", (1, 0), (1, 4), "made_up")
+    monkeypatch.setattr(upstream, "PACKAGES", {"made_up": row})
     version(monkeypatch, "1.2.3")
 
 
@@ -71,7 +71,7 @@ def make_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make `patch` know the package, and hold every test to leaving it as it was."""
     make_up(monkeypatch)
-    monkeypatch.setattr(patch_package, "_warned", set())
+    monkeypatch.setattr(state, "_told", set())
     before = dict(vars(Layer))
     yield
     assert dict(vars(Layer)) == before
@@ -171,17 +171,17 @@ class FixedLayer(Layer, metaclass=Fixed):
 
 
 def test_a_patch_that_fails_on_the_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    last = Change(FixedLayer, "forward", build, "adds ten", ("self", "x"))
+    last = Replacement(FixedLayer, "forward", build, "adds ten", ("self", "x"))
     with monkeypatch.context() as context:
-        context.setattr(sys.modules["made_up_drop_in"], "changes", lambda compat: [*changes(compat), last])
+        context.setattr(sys.modules["made_up_drop_in"], "replacements", lambda compat: [*replacements(compat), last])
         for target in ("made_up", torch.nn.Sequential(Layer(), FixedLayer())):
             with pytest.raises(TypeError, match="forward is fixed"):
                 patch(target)
             assert torch.equal(Model()(ten()), UNPATCHED)
             assert KERNELS == {"native": "theirs"}
-        context.setattr(sys.modules["made_up_drop_in"], "changes", changes)
+        context.setattr(sys.modules["made_up_drop_in"], "replacements", replacements)
         held = patch("made_up")
-        context.setattr(sys.modules["made_up_drop_in"], "changes", lambda compat: [*changes(compat), last])
+        context.setattr(sys.modules["made_up_drop_in"], "replacements", lambda compat: [*replacements(compat), last])
         with pytest.raises(TypeError, match="forward is fixed"):
             patch("made_up")
     assert torch.equal(Model()(ten()), PATCHED)
@@ -252,7 +252,7 @@ def test_a_newer_version_that_differs_warns_once_and_is_patched_where_it_does_no
     version(monkeypatch, "1.5.0")
     with monkeypatch.context() as context:
         context.setattr(Layer, "forward", lambda self, x, y=None: x + 1)
-        message = r"made_up 1.5.0 differs from 1.0 to 1.4, .* left as it is there: .*must take \(self, x\)"
+        message = r"made_up 1.5.0 differs from 1.0 to 1.4, .* is not patched where it differs: .*must take \(self, x\)"
         with pytest.warns(RuntimeWarning, match=message):
             handle = patch("made_up")
         assert len(handle.report()) == 2
@@ -263,9 +263,9 @@ def test_a_newer_version_that_differs_warns_once_and_is_patched_where_it_does_no
 
 def test_a_newer_version_of_which_nothing_is_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     version(monkeypatch, "1.5.0")
-    unlike = Change(Layer, "forward", build, "adds ten", ("self", "x"), beside=(("forward", ("self", "y")),))
-    monkeypatch.setattr(sys.modules["made_up_drop_in"], "changes", lambda compat: [unlike])
-    with pytest.raises(RuntimeError, match=r"made_up 1.5.0 does not look as we know 1.0 to 1.4: .*\(self, y\)"):
+    unlike = Replacement(Layer, "forward", build, "adds ten", ("self", "x"), uses=(("forward", ("self", "y")),))
+    monkeypatch.setattr(sys.modules["made_up_drop_in"], "replacements", lambda compat: [unlike])
+    with pytest.raises(RuntimeError, match=r"made_up 1.5.0 differs from .* cannot be patched: .*\(self, y\)"):
         patch("made_up")
 
 
@@ -278,7 +278,7 @@ def test_a_fork_is_known_by_its_looks(monkeypatch: pytest.MonkeyPatch, providers
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: providers)
-    assert upstream.found("made_up") == (("0.1", "made-up-fork") if providers else (None, None))
+    assert releases.found("made_up") == (("0.1", "made-up-fork") if providers else (None, None))
     for name in ("made_up", "made-up"):
         with patch(name) as handle:
             assert len(handle.report()) == 3
@@ -295,10 +295,11 @@ def test_a_known_version_that_looks_different_is_refused(monkeypatch: pytest.Mon
             patch("made_up")
 
 
-@pytest.mark.parametrize("gone", [Change(Layer, "other", build, "", ("self", "x")),
-                                  Change(Layer, "forward", build, "", beside=(("other", ("self",)),))])
-def test_what_is_not_there_is_no_attribute_that_we_know(monkeypatch: pytest.MonkeyPatch, gone: Change) -> None:
-    monkeypatch.setattr(sys.modules["made_up_drop_in"], "changes", lambda compat: [*changes(compat)[1:], gone])
+@pytest.mark.parametrize("gone", [Replacement(Layer, "other", build, "", ("self", "x")),
+                                  Replacement(Layer, "forward", build, "", uses=(("other", ("self",)),))])
+def test_what_is_not_there_is_no_attribute_that_we_know(monkeypatch: pytest.MonkeyPatch, gone: Replacement) -> None:
+    others = replacements(False)[1:]
+    monkeypatch.setattr(sys.modules["made_up_drop_in"], "replacements", lambda compat: [*others, gone])
     message = r"the owner of .*Layer\.(other|forward) must have other to be patched, got none"
     with pytest.raises(RuntimeError, match=message):
         patch("made_up")
@@ -308,11 +309,11 @@ def test_what_is_not_there_is_no_attribute_that_we_know(monkeypatch: pytest.Monk
 
 
 def test_a_half_imported_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(compat: bool) -> list[Change]:
+    def broken(compat: bool) -> list[Replacement]:
         raise AttributeError("module 'made_up' has no attribute 'Layer'")
 
-    monkeypatch.setattr(sys.modules["made_up_drop_in"], "changes", broken)
-    with pytest.raises(RuntimeError, match="made_up does not look as we know it: module 'made_up' has no attribute"):
+    monkeypatch.setattr(sys.modules["made_up_drop_in"], "replacements", broken)
+    with pytest.raises(RuntimeError, match=r"made_up differs from the releases .* has no attribute"):
         patch("made_up")
 
 
@@ -321,7 +322,7 @@ def test_what_somebody_else_replaced_is_not_replaced_again(monkeypatch: pytest.M
     with monkeypatch.context() as context:
         context.setattr(Layer, "forward", lambda self, x: x)
         for attempt in (handle.remove, lambda: patch("made_up")):
-            with pytest.raises(RuntimeError, match=r"Layer.forward was replaced by somebody else after patch\(\)"):
+            with pytest.raises(RuntimeError, match=r"Layer.forward was replaced by other code after patch\(\)"):
                 attempt()
     handle.remove()
 
@@ -336,7 +337,7 @@ def test_a_package_imported_already_is_patched_at_once() -> None:
 
 def test_a_package_that_cannot_be_patched_is_imported_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     version(monkeypatch, "0.9")
-    with pytest.warns(RuntimeWarning, match="made_up is left as it is: made_up must be made-up>=1.0, got 0.9"):
+    with pytest.warns(RuntimeWarning, match="made_up is not patched: made_up must be made-up>=1.0, got 0.9"):
         watch = patch_on_import("made_up")
     assert watch.report() == ()
     watch.remove()

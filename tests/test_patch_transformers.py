@@ -20,7 +20,7 @@ from transformers.models.xlstm import modeling_xlstm as peer  # noqa: E402
 from tests import together  # noqa: E402
 from tests.parameters import tail  # noqa: E402
 from torch_xlstm_ops.models import transformers as adapter  # noqa: E402
-from torch_xlstm_ops.patch import Peer, kernels, patch, upstream  # noqa: E402
+from torch_xlstm_ops.patch import Upstream, adapters, patch, upstream  # noqa: E402
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 LAYERS, VOCABULARY = 2, 61
@@ -166,7 +166,7 @@ def test_a_prompt_and_a_token_with_gradients_are_one_op_call_a_layer(monkeypatch
         return call
 
     for name in ("mlstm_chunkwise", "mlstm_step"):
-        monkeypatch.setattr(kernels, name, counting(name, getattr(kernels, name)))
+        monkeypatch.setattr(adapters, name, counting(name, getattr(adapters, name)))
     with patch("transformers"):
         cache = prefill(model, prompt(333)).cache
         adapter.run(model, prompt(1), cache)
@@ -223,7 +223,7 @@ def test_removal_refuses_when_somebody_replaced_it_again(monkeypatch: pytest.Mon
     handle = patch("transformers")
     with monkeypatch.context() as context:
         context.setattr(owner, "forward", lambda self: None)
-        with pytest.raises(RuntimeError, match=r"Backend\.forward was replaced by somebody else after patch\(\)"):
+        with pytest.raises(RuntimeError, match=r"Backend\.forward was replaced by other code after patch\(\)"):
             handle.remove()
         assert handle.report()
     handle.remove()
@@ -273,14 +273,14 @@ def test_threads_may_patch_and_remove_while_others_run() -> None:
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"must be one of transformers, mlstm_kernels, .*, got 'tranformers'"):
         patch("tranformers")
-    absent = {"no_such_package": Peer("nowhere", "no-such-package", (3, 1), (3, 2), "no_such_package")}
-    known = upstream.PEERS
-    monkeypatch.setattr(upstream, "PEERS", absent)
+    absent = {"no_such_package": Upstream("nowhere", "no-such-package", (3, 1), (3, 2), "no_such_package")}
+    known = upstream.PACKAGES
+    monkeypatch.setattr(upstream, "PACKAGES", absent)
     with pytest.raises(ImportError, match=r"no_such_package is not installed: pip install 'no-such-package>=3.1'"):
         patch("no_such_package")
     with pytest.raises(ImportError, match=r"there is nothing to patch: pip install 'no-such-package>=3.1'"):
         patch()
-    monkeypatch.setattr(upstream, "PEERS", known)
+    monkeypatch.setattr(upstream, "PACKAGES", known)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1")
     with pytest.raises(RuntimeError, match=r"transformers must be transformers>=5.17, got 4.57.1: pip install"):
         patch("transformers")

@@ -19,9 +19,9 @@ import torch
 from expecttest import assert_expected_inline
 
 from torch_xlstm_ops import config, trace
-from torch_xlstm_ops.runtime import devices
-from torch_xlstm_ops.trace import export
-from torch_xlstm_ops.trace.export import Entry
+from torch_xlstm_ops.runtime import devices, files
+from torch_xlstm_ops.trace.export import Span
+from torch_xlstm_ops.trace.recording import PENDING
 
 CPU = torch.device("cpu")
 LATE = torch.device("meta:0")  # stands for a device that finishes work after the call returns
@@ -95,7 +95,7 @@ def test_a_span_says_what_ran_where_and_how_long() -> None:
     (entry,) = recording.entries()
     assert 10_000 <= entry.duration_us < 1e6
     assert 0 <= entry.start_us < 1e6
-    expected = Entry("mlstm", "queued", "backward", 3, 1, 2, "cpu", threading.current_thread().name, 0.0, 0.0, 64, 5)
+    expected = Span("mlstm", "queued", "backward", 3, 1, 2, "cpu", threading.current_thread().name, 0.0, 0.0, 64, 5)
     assert entry._replace(start_us=0.0, duration_us=0.0) == expected
 
 
@@ -172,7 +172,7 @@ def test_unread_device_spans_are_bounded(late: LateDevice) -> None:
         for _ in range(5000):
             with trace.span("op", device=LATE):
                 late.now += 1.0
-            assert len(recording._pending) <= trace._PENDING
+            assert len(recording._pending) <= PENDING
         assert late.passed > 0.0
     assert len(recording.entries()) == 5000
     assert recording.entries()[-1].start_us - recording.entries()[0].start_us == pytest.approx(4999e3)
@@ -198,8 +198,8 @@ def test_cuda_spans_cover_the_work_not_the_launch() -> None:
 
 def _two_entries() -> trace.Recording:
     recording = trace.Recording()
-    recording._add(Entry("mlstm", "inductor", "forward", 0, 0, 1, "cpu", "main", 10.0, 500.0, 1000, 2))
-    recording._add(Entry("model", None, "prefill", None, None, None, "cuda:0", "main", 0.0, 1500.0, None, None))
+    recording.add(Span("mlstm", "inductor", "forward", 0, 0, 1, "cpu", "main", 10.0, 500.0, 1000, 2))
+    recording.add(Span("model", None, "prefill", None, None, None, "cuda:0", "main", 0.0, 1500.0, None, None))
     return recording
 
 
@@ -208,7 +208,7 @@ def test_csv_and_json_lines_hold_every_field(tmp_path: Path) -> None:
     for name in ("a.csv", "a.jsonl"):
         recording.write(str(tmp_path / name))
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert [Entry(**line) for line in lines] == recording.entries()
+    assert [Span(**line) for line in lines] == recording.entries()
     with open(tmp_path / "a.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows == [{k: "" if v is None else str(v) for k, v in line.items()} for line in lines]
@@ -253,7 +253,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_text("old")
 
     def interrupted() -> None:
-        with export.whole_file(str(path)) as file:
+        with files.replacing(str(path)) as file:
             file.write("half")
             raise KeyError
 

@@ -22,15 +22,9 @@ from torch_xlstm_ops.tune import measure, samplers
 from torch_xlstm_ops.tune.bench import Measured
 from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.records import Outcome, Record, from_json
+from torch_xlstm_ops.tune.search import BudgetTooShort, Goal, Search
 from torch_xlstm_ops.tune.space import Candidate, EmptySpace, Limits, Space
-from torch_xlstm_ops.tune.study import (
-    BudgetTooShort,
-    Goal,
-    Search,
-    StoreError,
-    open_store,
-    records,
-)
+from torch_xlstm_ops.tune.study import StoreError, open_store, records
 from torch_xlstm_ops.tune.workloads import WrongResult
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -139,9 +133,9 @@ def test_nineteen_intervals_of_twenty_hold_the_median(seed: int) -> None:
 def test_measuring_goes_on_until_it_is_precise_or_the_time_is_up() -> None:
     clocks = [lambda: 1.0, lambda: 2.0]
     taken = measure.turns(clocks, measure.until(60, lambda taken: measure.ratios(taken).relative < 0.02))
-    assert [len(times) for times in taken] == [measure.LEAST_ROUNDS] * 2
+    assert [len(times) for times in taken] == [measure.INTERVAL_ROUNDS] * 2
     assert measure.ratios(taken) == (2.0, 2.0, 2.0)
-    assert len(measure.turns(clocks, measure.until(0, lambda taken: False))[0]) == measure.FEWEST_ROUNDS
+    assert len(measure.turns(clocks, measure.until(0, lambda taken: False))[0]) == measure.MIN_ROUNDS
 
 
 def test_turns_are_taken_forth_and_back() -> None:
@@ -299,7 +293,7 @@ def log(candidate):
         file.write(f"{candidate.key}\\n")
     time.sleep(0.02)
 search(Table(log), store=open_store(folder / "study.sqlite"), trials=int(sys.argv[2]), resume=True, folder=folder,
-       method="tpe", watch=lambda record, search: print(record.outcome.value, flush=True)).run()
+       method="tpe", on_trial=lambda record, search: print(record.outcome.value, flush=True)).run()
 """
 
 
@@ -325,7 +319,7 @@ def test_a_kill_loses_one_trial_at_most(tmp_path: Path) -> None:
     seen: list[Record] = []
     bench = Table()
     tried = search(bench, store=open_store(tmp_path / "study.sqlite"), trials=12, resume=True, folder=tmp_path,
-                   method="tpe", watch=lambda record, search: seen.append(record))
+                   method="tpe", on_trial=lambda record, search: seen.append(record))
     tried.run()
     again = {str(c.key) for c in bench.measured[:-1]} & set(begun_before)
     lost = len(begun_before) - (12 - (len(bench.measured) - 1))

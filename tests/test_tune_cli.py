@@ -95,7 +95,7 @@ def test_a_training_step_has_a_winner_of_its_own(run: Command, chosen: None) -> 
 
 def test_generate_uses_the_winner_and_info_shows_it(run: Command, kept: Path, chosen: None) -> None:
     prompt = "import os\n" * 4  # 40 bytes
-    kind = tuned_plans.kind(CPU, torch.float32, 4, len(prompt), 64, 64, training=False)
+    kind = tuned_plans.call_kind(CPU, torch.float32, 4, len(prompt), 64, 64, training=False)
     tuned_plans.store(kept, {str(kind): {"settings": {"schedule": "queued", "chunk_size": 16, "workers": 1}}})
     text = ("generate", "--prompt", prompt, "--max-new-tokens", 2)
     assert re.search(r"│ schedule +│ queued", run(*text)[2])
@@ -109,7 +109,7 @@ def test_generate_uses_the_winner_and_info_shows_it(run: Command, kept: Path, ch
 def test_a_default_that_is_as_fast_takes_an_older_winner_out(
     run: Command, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = tuned_plans.kind(CPU, torch.float32, 6, 40, 8, 16, training=False)
+    kind = tuned_plans.call_kind(CPU, torch.float32, 6, 40, 8, 16, training=False)
     tuned_plans.store(kept, {str(kind): {"settings": {"schedule": "queued"}}})
     even = Measured(Interval(1.0, 0.99, 1.01), (), 0.0, None)
     monkeypatch.setattr(bench.Timed, "measure", lambda self, challenger, best, seconds: even)
@@ -213,6 +213,21 @@ def test_bad_flags_are_one_line_and_status_2(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("text", ['{"name": "a package"}', "plain text", '{"version": 2, "winners": {}}'])
+def test_import_and_export_replace_only_tuned_plans(
+    run: Command, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    other = tmp_path / "package.json"
+    other.write_text(text)
+    tuned_plans.store(kept, {"a": {"settings": {"schedule": "queued"}}})
+    status, out, err = run("tune", "--export", other)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"--export: {other} must be" in err
+    monkeypatch.setenv("XLSTM_OPS_TUNED", str(other))
+    assert run("tune", "--import", kept)[0] == 2
+    assert other.read_text() == text
+
+
 def test_an_import_with_a_corrupt_entry_is_refused_whole(run: Command, kept: Path, tmp_path: Path) -> None:
     good = {"settings": {"schedule": "queued"}}
     (tmp_path / "shared.json").write_text(json.dumps({"version": 1, "winners": {"a": good, "b": {"settings": {}}}}))
@@ -270,7 +285,7 @@ def test_a_store_of_another_version_says_so(run: Command, tmp_path: Path, monkey
     flags = ("tune", *SHAPE, "--out", tmp_path / "out", "--trials", 3)
     assert run(*flags)[0] == 0
     assert "or come with --resume" in run(*flags)[2]
-    monkeypatch.setattr(tuning.winners, "device_name", lambda device: "another")
+    monkeypatch.setattr(tuning.tuned_plans, "device_name", lambda device: "another")
     status, _, err = run(*flags, "--resume")
     assert status == 2
     assert "the store must be of this device to go on, 'another', got" in err

@@ -153,7 +153,7 @@ def test_an_ablation_is_a_table_and_a_picture(tmp_path: Path) -> None:
                 raise MemoryError("no room")
             return super().measure(challenger, best, seconds)
 
-    shown: list[ablate.Row] = []
+    shown: list[ablate.AblationRow] = []
     rows = ablate.measure("prefill 1024", space(), Broken(), 0.1, shown.append)
     assert rows == shown
     (default, *_) = [row for row in rows if row.default]

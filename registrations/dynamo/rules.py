@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from torch_xlstm_ops.maths.shapes import STREAM_DTYPES
-from torch_xlstm_ops.patch import functions
+from torch_xlstm_ops.patch import upstream_functions as functions
 from torch_xlstm_ops.runtime import torch_internals
 from torch_xlstm_ops.runtime.import_hook import when_imported
 

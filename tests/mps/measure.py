@@ -90,9 +90,9 @@ def threads(name: str, count: int) -> dict[str, Any]:
 
     locked = overlaps()
     same = all(torch.equal(g, e) for result in results for g, e in zip(result, expected, strict=True))
-    lock, devices.mps_lock = devices.mps_lock, devices._UNLOCKED  # type: ignore[assignment]
+    lock, devices.events.mps_lock = devices.events.mps_lock, devices.events._UNLOCKED  # type: ignore[assignment]
     unlocked = overlaps()
-    devices.mps_lock = lock
+    devices.events.mps_lock = lock
     return {"locked": locked, "unlocked": unlocked, "results_equal": same, "runs": len(results)}
 
 

@@ -17,8 +17,7 @@ import torch_xlstm_ops
 from torch_xlstm_ops import config
 from torch_xlstm_ops.cli import cache, check, foreign, info, request, run, tune, writing
 from torch_xlstm_ops.cli.loading import BadInput, check_extra
-from torch_xlstm_ops.runtime import devices
-from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.runtime import devices, files
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +73,7 @@ def _generate(parsed: argparse.Namespace) -> int:
 def _check(parsed: argparse.Namespace) -> int:
     with request.bad_input():
         if parsed.json is not None:
-            export.check_file("--json", parsed.json)
+            files.check_file("--json", parsed.json)
         device = devices.resolve_device(parsed.device)
     return check.run(device, parsed.json, parsed.seconds)
 

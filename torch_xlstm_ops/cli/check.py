@@ -18,8 +18,7 @@ from torch_xlstm_ops.cli import info
 from torch_xlstm_ops.maths import mlstm, slstm
 from torch_xlstm_ops.maths.shapes import EPS
 from torch_xlstm_ops.maths.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error
-from torch_xlstm_ops.runtime import devices
-from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.runtime import devices, files
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SECONDS = 600.0  # nothing is started after so many; two busy CPU cores took 308
@@ -142,7 +141,7 @@ def run(device: torch.device, path: str | None, seconds: float) -> int:
     print_table(results)
     print(f"{device.type}: {summary(results)}; {time.perf_counter() - began:.0f} s")
     if path is not None:
-        with export.whole_file(path) as file:
+        with files.replacing(path) as file:
             json.dump(report(device, results), file, indent=1)
         print(f"wrote {path}")
     return 1 if any(result.failure for result in results) else 0

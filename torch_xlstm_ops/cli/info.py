@@ -11,7 +11,7 @@ import torch
 import torch_xlstm_ops
 from torch_xlstm_ops import config, schedules
 from torch_xlstm_ops.config import tuned_plans
-from torch_xlstm_ops.patch import upstream
+from torch_xlstm_ops.patch import releases, upstream
 from torch_xlstm_ops.runtime import devices, torch_internals
 
 PACKAGES = ("torch", "triton", "safetensors", "rich", "ray", "optuna", "matplotlib")
@@ -46,14 +46,15 @@ def versions() -> list[tuple[str, ...]]:
 
 def supported() -> list[tuple[str, ...]]:
     """Return a line for each package that `patch` knows: the version that is there, and those we were tested with."""
-    return [(peer.distribution, _version(name), f"tested with {peer.tested}") for name, peer in upstream.PEERS.items()]
+    return [(package.distribution, _version(name), f"tested with {package.tested}")
+            for name, package in upstream.PACKAGES.items()]
 
 
 def _version(name: str) -> str:
-    if not upstream.installed(name):
+    if not releases.installed(name):
         return "not installed"
-    version, distribution = upstream.found(name)
-    fork = distribution is not None and distribution != upstream.PEERS[name].distribution
+    version, distribution = releases.found(name)
+    fork = distribution is not None and distribution != upstream.PACKAGES[name].distribution
     return f"{version} of {distribution}" if fork else version or "unknown"
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, TextIO
 import torch
 
 from torch_xlstm_ops.runtime import devices
-from torch_xlstm_ops.trace.export import whole_file
+from torch_xlstm_ops.runtime.files import replacing
 
 
 class Row(NamedTuple):
@@ -76,7 +76,7 @@ def _rate(tokens: int, seconds: float) -> float:
 
 def write_stats(path: str, rows: Sequence[Row], about: dict[str, object]) -> None:
     """Write the rows to a .csv file, or to a .json file together with what is known `about` the run."""
-    with whole_file(path) as file:
+    with replacing(path) as file:
         _STATS[os.path.splitext(path)[1]](file, rows, about)
 
 

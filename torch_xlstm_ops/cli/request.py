@@ -16,8 +16,7 @@ from torch_xlstm_ops import config, schedules
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput, check_directory
 from torch_xlstm_ops.config import FRACTION, WHOLE, Kind
 from torch_xlstm_ops.context.tokens import BLOCK
-from torch_xlstm_ops.runtime import devices
-from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.runtime import devices, files
 
 DEFAULT_PROMPT = "import os\nimport sys\n\n\n"
 
@@ -121,9 +120,9 @@ def read(parsed: argparse.Namespace) -> Request:
     prompt = _prompt(parsed)
     with bad_input():
         if values["stats_log"] is not None:
-            export.check_file("--stats-log", values["stats_log"])
+            files.check_file("--stats-log", values["stats_log"])
         if parsed.resume is not None:
-            export.check_file("--resume", parsed.resume)
+            files.check_file("--resume", parsed.resume)
         device = devices.resolve_device(values["device"])
         schedule = config.reload(flags=flags).schedule
         reason = None if parsed.no_patch else schedules.unavailable(schedule, device)

@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 from torch_xlstm_ops.cli.loading import BadInput
-from torch_xlstm_ops.patch import PEERS
+from torch_xlstm_ops.patch import PACKAGES
 from torch_xlstm_ops.patch.on_import import VARIABLE, Watch, patch_on_import
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `run`, which stand before the script; everything after it is the script's own."""
     parser.usage = "xlstm-ops run [--only NAMES] [--compat] [--report] (SCRIPT | -m MODULE) [ARGUMENT ...]"
-    parser.add_argument("--only", metavar="NAMES", help=f"packages to patch, commas between: {', '.join(PEERS)}")
+    parser.add_argument("--only", metavar="NAMES", help=f"packages to patch, commas between: {', '.join(PACKAGES)}")
     parser.add_argument("--compat", action="store_true", help="repeat what a package computes wrong")
     parser.add_argument("--report", action="store_true", help="say at the end, on stderr, what was replaced")
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is a module's name")

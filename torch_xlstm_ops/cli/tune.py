@@ -75,7 +75,7 @@ def _hand_over(parsed: argparse.Namespace) -> int:
     flag, name = ("--export", parsed.export) if parsed.source is None else ("--import", parsed.source)
     path = Path(name)
     try:
-        count = publish.hand_over(own, path) if flag == "--export" else publish.hand_over(path, own)
+        count = publish.copy(own, path) if flag == "--export" else publish.copy(path, own)
     except FileNotFoundError as error:
         raise BadInput(f"{flag} must have tuned plans to read, got no file {error.filename}") from None
     except (OSError, ValueError) as error:

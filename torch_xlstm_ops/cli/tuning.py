@@ -21,6 +21,7 @@ from torch_xlstm_ops.schedules.plan import STEP_TOKENS
 from torch_xlstm_ops.tune import bench, publish, space, study, workloads
 from torch_xlstm_ops.tune.measure import in_words
 from torch_xlstm_ops.tune.records import Outcome, Record
+from torch_xlstm_ops.tune.search import Goal, Result, Search
 
 _OPERATOR = {"prefill": workloads.prefill, "train": workloads.train}
 _MODEL = {"decode": phases.decode, "first-token": phases.first_token}
@@ -31,15 +32,15 @@ def search(request: Request) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     request.out.mkdir(parents=True, exist_ok=True)
     values = request.values
-    goal = study.Goal(values["trials"], values["time_budget"], values["trial_seconds"])
+    goal = Goal(values["trials"], values["time_budget"], values["trial_seconds"])
     store = study.open_store(request.out / study.STORE)
     with _model(request) as loaded:
         for length in values["lengths"]:
             place, bench_ = _bench(request, loaded, length)
             with _Shown(length, goal.trials) as shown:
-                found = study.Search(
+                found = Search(
                     _name(request, length), place, bench_, store, method=values["method"], seed=values["seed"],
-                    goal=goal, about=_about(request), resume=request.resume, folder=request.out, watch=shown.trial,
+                    goal=goal, about=_about(request), resume=request.resume, folder=request.out, on_trial=shown.trial,
                 ).run()
             _tell(request, length, place, found)
     return 0
@@ -104,14 +105,14 @@ def _piece(request: Request, length: int) -> int:
     return generate.pieces(length, request.device)[0]
 
 
-def kinds(request: Request, length: int) -> list[tuned_plans.Kind]:
+def kinds(request: Request, length: int) -> list[tuned_plans.CallKind]:
     """Return the kinds of call that a search of a length finds the winner of."""
     B, NH, DHQK, DHHV = request.shape
     wanted = set(request.values["phase"])
     calls = {("training", length)} if "train" in wanted else set()
     calls |= {("forward", length)} if "prefill" in wanted else set()
     calls |= {("forward", _piece(request, length))} if "first-token" in wanted else set()
-    return [tuned_plans.kind(request.device, request.dtype, B * NH, tokens, DHQK, DHHV, training=use == "training")
+    return [tuned_plans.call_kind(request.device, request.dtype, B * NH, tokens, DHQK, DHHV, training=use == "training")
             for use, tokens in sorted(calls)]
 
 
@@ -135,7 +136,7 @@ def _about(request: Request) -> dict[str, Any]:
     }
 
 
-def _tell(request: Request, length: int, place: space.Space, found: study.Result) -> None:
+def _tell(request: Request, length: int, place: space.Space, found: Result) -> None:
     """Print what a search ended with, and keep it where `auto` looks."""
     settings = publish.settings(place, found)
     rows = [("best", ", ".join(f"{field} {value}" for field, value in settings.items())),
@@ -172,7 +173,7 @@ class _Shown:
         if self._bar is not None:
             self._bar.stop()
 
-    def trial(self, record: Record, running: study.Search) -> None:
+    def trial(self, record: Record, running: Search) -> None:
         """Show a trial that is over."""
         total = min(running.goal.trials, len(running.space.plans))
         best = f"best {running.best_reward or 0:.2f} times the default: {_short(running)}"
@@ -184,7 +185,7 @@ class _Shown:
                                 f"{_values(record.params)}; {best}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _short(running: study.Search) -> str:
+def _short(running: Search) -> str:
     return "-" if running.best is None else _values(running.best.params)
 
 

@@ -1,9 +1,9 @@
-"""What `xlstm-ops tune` found to be fastest, for ``schedule="auto"`` to use: one JSON file for each user.
+"""Tuned plans: the fastest settings that `xlstm-ops tune` found, in one JSON file a user, for ``schedule="auto"``.
 
     {"version": 1, "winners": {KEY: {"settings": {"schedule": "queued", "chunk_size": 64, ...}, ...}}}
 
-A key names the device, torch, and the kind of call. The file is read once, when the first call is planned; an entry
-that makes no sense is left out with a warning, and the default runs.
+A key names the device, torch, and the kind of call. The file is read once, when the first call is planned; an invalid
+entry is skipped with a warning, and the default plan is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_xlstm_ops import config
-from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.maths.shapes import dtype_name
+from torch_xlstm_ops.runtime import file_lock, files
+from torch_xlstm_ops.runtime.state import on_reset
 
 VERSION = 1
 FIELDS = ("schedule", "chunk_size", "segment", "heads_per_band", "workers", "streams", "window")
@@ -30,8 +32,12 @@ FIELDS = ("schedule", "chunk_size", "segment", "heads_per_band", "workers", "str
 Settings = Mapping[str, object]
 
 
-class Kind(NamedTuple):
-    """What a winner is for: calls of one kind of size on one device, under one torch."""
+class Damaged(ValueError):
+    """A file is not one of tuned plans."""
+
+
+class CallKind(NamedTuple):
+    """The key of an entry: calls with sizes of one bucket, on one device, with one version of torch."""
 
     device: str
     torch: str
@@ -46,22 +52,22 @@ class Kind(NamedTuple):
         return " | ".join(f"{name}={value}" for name, value in self._asdict().items())
 
 
-def kind(
+def call_kind(
     device: torch.device, dtype: torch.dtype, rows: int, tokens: int, DHQK: int, DHHV: int, *, training: bool
-) -> Kind:
-    """Return what calls of these sizes are kept under."""
+) -> CallKind:
+    """Return the key for calls of these sizes."""
     use = "training" if training else "forward"
-    name = str(dtype).removeprefix("torch.")
-    return Kind(device_name(device), torch.__version__, use, name, bucket(rows), bucket(tokens), DHQK, DHHV)
+    name = dtype_name(dtype)
+    return CallKind(device_name(device), torch.__version__, use, name, bucket(rows), bucket(tokens), DHQK, DHHV)
 
 
 def bucket(size: int) -> int:
-    """Return the least power of two that is at least `size`."""
+    """Return `size` rounded up to a power of two."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 def device_name(device: torch.device) -> str:
-    """Return a device's name as its maker has it; for a CPU with the threads that the caller may use."""
+    """Return the vendor's name of a device; for a CPU, with the number of threads that the caller may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -80,13 +86,14 @@ def _processor() -> str:
 
 
 def place(tuned: str) -> Path | None:
-    """Return the file that the `tuned` setting means: None for off, and for on the user's own."""
+    """Return the file that the `tuned` setting means: None for off, the user's default file for on."""
     if tuned == "off":
         return None
-    return _own() if tuned == "on" else Path(tuned)
+    return default_file() if tuned == "on" else Path(tuned)
 
 
-def _own() -> Path:
+def default_file() -> Path:
+    """Return the user's file, in the cache folder of the system."""
     if os.environ.get("XDG_CACHE_HOME"):
         base = Path(os.environ["XDG_CACHE_HOME"])
     elif sys.platform == "darwin":
@@ -98,8 +105,8 @@ def _own() -> Path:
     return base / "torch_xlstm_ops" / "tuned.json"
 
 
-def find(tuned: str, wanted: Kind) -> Settings | None:
-    """Return the settings that won for a kind of call, or None.
+def find(tuned: str, wanted: CallKind) -> Settings | None:
+    """Return the tuned settings for a kind of call, or None.
 
     tuned: the setting of that name.
     """
@@ -110,7 +117,7 @@ def find(tuned: str, wanted: Kind) -> Settings | None:
 
 @functools.cache
 def entries(path: Path) -> Mapping[str, Any]:
-    """Return the entries of a file by `Kind`, those that make sense; warn of the rest. Read once: see `forget`."""
+    """Return the valid entries of a file by `CallKind`, and warn of the others. Read once: see `forget`."""
     try:
         found = read(path)
     except FileNotFoundError:
@@ -118,16 +125,17 @@ def entries(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         warnings.warn(f"tuned plans are not used: {error}", RuntimeWarning, stacklevel=2)
         return MappingProxyType({})
-    good = {}
+    valid = {}
     for key, entry in found.items():
         try:
             settings = checked(entry, f"{key} in {path}")
-            good[key] = {**entry, "settings": settings}
+            valid[key] = {**entry, "settings": settings}
         except ValueError as error:
             warnings.warn(f"a tuned plan is not used: {error}", RuntimeWarning, stacklevel=2)
-    return MappingProxyType(good)
+    return MappingProxyType(valid)
 
 
+@on_reset
 def forget() -> None:
     """Read files again at their next use."""
     entries.cache_clear()
@@ -136,23 +144,25 @@ def forget() -> None:
 def read(path: Path) -> dict[str, Any]:
     """Return the entries of a file, unchecked.
 
-    Raises OSError if it cannot be read, ValueError if it is not such a file.
+    Raises OSError if it cannot be read, Damaged if it is not such a file, ValueError if a newer version wrote it.
     """
-    text = path.read_text(encoding="utf-8")
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got: {error}") from None
-    if not isinstance(found, dict) or found.get("version") != VERSION or not isinstance(found.get("winners"), dict):
-        version = found.get("version") if isinstance(found, dict) else None
-        raise ValueError(f"{path} must be a file of tuned plans of version {VERSION}, got version {version!r}")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
+        raise Damaged(f"{path} must be JSON, got: {error}") from None
+    version = found.get("version") if isinstance(found, dict) else None
+    wrong = f"{path} must be a file of tuned plans of version {VERSION}, got version {version!r}"
+    if type(version) is int and version > VERSION and "winners" in found:
+        raise ValueError(wrong)
+    if version != VERSION or not isinstance(found.get("winners"), dict):
+        raise Damaged(wrong)
     return dict(found["winners"])
 
 
 def checked(entry: object, where: str) -> Settings:
-    """Return the settings of an entry as `Config` has them.
+    """Return the settings of an entry as values of `Config`.
 
-    Raises ValueError for anything but settings of a plan with values that it can take.
+    Raises ValueError for an entry without a schedule, an unknown field, or a bad value.
     """
     settings = entry.get("settings") if isinstance(entry, dict) else None
     if not isinstance(settings, dict) or "schedule" not in settings:
@@ -163,22 +173,36 @@ def checked(entry: object, where: str) -> Settings:
     found = {field: config.check(config.SETTINGS[field].kind, value, f"{field} of {where}", text=False)
              for field, value in settings.items()}
     if found["schedule"] is config.Schedule.AUTO:
-        raise ValueError(f"schedule of {where} must not be auto, which looks here, got auto")
+        raise ValueError(f"schedule of {where} must not be auto, got auto")
     return MappingProxyType(found)
 
 
-def store(path: Path, changes: Mapping[str, Any]) -> None:
-    """Put entries into a file, whole or not at all; one that is None leaves it.
+def store(path: Path, changes: Mapping[str, Any], *, replace_damaged: bool = False) -> None:
+    """Merge entries into a file, all or none, as the only writer of all threads and processes.
 
-    A file that cannot be read as such is replaced. Raises OSError if it cannot be written.
+    changes: entries by `CallKind`; None removes one.
+    replace_damaged: replace a file that is not one of tuned plans; default false. One of a newer version is kept.
+
+    Raises ValueError for an existing file that is not replaced, OSError if the file cannot be written, TimeoutError if
+    another process holds the lock for long.
     """
-    try:
-        merged = read(path)
-    except (OSError, ValueError):
-        merged = {}
-    merged.update(changes)
-    kept = {key: entry for key, entry in sorted(merged.items()) if entry is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with export.whole_file(str(path)) as file:
-        json.dump({"version": VERSION, "winners": kept}, file, indent=1)
+    target = path.resolve()
+    with file_lock.locked(target.with_name(f".{target.name}.lock")):
+        merged = {**_existing(target, replace_damaged), **changes}
+        kept = {key: entry for key, entry in sorted(merged.items()) if entry is not None}
+        with files.replacing(target) as file:
+            json.dump({"version": VERSION, "winners": kept}, file, indent=1)
     forget()
+
+
+def _existing(path: Path, replace_damaged: bool) -> dict[str, Any]:
+    """Return the entries to merge with."""
+    try:
+        return read(path) if path.stat().st_size else {}
+    except FileNotFoundError:
+        return {}
+    except Damaged:
+        if replace_damaged:
+            return {}
+        raise

@@ -59,16 +59,16 @@ def check_stream(**tensors: Tensor) -> None:
     first, dtype = next((name, t.dtype) for name, t in tensors.items())
     for name, t in tensors.items():
         if t.dtype not in STREAM_DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {_short(t.dtype)}")
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype_name(t.dtype)}")
         if t.dtype != dtype:
-            raise TypeError(f"{name} must have {first}'s dtype {_short(dtype)}, got {_short(t.dtype)}")
+            raise TypeError(f"{name} must have {first}'s dtype {dtype_name(dtype)}, got {dtype_name(t.dtype)}")
 
 
 def check_floating(**tensors: Tensor) -> None:
     """Raise TypeError unless each tensor has a floating dtype."""
     for name, t in tensors.items():
         if not t.dtype.is_floating_point:
-            raise TypeError(f"{name} must have a floating dtype, got {_short(t.dtype)}")
+            raise TypeError(f"{name} must have a floating dtype, got {dtype_name(t.dtype)}")
 
 
 def check_state_dtype(stream: torch.dtype, **tensors: Tensor) -> None:
@@ -76,7 +76,8 @@ def check_state_dtype(stream: torch.dtype, **tensors: Tensor) -> None:
     wanted = state_dtype(stream)
     for name, t in tensors.items():
         if t.dtype != wanted:
-            raise TypeError(f"{name} must be {_short(wanted)} beside {_short(stream)} inputs, got {_short(t.dtype)}")
+            raise TypeError(f"{name} must be {dtype_name(wanted)} beside {dtype_name(stream)} inputs, "
+                            f"got {dtype_name(t.dtype)}")
 
 
 def check_device(**tensors: Tensor) -> None:
@@ -106,7 +107,7 @@ def check_reset(reset: Tensor, sizes: Mapping[str, int], **stream: Tensor) -> No
     """Raise ValueError or TypeError unless `reset` is (B, S), bool, on the device of `stream`."""
     check_shape("reset", reset, "B S", sizes)
     if reset.dtype != torch.bool:
-        raise TypeError(f"reset must be bool, got {_short(reset.dtype)}")
+        raise TypeError(f"reset must be bool, got {dtype_name(reset.dtype)}")
     check_device(**stream, reset=reset)
 
 
@@ -164,5 +165,6 @@ def _tuple(sizes: Iterable[int]) -> str:
     return str(tuple(sizes))
 
 
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch.", such as "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
-"""sLSTM weights of the package xlstm from one of its backends' layouts to the other's.
+"""Convert sLSTM weights of the package xlstm between the layouts of its two backends.
 
-The recurrent weights are (NH, 4 DH_out, DH_in) for "vanilla" and (NH, DH_in, 4 DH_out) for "cuda", so their shape tells
-which they are. The bias, flat in both, is (4, NH, DH) and (NH, 4, DH), and does not tell.
+The recurrent weights are (NH, 4 DH_out, DH_in) for "vanilla" and (NH, DH_in, 4 DH_out) for "cuda", so that their shape
+identifies the layout. The bias is flat in both, (4, NH, DH) and (NH, 4, DH), and does not identify it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ States = TypeVar("States", bound=Mapping[str, Any])
 
 
 def convert_slstm_state_dict(state_dict: States, *, to: str, prefix: str = "") -> States:
-    """Return a state dict whose sLSTM cells are in the layout of one of xlstm's backends; the given one is left alone.
+    """Return a copy of a state dict with its sLSTM cells in the layout of one of xlstm's backends.
 
-    state_dict: of a cell, a layer or a whole model of xlstm. Cells that are in that layout already, and everything
-        that is no sLSTM cell, are taken over as they are.
+    state_dict: of a cell, a layer or a model of xlstm. Cells in that layout, and all other entries, are not changed.
     to: the backend to load it with, "vanilla" or "cuda".
     prefix: convert only the cells whose names begin with it, default all.
     Raises ValueError for another backend, and for a cell that is in neither layout or has no bias.
@@ -37,7 +36,7 @@ def convert_slstm_state_dict(state_dict: States, *, to: str, prefix: str = "") -
 
 
 def layout(state_dict: Mapping[str, Any], cell: str) -> str:
-    """Return the backend in whose layout the weights of a cell are. Raises ValueError if they are in neither."""
+    """Return the backend whose layout the weights of a cell have. Raises ValueError if they have neither."""
     r, b = state_dict[cell + WEIGHTS], state_dict.get(cell + BIAS)
     if b is None:
         raise ValueError(f"state_dict must hold {cell}{BIAS} beside {cell}{WEIGHTS}, got none")
@@ -50,7 +49,7 @@ def layout(state_dict: Mapping[str, Any], cell: str) -> str:
 
 
 def converted(r: Tensor, b: Tensor, to: str) -> tuple[Tensor, Tensor]:
-    """Return copies of a cell's weights and bias, which are in the other backend's layout."""
+    """Return copies of a cell's weights and bias, converted from the other backend's layout."""
     NH = r.shape[0]
     heads_and_gates = (NH, 4, -1) if to == "vanilla" else (4, NH, -1)
     return r.mT.contiguous(), b.reshape(heads_and_gates).transpose(0, 1).reshape(b.shape)

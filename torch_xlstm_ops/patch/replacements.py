@@ -1,7 +1,7 @@
-"""What is replaced, by whom and in which way: the record from which everything is put back.
+"""Replace attributes of classes, modules and registries, and restore them: reference counts by handle.
 
-An attribute is replaced once, however many handles hold it, and restored when the last of them lets go. A method may
-be held for everybody or for marked instances alone; then a gate stands in its place, which looks at the mark.
+An attribute is replaced once, however many handles hold it, and restored when the last handle releases it. A method is
+held for all instances or for marked ones only; in the second case a gate method checks the mark of the instance.
 """
 
 from __future__ import annotations
@@ -24,122 +24,132 @@ MARK = "_xlstm_ops_tokens"  # on a marked instance: the tokens of the handles th
 _MISSING = object()
 
 
-class Change(NamedTuple):
+class Replacement(NamedTuple):
     """One attribute, or one entry of a registry, to replace."""
 
     owner: Owner
     attribute: str
-    build: Callable[[Any], object]  # from what was there, None for nothing, to what replaces it
-    effect: str  # what a user sees, one phrase for the report
-    parameters: tuple[str, ...] | None = None  # what the original must take for us to know it
-    place: str | None = None  # how to call it in reports, if not by its owner's name
-    beside: tuple[tuple[str, tuple[str, ...]], ...] = ()  # the owner's methods that ours calls, and what they must take
+    build: Callable[[Any], object]  # from the original, None if there is none, to what replaces it
+    effect: str  # for the report, one phrase
+    parameters: tuple[str, ...] | None = None  # of the original; None: not checked
+    place: str | None = None  # its name in reports, if not made of the owner's name
+    uses: tuple[tuple[str, tuple[str, ...]], ...] = ()  # methods of the owner that ours calls, and their parameters
 
     @property
     def name(self) -> str:
-        """Return the full name of what is replaced."""
+        """Return the full name of the attribute."""
         if self.place is not None:
             return self.place
         owner = cast("type | ModuleType", self.owner)
         prefix = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
         return f"{prefix}.{self.attribute}"
 
+    @property
+    def layer_class(self) -> type:
+        """Return the class of layers that this changes, or one without instances."""
+        owner = self.owner
+        return owner if isinstance(owner, type) and issubclass(owner, torch.nn.Module) else _NoLayer
+
+
+class _NoLayer:
+    pass
+
 
 def check_signature(function: Callable[..., object], names: Sequence[str]) -> None:
-    """Raise RuntimeError unless a peer's function takes exactly the parameters that our replacement takes."""
+    """Raise RuntimeError unless a function takes exactly the parameters that our replacement takes."""
     found = list(inspect.signature(function).parameters)
     if found != list(names):
         place = f"{function.__module__}.{function.__qualname__}"
         raise RuntimeError(f"{place} must take ({', '.join(names)}) to be patched, got ({', '.join(found)})")
 
 
-def check(change: Change) -> None:
-    """Raise RuntimeError unless what is to be replaced looks as we know it."""
-    known = [(change.attribute, _current(change), change.parameters)] if change.parameters is not None else []
-    known += [(name, getattr(change.owner, name, None), parameters) for name, parameters in change.beside]
+def check(replacement: Replacement) -> None:
+    """Raise RuntimeError unless the original has the parameters that our replacement expects."""
+    known = [(name, getattr(replacement.owner, name, None), parameters) for name, parameters in replacement.uses]
+    if replacement.parameters is not None:
+        known.insert(0, (replacement.attribute, _inherited(replacement), replacement.parameters))
     for name, found, parameters in known:
         if not callable(found):
-            raise RuntimeError(f"the owner of {change.name} must have {name} to be patched, got none")
+            raise RuntimeError(f"the owner of {replacement.name} must have {name} to be patched, got none")
         check_signature(found, parameters)
 
 
 @dataclass
-class Replaced:
-    """An attribute that is not the peer's own now."""
+class ActiveReplacement:
+    """A replacement with the handles that hold it."""
 
-    change: Change
+    replacement: Replacement
     compat: bool
-    original: Any  # what the owner itself had there
-    peers: Any  # what answered to the name, inherited or not
+    original: Any  # the owner's own attribute, or _MISSING
+    found: Any  # the attribute, inherited or not
     ours: Any
-    standing: Any  # what is there now
-    everyone: int = 0  # handles that replace it for everybody
-    tokens: set[str] = field(default_factory=set)  # handles that replace it for the instances that they marked
+    current: Any  # the owner's own attribute now
+    everyone: int = 0  # number of handles that replace it for all instances
+    tokens: set[str] = field(default_factory=set)  # of the handles that replace it for marked instances
 
     @functools.cached_property
     def gate(self) -> Any:
-        """A method that runs ours for marked instances, and the peer's for the others."""
-        ours, peers, tokens = self.ours, self.peers, self.tokens
+        """A method that runs ours for marked instances, and the original for the others."""
+        ours, found, tokens = self.ours, self.found, self.tokens
 
-        @functools.wraps(peers)
+        @functools.wraps(found)
         def gate(instance: Any, *args: Any, **options: Any) -> Any:
             marked = any(token in tokens for token in getattr(instance, MARK, ()))
-            return (ours if marked else peers)(instance, *args, **options)
+            return (ours if marked else found)(instance, *args, **options)
 
         return gate
 
 
-_replaced: dict[tuple[int, str], Replaced] = {}  # by owner's id and attribute; the record keeps the owner alive
+_active: dict[tuple[int, str], ActiveReplacement] = {}  # by owner's id and attribute; the record keeps the owner alive
 
 
-def hold(changes: Sequence[Change], compat: bool, token: str | None = None) -> list[Replaced]:
-    """Replace what is not replaced yet, for everybody or for the instances marked with a token.
+def hold(replacements: Sequence[Replacement], compat: bool, token: str | None = None) -> list[ActiveReplacement]:
+    """Replace attributes that are not replaced yet, for all instances or for those marked with a token.
 
-    Raises RuntimeError when somebody holds it with the other `compat`, or replaced one of our attributes in the
-    meantime. Whatever is raised, nothing is changed then.
+    Raises RuntimeError if a handle holds one with the other `compat`, or other code replaced one of ours meanwhile.
+    After any exception nothing is changed.
     """
     with lock:
-        chosen = {(id(change.owner), change.attribute): change for change in changes}
-        for key in chosen.keys() & _replaced.keys():
-            if _replaced[key].compat != compat:
+        chosen = {(id(replacement.owner), replacement.attribute): replacement for replacement in replacements}
+        for key in chosen.keys() & _active.keys():
+            if _active[key].compat != compat:
                 raise RuntimeError(f"{chosen[key].name} is held with compat={not compat}: remove that handle first")
-        held = [_replaced.get(key) or _new(change, compat) for key, change in chosen.items()]
-        _check_standing(held)
+        held = [_active.get(key) or _new(replacement, compat) for key, replacement in chosen.items()]
+        _check_current(held)
         _count(held, token, 1)
         try:
-            _settle(held)
+            _apply(held)
         except BaseException:
             _count(held, token, -1)
-            _settle(held)
+            _apply(held)
             raise
         return held
 
 
-def release(held: Sequence[Replaced], token: str | None = None) -> None:
-    """Let go of what `hold` returned for the same token, and put back what nobody else holds.
+def release(held: Sequence[ActiveReplacement], token: str | None = None) -> None:
+    """Release what `hold` returned for the same token, and restore what no other handle holds.
 
-    Raises RuntimeError when somebody replaced one of our attributes in the meantime. Whatever is raised, nothing is
-    changed then.
+    Raises RuntimeError if other code replaced one of our attributes meanwhile. After any exception nothing is changed.
     """
     with lock:
-        _check_standing(held)
+        _check_current(held)
         _count(held, token, -1)
         try:
-            _settle(held)
+            _apply(held)
         except BaseException:
             _count(held, token, 1)
-            _settle(held)
+            _apply(held)
             raise
 
 
 def live_tokens() -> set[str]:
-    """Return the tokens of the handles that hold something for marked instances."""
+    """Return the tokens of the handles that hold replacements for marked instances."""
     with lock:
-        return {token for one in _replaced.values() for token in one.tokens}
+        return {token for one in _active.values() for token in one.tokens}
 
 
-def _count(records: Sequence[Replaced], token: str | None, by: int) -> None:
-    """Note that a handle holds the records, or no longer does."""
+def _count(records: Sequence[ActiveReplacement], token: str | None, by: int) -> None:
+    """Add a handle to the records (by = 1), or remove it (by = -1)."""
     for one in records:
         if token is None:
             one.everyone += by
@@ -149,63 +159,63 @@ def _count(records: Sequence[Replaced], token: str | None, by: int) -> None:
             one.tokens.discard(token)
 
 
-def forget_compiled() -> None:
-    """Drop Dynamo's compiled frames: they inlined the methods as they were."""
+def reset_compiled() -> None:
+    """Drop Dynamo's compiled frames, which inlined the methods before the replacement."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
-def _new(change: Change, compat: bool) -> Replaced:
-    slot, peers = _slot(change), _current(change)
-    return Replaced(change, compat, slot, peers, change.build(peers), standing=slot)
+def _new(replacement: Replacement, compat: bool) -> ActiveReplacement:
+    own, found = _own(replacement), _inherited(replacement)
+    return ActiveReplacement(replacement, compat, own, found, replacement.build(found), current=own)
 
 
-def _check_standing(records: Sequence[Replaced]) -> None:
+def _check_current(records: Sequence[ActiveReplacement]) -> None:
     for one in records:
-        if _slot(one.change) is not one.standing:
-            raise RuntimeError(f"{one.change.name} was replaced by somebody else after patch(): undo that first")
+        if _own(one.replacement) is not one.current:
+            raise RuntimeError(f"{one.replacement.name} was replaced by other code after patch(): undo that first")
 
 
-def _settle(records: Sequence[Replaced]) -> None:
-    """Put in place what the holders of each record ask for."""
+def _apply(records: Sequence[ActiveReplacement]) -> None:
+    """Set each attribute to what its holders ask for."""
     changed = False
     for one in records:
-        key = id(one.change.owner), one.change.attribute
+        key = id(one.replacement.owner), one.replacement.attribute
         held = one.everyone > 0 or bool(one.tokens)
         wanted = one.ours if one.everyone else one.gate if held else one.original
-        if wanted is not one.standing:
+        if wanted is not one.current:
             changed = True
-            _put(one.change, wanted)
-            one.standing = wanted
+            _put(one.replacement, wanted)
+            one.current = wanted
         if held:
-            _replaced[key] = one
+            _active[key] = one
         else:
-            _replaced.pop(key, None)
+            _active.pop(key, None)
     if changed:
-        forget_compiled()
+        reset_compiled()
 
 
-def _namespace(change: Change) -> Any:
-    return change.owner if isinstance(change.owner, dict) else vars(change.owner)
+def _namespace(replacement: Replacement) -> Any:
+    return replacement.owner if isinstance(replacement.owner, dict) else vars(replacement.owner)
 
 
-def _slot(change: Change) -> Any:
-    """Return what the owner itself has there, or _MISSING."""
-    return _namespace(change).get(change.attribute, _MISSING)
+def _own(replacement: Replacement) -> Any:
+    """Return the owner's own attribute, or _MISSING."""
+    return _namespace(replacement).get(replacement.attribute, _MISSING)
 
 
-def _current(change: Change) -> Any:
-    """Return what answers to the name, inherited or not, or None."""
-    return _namespace(change).get(change.attribute, getattr(change.owner, change.attribute, None))
+def _inherited(replacement: Replacement) -> Any:
+    """Return the attribute, inherited or not, or None."""
+    return _namespace(replacement).get(replacement.attribute, getattr(replacement.owner, replacement.attribute, None))
 
 
-def _put(change: Change, value: Any) -> None:
-    if isinstance(change.owner, dict):
+def _put(replacement: Replacement, value: Any) -> None:
+    if isinstance(replacement.owner, dict):
         if value is _MISSING:
-            del change.owner[change.attribute]
+            del replacement.owner[replacement.attribute]
         else:
-            change.owner[change.attribute] = value
+            replacement.owner[replacement.attribute] = value
     elif value is _MISSING:
-        delattr(change.owner, change.attribute)
+        delattr(replacement.owner, replacement.attribute)
     else:
-        setattr(change.owner, change.attribute, value)
+        setattr(replacement.owner, replacement.attribute, value)

@@ -1,7 +1,7 @@
-"""Be told when a module has been imported: one finder for everybody who waits.
+"""Call back when a module has been imported: one meta path finder for all callbacks.
 
-The finder finds a module as the others do, and has its loader tell when the module was executed. A program may look for
-a module as often as it likes before it imports it, and an import that fails may be tried again.
+The finder asks the other finders for the module's spec and wraps the loader, which calls back after it executed the
+module. A program may look for a module any number of times before it imports it, and may retry an import that failed.
 """
 
 from __future__ import annotations
@@ -18,43 +18,44 @@ _lock = threading.Lock()
 _awaited: dict[str, list[Callable[[], None]]] = {}
 
 
-def when_imported(module: str, tell: Callable[[], None]) -> Callable[[], None]:
-    """Call `tell` once, when a module has been executed, at once if it is there; return what calls that off."""
+def when_imported(module: str, callback: Callable[[], None]) -> Callable[[], None]:
+    """Call `callback` once after a module was executed, at once if it is imported; return a function that cancels."""
     with _lock:
-        there = sys.modules.get(module) is not None
-        if not there:
-            _awaited.setdefault(module, []).append(tell)
+        imported = sys.modules.get(module) is not None
+        if not imported:
+            _awaited.setdefault(module, []).append(callback)
             if _finder not in sys.meta_path:
                 sys.meta_path.insert(0, _finder)
-    if there:
-        tell()
+    if imported:
+        callback()
 
-    def call_off() -> None:
+    def cancel() -> None:
         with _lock:
             waiting = _awaited.get(module, [])
-            if tell in waiting:
-                waiting.remove(tell)
-            _tidy(module)
+            if callback in waiting:
+                waiting.remove(callback)
+            _remove_unused(module)
 
-    return call_off
+    return cancel
 
 
-def _tidy(module: str) -> None:
+def _remove_unused(module: str) -> None:
+    """Drop a module that no callback waits for, and the finder if there is no other."""
     if not _awaited.get(module, True):
         del _awaited[module]
     if not _awaited and _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
 
 
-def _arrived(module: ModuleType) -> None:
+def _executed(module: ModuleType) -> None:
     name = module.__name__
-    if sys.modules.get(name) is not module:  # executed beside the one that programs import
+    if sys.modules.get(name) is not module:  # executed as a second module, not the one that programs import
         return
     with _lock:
         waiting = _awaited.pop(name, [])
-        _tidy(name)
-    for tell in waiting:
-        tell()
+        _remove_unused(name)
+    for callback in waiting:
+        callback()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -64,7 +65,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find an awaited module as the finders after this one do."""
+        """Find an awaited module by the finders after this one, and wrap its loader."""
         if fullname not in _awaited or getattr(self._searching, "now", False):
             return None
         self._searching.now = True
@@ -74,7 +75,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         finally:
             self._searching.now = False
         if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = cast(Any, _Telling(spec.loader))
+            spec.loader = cast(Any, _NotifyingLoader(spec.loader))
         return spec
 
 
@@ -86,25 +87,25 @@ def _find(finder: Any, name: str, path: Sequence[str] | None, target: ModuleType
 _finder = _Finder()
 
 
-class _Telling:
-    """A module's own loader, which tells when it is done, and hands the module back to that loader before it begins."""
+class _NotifyingLoader:
+    """Wrap a module's loader: set the module's loader back to it before the execution, and call back after it."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_loader":  # of a copy in the making
+        if name == "_loader":  # asked while a copy is made, before it has the attribute
             raise AttributeError(name)
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Make the module as its loader does."""
+        """Create the module as its loader does."""
         return cast("ModuleType | None", self._loader.create_module(spec))
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module, and tell who waits for it."""
+        """Execute the module, then run the callbacks that wait for it."""
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _arrived(module)
+        _executed(module)

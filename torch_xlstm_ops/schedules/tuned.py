@@ -19,7 +19,7 @@ def apply_tuned(config: Config, shape: Shape, device: torch.device, dtype: torch
     """
     if config.schedule is not Schedule.AUTO or config.tuned == "off" or shape.tokens <= STEP_TOKENS or not shape.rows:
         return config
-    kind = tuned_plans.kind(device, dtype, *shape, training=training)
+    kind = tuned_plans.call_kind(device, dtype, *shape, training=training)
     found = tuned_plans.find(config.tuned, kind)
     if found is None:
         return config

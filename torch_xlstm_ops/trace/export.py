@@ -1,16 +1,15 @@
-"""How a trace becomes a file or a table: CSV, JSON lines, Chrome trace (which Perfetto opens), and a summary."""
+"""Write spans as CSV, JSON lines or a Chrome trace, which Perfetto opens, and summarise them in a table."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TextIO
 
 
-class Entry(NamedTuple):
+class Span(NamedTuple):
     """One finished span."""
 
     op: str
@@ -27,43 +26,18 @@ class Entry(NamedTuple):
     queue_depth: int | None  # tasks in flight when it began
 
 
-def check_file(name: str, path: str) -> None:
-    """Raise ValueError unless `path` can be written; `name` is the argument to blame."""
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path):
-        raise ValueError(f"{name} must be a file that can be written, got {path!r}, which is a directory")
-    if not os.path.isdir(folder):
-        raise ValueError(f"{name} must be a file that can be written, got {path!r}, whose directory is not there")
-    if not all(os.access(place, os.W_OK) for place in (folder, path) if os.path.exists(place)):
-        raise ValueError(f"{name} must be a file that can be written, got {path!r}, which permissions forbid")
-
-
-@contextmanager
-def whole_file(path: str) -> Iterator[TextIO]:
-    """Open a text file that takes the place of `path` when the block ends, and vanishes if it raises."""
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(partial, path)
-    except BaseException:
-        if os.path.exists(partial):
-            os.remove(partial)
-        raise
-
-
-def _write_csv(file: TextIO, entries: Sequence[Entry], dropped: int) -> None:
+def _write_csv(file: TextIO, entries: Sequence[Span], dropped: int) -> None:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(Entry._fields)
+    writer.writerow(Span._fields)
     writer.writerows(entries)
 
 
-def _write_lines(file: TextIO, entries: Sequence[Entry], dropped: int) -> None:
+def _write_lines(file: TextIO, entries: Sequence[Span], dropped: int) -> None:
     for entry in entries:
         file.write(json.dumps(entry._asdict()) + "\n")
 
 
-def _write_chrome(file: TextIO, entries: Sequence[Entry], dropped: int) -> None:
+def _write_chrome(file: TextIO, entries: Sequence[Span], dropped: int) -> None:
     rows: dict[str, dict[str, int]] = {}  # device (Chrome's process) -> thread -> number
     events: list[dict[str, object]] = []
     for entry in entries:
@@ -84,7 +58,7 @@ def _write_chrome(file: TextIO, entries: Sequence[Entry], dropped: int) -> None:
     json.dump({"displayTimeUnit": "ms", "otherData": {"dropped": dropped}, "traceEvents": events}, file)
 
 
-Writer = Callable[[TextIO, Sequence[Entry], int], None]
+Writer = Callable[[TextIO, Sequence[Span], int], None]
 
 WRITERS: dict[str, Writer] = {
     ".csv": _write_csv,
@@ -94,16 +68,16 @@ WRITERS: dict[str, Writer] = {
 
 
 def writer(path: str) -> Writer:
-    """Return what writes the format that `path`'s suffix names; ValueError for another suffix."""
+    """Return the writer for `path`'s suffix. Raises ValueError for an unknown suffix."""
     suffix = os.path.splitext(path)[1]
     if suffix not in WRITERS:
         raise ValueError(f"trace must be a file name ending in .csv, .jsonl or .json, got {path!r}")
     return WRITERS[suffix]
 
 
-def summary(entries: Sequence[Entry], dropped: int) -> str:
+def summary(entries: Sequence[Span], dropped: int) -> str:
     """Return a table of count and time by op, phase and device."""
-    groups: dict[tuple[str, str, str], list[Entry]] = {}
+    groups: dict[tuple[str, str, str], list[Span]] = {}
     for entry in entries:
         groups.setdefault((entry.op, entry.phase, entry.device), []).append(entry)
     lines = [("op", "phase", "device", "count", "total ms", "mean us", "max us", "GB/s")]

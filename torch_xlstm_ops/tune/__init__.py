@@ -1,6 +1,6 @@
-"""The tuner: it searches the plans of a call for the fastest on this machine, and keeps every trial.
+"""The tuner: search for the fastest plan of a call on this machine, and keep every trial.
 
-`space` says which plans there are, `measure` and `bench` what one is worth, `samplers` in which order to try them,
-`study` runs the search and survives being killed, `records`, `report` and `plots` tell what happened, `ablate` changes
-one setting at a time. The winner goes to `torch_xlstm_ops.config.tuned_plans`, where ``schedule="auto"`` looks.
+`space` has the plans, `measure` and `bench` time one, `samplers` propose the next, `search` runs the search, `study`
+stores it so that it can be resumed, `records`, `report` and `plots` write the results, and `ablate` changes one setting
+at a time. `publish` stores the result in `torch_xlstm_ops.config.tuned_plans`, which ``schedule="auto"`` reads.
 """

@@ -1,4 +1,4 @@
-"""What a plan is worth: its workloads under it, taking turns with the best plan so far."""
+"""Measure a plan: time its workloads in turns with the best plan so far."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from torch_xlstm_ops.tune.workloads import Workload, check
 
 
 class Measured(NamedTuple):
-    """One plan beside another."""
+    """One plan measured beside another."""
 
-    times_as_fast: Interval  # as the other; 1 where there is none
+    times_as_fast: Interval  # as fast as the other; 1 if there is none
     timings: tuple[Timing, ...]
     warm_up_s: float
     peak_bytes: int | None
 
 
 class Bench(Protocol):
-    """What measures plans; whatever it raises makes the trial a failed one."""
+    """Measures plans; an exception makes the trial a failed one."""
 
     def measure(self, challenger: Candidate, best: Candidate | None, seconds: float) -> Measured:
-        """Return how a plan does beside the best so far, within a budget for the timing."""
+        """Measure a plan beside the best so far; seconds: for timing."""
 
     def trace(self, candidate: Candidate, path: Path) -> None:
-        """Write what runs under a plan to a file."""
+        """Write a trace of a plan to a file."""
 
 
 class Timed:
     """Measures on this machine.
 
-    workloads: what to time; with several, the result is the weighted mean of how many times as fast each is.
-    precision: half the width of the confidence interval, relative, at which measuring ends.
+    workloads: what to time; the result is the weighted geometric mean of their speed-ups.
+    precision: relative half width of the confidence interval at which timing stops.
     """
 
     def __init__(self, space: Space, workloads: Sequence[Workload], precision: float = 0.02) -> None:
@@ -53,7 +53,7 @@ class Timed:
         self._wanted: list[Sequence[Tensor]] | None = None
 
     def measure(self, challenger: Candidate, best: Candidate | None, seconds: float) -> Measured:
-        """Check a plan's results, then time it; raises WrongResult, and what the plan itself raises."""
+        """Check a plan's results, then time it. Raises WrongResult, and any exception of the plan."""
         devices.reset_peak(self._space.device)
         began = time.perf_counter()
         errors = self._check(challenger)
@@ -69,8 +69,8 @@ class Timed:
         return Measured(speed, tuple(timing for _, timing in found), warm_up, peak)
 
     def trace(self, candidate: Candidate, path: Path) -> None:
-        """Write what one call of each workload runs."""
-        with self._under(candidate), trace.record(str(path)):
+        """Write a trace of one call of each workload."""
+        with self._with_plan(candidate), trace.record(str(path)):
             for workload in self._workloads:
                 workload.call()
                 devices.synchronize(self._space.device)
@@ -97,36 +97,36 @@ class Timed:
         return ratio, timing
 
     def _check(self, candidate: Candidate) -> list[float]:
-        """Return each workload's relative error to the default plan."""
+        """Return each workload's error relative to the default plan."""
         if self._wanted is None:
-            with self._under(self._space.default):
+            with self._with_plan(self._space.default):
                 self._wanted = [[t.clone() for t in workload.results()] for workload in self._workloads]
-        with self._under(candidate):
+        with self._with_plan(candidate):
             return [check(workload.results(), wanted, workload.tolerance)
                     for workload, wanted in zip(self._workloads, self._wanted, strict=True)]
 
     def _clock(self, candidate: Candidate, workload: Workload) -> Callable[[], float]:
         def clock() -> float:
-            with self._under(candidate):
+            with self._with_plan(candidate):
                 return devices.timed(workload.call, self._space.device)
 
         return clock
 
-    def _under(self, candidate: Candidate) -> AbstractContextManager[object]:
+    def _with_plan(self, candidate: Candidate) -> AbstractContextManager[object]:
         return config.use(**self._space.settings(candidate.params), tuned="off")
 
 
 def load_average() -> float | None:
-    """Return how many processes wanted a core in the last minute; None where the system does not tell."""
+    """Return the system's load average of the last minute; None where it has none."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def held_bytes(device: torch.device) -> int | None:
-    """Return the most bytes that plans may need: nine tenths of what this process may use."""
+    """Return the limit of a plan's bytes: nine tenths of what this process may use."""
     budget = devices.memory(device).budget
     return None if budget is None else budget * 9 // 10
 
 
 def finite(value: float) -> float | None:
-    """Return a bound of an interval, or None where there is none."""
+    """Return a bound of an interval, or None if it is 0 or infinite."""
     return value if value and math.isfinite(value) else None

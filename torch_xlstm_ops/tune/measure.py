@@ -1,4 +1,4 @@
-"""How long calls take beside each other, and how sure that is."""
+"""Time calls in turns, with confidence intervals of medians and ratios."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-LEAST_ROUNDS = 6  # fewer have no confidence interval of 95% for a median
-FEWEST_ROUNDS = 3  # whatever the budget
-PATIENCE = 3  # times the budget that may go by for an interval to be had at all
-Clock = Callable[[], float]  # makes a call and returns its milliseconds
+INTERVAL_ROUNDS = 6  # fewer have no confidence interval of 95% for a median
+MIN_ROUNDS = 3  # for any budget
+OVERTIME = 3  # times the budget, at most, to reach INTERVAL_ROUNDS
+Clock = Callable[[], float]  # runs a call and returns its milliseconds
 
 
 class Interval(NamedTuple):
-    """A median and its 95% confidence interval, which is infinite where there are too few values."""
+    """A median and its 95% confidence interval, which is infinite for too few values."""
 
     value: float
     low: float
@@ -23,21 +23,21 @@ class Interval(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """Return half the width as a part of the value."""
+        """Return half the width relative to the value."""
         return (self.high - self.low) / 2 / self.value if math.isfinite(self.high - self.low) else math.inf
 
     def scaled(self, factor: float) -> Interval:
-        """Return that of factor * value."""
+        """Return the interval of factor * value."""
         return Interval(*(factor * part for part in self))
 
 
 def in_words(value: float, low: float | None, high: float | None) -> str:
-    """Return a ratio with its confidence interval, if it has one."""
+    """Format a ratio with its confidence interval, if it has one."""
     return f"{value:.3f} times (95%: {bounds(low, high)})"
 
 
 def bounds(low: float | None, high: float | None) -> str:
-    """Return the two ends of a confidence interval, each of which may be None, zero or infinite where there is none."""
+    """Format the bounds of a confidence interval; None, 0 or infinity means that there is none."""
     if not low or high is None or math.isinf(high):
         return "no interval, too few rounds"
     return f"{low:.3f} to {high:.3f}"
@@ -46,11 +46,11 @@ def bounds(low: float | None, high: float | None) -> str:
 def median(values: Sequence[float]) -> Interval:
     """Return the median of positive values with its distribution-free confidence interval, by order statistics.
 
-    One slow round on a busy machine moves neither.
+    Neither changes much by one slow round on a busy machine.
     """
     ordered, n = sorted(values), len(values)
     middle = statistics.median(ordered)
-    if n < LEAST_ROUNDS:
+    if n < INTERVAL_ROUNDS:
         return Interval(middle, 0.0, math.inf)
     rank = max(0, int((n - 1.96 * math.sqrt(n)) / 2))
     return Interval(middle, ordered[rank], ordered[n - 1 - rank])
@@ -72,7 +72,7 @@ def _half_of_log(interval: Interval) -> float:
 
 
 def turns(clocks: Sequence[Clock], enough: Callable[[list[list[float]]], bool]) -> list[list[float]]:
-    """Return the milliseconds of each call, all taking turns, every other round backwards, until they are `enough`."""
+    """Run the calls in turns, every other round in reverse order, until `enough`; return the milliseconds of each."""
     taken: list[list[float]] = [[] for _ in clocks]
     forth = range(len(clocks))
     while not enough(taken):
@@ -82,18 +82,18 @@ def turns(clocks: Sequence[Clock], enough: Callable[[list[list[float]]], bool]) 
 
 
 def until(seconds: float, precise: Callable[[list[list[float]]], bool]) -> Callable[[list[list[float]]], bool]:
-    """Return when to stop: once `precise`, or once the time is up, but not before a few rounds."""
+    """Return a condition to stop: `precise`, or the time is over, after a minimum of rounds."""
     began = time.perf_counter()
 
     def enough(taken: list[list[float]]) -> bool:
-        rounds, gone = min(map(len, taken)), time.perf_counter() - began
-        if rounds < LEAST_ROUNDS:
-            return rounds >= FEWEST_ROUNDS and gone >= PATIENCE * seconds
-        return gone >= seconds or precise(taken)
+        rounds, elapsed = min(map(len, taken)), time.perf_counter() - began
+        if rounds < INTERVAL_ROUNDS:
+            return rounds >= MIN_ROUNDS and elapsed >= OVERTIME * seconds
+        return elapsed >= seconds or precise(taken)
 
     return enough
 
 
 def ratios(taken: Sequence[Sequence[float]]) -> Interval:
-    """Return how many times as fast the first call was as the last, round by round."""
+    """Return the speed of the first call relative to the last, as the median over rounds."""
     return median([last / first for first, last in zip(taken[0], taken[-1], strict=True)])

@@ -1,4 +1,4 @@
-"""The pictures of the tuner, as PNG files."""
+"""Plots of searches and ablations, as PNG files."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 from torch_xlstm_ops.tune.records import Record, Timing, measured
 
 if TYPE_CHECKING:
-    from torch_xlstm_ops.tune.rows import Row
+    from torch_xlstm_ops.tune.ablation_row import AblationRow
 
 COLOURS = {"random": "#7f7f7f", "ga": "#2ca02c", "tpe": "#1f77b4", "bandit": "#ff7f0e", "boltzmann": "#d62728",
            "grid": "#9467bd"}
 SETTINGS = {"schedule": "schedule", "chunk_size": "tokens a chunk", "segment": "tokens a segment",
             "heads_per_band": "heads a band", "workers": "workers", "streams": "streams", "window": "window"}
-OF_THE_QUEUE = ("workers", "streams", "window")  # an inductor plan does not read them
+QUEUED_ONLY = ("workers", "streams", "window")  # settings that an inductor plan does not read
 
 
-def there() -> bool:
+def installed() -> bool:
     """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def reward_by_trial(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path:
-    """Draw each trial as a dot, and the best so far as a line, a panel for each workload."""
+    """Plot each trial as a dot, and the best so far as a line, in a panel for each workload."""
     panels: dict[str, list[Sequence[Record]]] = {}
     for name, records in studies.items():
         panels.setdefault(workload_of(name), []).append(records)
@@ -52,7 +52,7 @@ def reward_by_trial(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path
 
 
 def importance(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path:
-    """Draw how much of the rewards' variance each setting explains alone, a panel for each workload."""
+    """Plot the share of the rewards' variance that each setting explains, in a panel for each workload."""
     panels = by_workload(studies)
     figure, axes = _panels(len(panels), width=5.0)
     for axis, (workload, records) in zip(axes, panels.items(), strict=True):
@@ -65,7 +65,7 @@ def importance(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path:
 
 
 def throughput(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path:
-    """Draw tokens a second against chunk size, heads per band and workers, a row for each workload."""
+    """Plot tokens a second against chunk size, heads per band and workers, a row for each workload."""
     panels = by_workload(studies)
     shown = ("chunk_size", "heads_per_band", "workers")
     figure, axes = _panels(len(panels) * len(shown), columns=len(shown))
@@ -76,7 +76,7 @@ def throughput(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path:
 
 
 def prefill_and_decode(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path | None:
-    """Draw prefill against decode, a dot a plan; None where no trial has both."""
+    """Plot prefill against decode, one dot for each plan; return None if no trial has both."""
     found = [(pair, record) for records in studies.values() for record in measured(records)
              if (pair := _speeds(record)) is not None]
     if not found:
@@ -91,8 +91,8 @@ def prefill_and_decode(path: Path, studies: Mapping[str, Sequence[Record]]) -> P
     return _save(figure, path)
 
 
-def ablation(path: Path, tables: Sequence[Sequence[Row]], about: Mapping[str, Any]) -> Path:
-    """Draw the speed of each value beside the default's, a row for each workload and a panel for each setting."""
+def ablation(path: Path, tables: Sequence[Sequence[AblationRow]], about: Mapping[str, Any]) -> Path:
+    """Plot the speed of each value relative to the default, in a row for each workload and a panel for each setting."""
     settings = list(dict.fromkeys(row.setting for table in tables for row in table))
     figure, axes = _panels(len(tables) * len(settings), columns=len(settings), width=2.6)
     for number, table in enumerate(tables):
@@ -105,7 +105,7 @@ def ablation(path: Path, tables: Sequence[Sequence[Row]], about: Mapping[str, An
             colours = ["#ff7f0e" if row.default else "#1f77b4" for row in rows]
             axis.bar([str(row.value) for row in rows], heights, yerr=errors, color=colours, capsize=2)
             axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
-            axis.set(title=SETTINGS[setting] + (" (queued)" if setting in OF_THE_QUEUE else ""))
+            axis.set(title=SETTINGS[setting] + (" (queued)" if setting in QUEUED_ONLY else ""))
             axis.tick_params(axis="x", labelrotation=45)
             if column == 0 and table:
                 axis.set(ylabel=f"{table[0].workload}\ntimes as fast as the default")
@@ -114,12 +114,12 @@ def ablation(path: Path, tables: Sequence[Sequence[Row]], about: Mapping[str, An
 
 
 def workload_of(study: str) -> str:
-    """Return what a study measured: its name without the method and the seed."""
+    """Return the workload of a study: its name without the method and the seed."""
     return study.rsplit("-", 2)[0]
 
 
 def by_workload(studies: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
-    """Return the measured trials of each workload, those of all its studies together."""
+    """Return the measured trials of each workload, from all its studies."""
     panels: dict[str, list[Record]] = {}
     for name, records in studies.items():
         panels.setdefault(workload_of(name), []).extend(measured(records))
@@ -127,15 +127,15 @@ def by_workload(studies: Mapping[str, Sequence[Record]]) -> dict[str, list[Recor
 
 
 def explained(records: Sequence[Record]) -> dict[str, float]:
-    """Return, for each setting, the part of the variance of log rewards that lies between its values' means.
+    """Return the share of the variance of log rewards between the means of each setting's values.
 
-    What only the queue reads is judged among the queue's plans.
+    Settings of the queued schedule are compared among its plans only.
     """
     found = {}
     for name in dict.fromkeys(name for record in records for name in record.params):
         groups: dict[Any, list[float]] = {}
         for record in records:
-            if record.reward and (name not in OF_THE_QUEUE or record.key[0] != "inductor"):
+            if record.reward and (name not in QUEUED_ONLY or record.key[0] != "inductor"):
                 groups.setdefault(record.params.get(name), []).append(math.log(record.reward))
         every = [log for group in groups.values() for log in group]
         if len(groups) < 2:
@@ -148,7 +148,7 @@ def explained(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _scatter(axis: Any, records: Sequence[Record], name: str, workload: str) -> None:
-    used = [r for r in records if name in r.params and (name not in OF_THE_QUEUE or r.key[0] != "inductor")]
+    used = [r for r in records if name in r.params and (name not in QUEUED_ONLY or r.key[0] != "inductor")]
     values = sorted({record.params[name] for record in used})
     best: dict[Any, float] = {}
     for record in used:
@@ -160,7 +160,7 @@ def _scatter(axis: Any, records: Sequence[Record], name: str, workload: str) -> 
     places = sorted(best)
     axis.plot(places, [best[place] for place in places], color="black", linewidth=1)
     axis.set_xticks(range(len(values)), [str(value) for value in values])
-    axis.set(xlabel=SETTINGS[name] + (" (queued)" if name in OF_THE_QUEUE else ""), ylabel="tok/s", ylim=(0, None))
+    axis.set(xlabel=SETTINGS[name] + (" (queued)" if name in QUEUED_ONLY else ""), ylabel="tok/s", ylim=(0, None))
     axis.set_title(f"{workload}\nblue inductor, orange queued, line: the best", fontsize=8)
 
 

@@ -1,4 +1,4 @@
-"""Where the winner of a search goes: into the file that ``schedule="auto"`` reads."""
+"""Store the result of a search in the file of tuned plans that ``schedule="auto"`` reads."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 
 from torch_xlstm_ops import registrations
 from torch_xlstm_ops.config import Schedule, tuned_plans
+from torch_xlstm_ops.tune.search import Result
 from torch_xlstm_ops.tune.space import Space
-from torch_xlstm_ops.tune.study import Result
 
-_OF_ANY_SCHEDULE = ("schedule", "chunk_size", "segment", "heads_per_band")
+_ALL_SCHEDULES = ("schedule", "chunk_size", "segment", "heads_per_band")
 
 
 def publish(
-    path: Path, kinds: Iterable[tuned_plans.Kind], space: Space, result: Result, about: Mapping[str, Any]
+    path: Path, kinds: Iterable[tuned_plans.CallKind], space: Space, result: Result, about: Mapping[str, Any]
 ) -> bool:
-    """Put a winner under each kind of call; where the default is as fast, take out what stands there.
+    """Store the best settings for each kind of call; if the default is as fast, remove the entries instead.
 
-    about: what else the entry tells.
-    Returns whether there is a winner. Raises OSError if the file cannot be written.
+    about: further fields of the entry.
+    Returns whether settings were stored. Raises OSError if the file cannot be written, ValueError for an existing file
+    that is not one of tuned plans, or is one of a newer version.
     """
     entry = {
         "settings": settings(space, result),
@@ -30,22 +31,24 @@ def publish(
         "plan": str(result.best.plan).splitlines()[:5],
         "found": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **about,
     }
-    tuned_plans.store(path, {str(kind): entry if result.faster else None for kind in kinds})
+    tuned_plans.store(path, {str(kind): entry if result.faster else None for kind in kinds},
+                      replace_damaged=path == tuned_plans.default_file())
     registrations.mlstm.forget_routes()
     return result.faster
 
 
 def settings(space: Space, result: Result) -> dict[str, Any]:
-    """Return the settings that lead to the winner, without those that its schedule does not read."""
+    """Return the settings of the best plan, without those that its schedule does not read."""
     given = space.settings(result.best.params)
-    fields = _OF_ANY_SCHEDULE if result.best.plan.schedule is Schedule.INDUCTOR else tuned_plans.FIELDS
+    fields = _ALL_SCHEDULES if result.best.plan.schedule is Schedule.INDUCTOR else tuned_plans.FIELDS
     return {field: str(given[field]) if field == "schedule" else given[field] for field in fields if field in given}
 
 
-def hand_over(source: Path, path: Path) -> int:
-    """Copy the entries of one file into another, all or none; return how many.
+def copy(source: Path, path: Path) -> int:
+    """Copy the entries of one file into another, all or none; return their number.
 
-    Raises OSError if a file cannot be read or written, ValueError for a file or an entry that makes no sense.
+    Raises OSError if a file cannot be read or written, ValueError for a file that is not one of tuned plans or an
+    invalid entry.
     """
     found = tuned_plans.read(source)
     for key, entry in found.items():

@@ -1,4 +1,4 @@
-"""What is kept of every trial, and the files that show it."""
+"""The record of a trial, and the files of all trials."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.runtime import files
 
 
 class Outcome(str, Enum):
     """How a trial ended."""
 
     MEASURED = "measured"
-    REPEATED = "repeated"  # its plan has been measured before
-    REFUSED = "refused"  # by the memory model, or for too many chunks
-    WRONG = "wrong"  # its results are not those of the default plan
-    FAILED = "failed"  # it raised
+    REPEATED = "repeated"  # its plan was measured before
+    REFUSED = "refused"  # by the memory model or the limit of chunks
+    WRONG = "wrong"  # its results differ from the default plan's
+    FAILED = "failed"  # it raised an exception
 
     def __str__(self) -> str:
         return str(self.value)
@@ -38,15 +38,15 @@ class Timing:
     median_ms: float
     low_ms: float | None
     high_ms: float | None
-    best_so_far_ms: float | None  # of the plan that was best, taking turns with this one
-    times_as_fast: float | None  # as that plan, round by round
+    best_so_far_ms: float | None  # of the best plan so far, timed in turns with this one
+    times_as_fast: float | None  # as fast as that plan
     tokens_per_second: float
-    error: float  # of the results, relative to the default plan's
+    error: float  # of the results, relative to the default plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A trial. reward: how many times as fast as the default plan."""
+    """A trial. reward: speed relative to the default plan."""
 
     study: str
     number: int
@@ -59,24 +59,24 @@ class Record:
     reward: float | None = None
     reward_low: float | None = None
     reward_high: float | None = None
-    best: bool = False  # whether it took the place of the best so far
+    best: bool = False  # whether it became the best plan so far
     timings: tuple[Timing, ...] = ()
     reason: str = ""  # for an outcome that is not `measured`
     warm_up_s: float | None = None
     seconds: float | None = None  # the whole trial
     estimated_bytes: int | None = None  # by the memory model
-    peak_bytes: int | None = None  # of the device's memory; on the CPU the process's since it began
+    peak_bytes: int | None = None  # of the device; on the CPU, of the process since its start
     load_average: float | None = None
     trace: str | None = None  # file
     ended: float = 0.0  # seconds since the epoch
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the record as JSON values."""
         return {**dataclasses.asdict(self), "outcome": str(self.outcome)}
 
 
 def from_json(found: dict[str, Any]) -> Record:
-    """Return what `Record.as_json` was made of."""
+    """Return a record from the result of `Record.as_json`."""
     timings = tuple(Timing(**timing) for timing in found["timings"])
     return Record(**{**found, "timings": timings, "outcome": Outcome(found["outcome"])})
 
@@ -90,26 +90,26 @@ COLUMNS = (
 
 
 def rows(record: Record) -> list[dict[str, Any]]:
-    """Return a line of CSV for each workload of a trial, one for a trial without."""
+    """Return a row of the CSV for each workload of a trial, one row if there is none."""
     told = {**record.as_json(), **record.params}
     return [{column: {**told, **timing}.get(column) for column in COLUMNS} for timing in told["timings"] or [{}]]
 
 
 class Files:
-    """`trials.jsonl` and `trials.csv` in a folder: written whole from a store, then a trial at a time."""
+    """`trials.jsonl` and `trials.csv` in a folder: rewritten from a store, then appended to."""
 
     def __init__(self, folder: Path, records: Iterable[Record]) -> None:
         self._lines, self._table = folder / "trials.jsonl", folder / "trials.csv"
         kept = list(records)
-        with export.whole_file(str(self._lines)) as file:
+        with files.replacing(self._lines) as file:
             file.writelines(_line(record) for record in kept)
-        with export.whole_file(str(self._table)) as file:
+        with files.replacing(self._table) as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(row for record in kept for row in rows(record))
 
     def add(self, record: Record) -> None:
-        """Append a trial to both."""
+        """Append a trial to both files."""
         with self._lines.open("a", encoding="utf-8") as file:
             file.write(_line(record))
         with self._table.open("a", encoding="utf-8", newline="") as file:
@@ -121,5 +121,5 @@ def _line(record: Record) -> str:
 
 
 def measured(records: Iterable[Record]) -> Sequence[Record]:
-    """Return those trials that have a reward of their own."""
+    """Return the trials that were measured."""
     return [record for record in records if record.outcome is Outcome.MEASURED]

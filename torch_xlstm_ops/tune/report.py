@@ -1,4 +1,4 @@
-"""A page of what a folder's searches found, with its pictures in it and beside it."""
+"""An HTML page with the results of a folder's searches, and its plots as files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 
-from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.runtime import files
 from torch_xlstm_ops.tune import plots, study
 from torch_xlstm_ops.tune.measure import bounds, in_words
 from torch_xlstm_ops.tune.records import Outcome, Record, measured
@@ -22,9 +22,9 @@ _STYLE = ("body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em 
 
 
 def write(folder: Path) -> list[Path]:
-    """Write report.html and the pictures of the searches in a folder; return what was written.
+    """Write report.html and the plots of the searches in a folder; return their paths.
 
-    Raises ValueError where there are none, StoreError for a store that cannot be read.
+    Raises ValueError if there are none, StoreError for a store that cannot be read.
     """
     if not (folder / study.STORE).is_file():
         raise ValueError(f"--out must be a folder with searches, got {folder} without {study.STORE}")
@@ -38,14 +38,14 @@ def write(folder: Path) -> list[Path]:
     parts = [f"<h1>Plans tried</h1>{_machines(found)}", *(f"<h2>{title}</h2>{_picture(path)}"
                                                           for title, path in pictures.items())]
     parts += [_section(name, records, found[name].user_attrs) for name, records in studies.items()]
-    with export.whole_file(str(folder / PAGE)) as file:
+    with files.replacing(folder / PAGE) as file:
         file.write(f"<!doctype html><html lang=en><meta charset=utf-8><title>xlstm-ops tune</title>"
                    f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")
     return [folder / PAGE, *pictures.values()]
 
 
 def draw(folder: Path, studies: Mapping[str, Sequence[Record]]) -> dict[str, Path]:
-    """Write the pictures and return them by title."""
+    """Write the plots and return their paths by title."""
     pictures: dict[str, Path | None] = {
         "Reward against trial": plots.reward_by_trial(folder / "reward.png", studies),
         "What each setting explains": plots.importance(folder / "importance.png", studies),

@@ -1,4 +1,4 @@
-"""In which order plans are tried: optuna's own samplers, and a bandit and a Boltzmann sampler beside them."""
+"""The samplers that propose plans: optuna's, a bandit, and a Boltzmann sampler."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from optuna.trial import FrozenTrial, TrialState
 
 METHODS = ("random", "ga", "tpe", "bandit", "boltzmann", "grid")
 
-EXPLORATION = 0.7  # standard deviations of the reward that a value tried once may be better than it looks
-HOT, COLD = 1.0, 0.05  # Boltzmann's temperature at first and at last, in standard deviations of the reward
-DISAGREEMENT = 0.4  # what a trial that chose another value for a setting already chosen still counts
+EXPLORATION = 0.7  # standard deviations of the reward that the bandit adds to a value tried once
+HOT, COLD = 1.0, 0.05  # first and last temperature, in standard deviations of the reward
+DISAGREEMENT = 0.4  # weight of a trial for each setting already chosen in which it has another value
 
 
 def make(method: str, *, trials: int, seed: int) -> optuna.samplers.BaseSampler:
-    """Return the sampler of a method; for `grid`, whose order the study gives, one that is not asked.
+    """Return the sampler of a method; the one of `grid` is not used, since the search orders its plans.
 
-    trials: how many there will be. seed: of its draws.
+    trials: planned number. seed: of the draws.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return _MAKERS[method](trials, seed)
 
 
-class Value(NamedTuple):
-    """What is known of one value of a setting."""
+class Estimate(NamedTuple):
+    """The estimated reward of one value of a setting."""
 
-    mean: float  # reward, in standard deviations above the mean of all
-    trials: float  # how many, each as much as it agrees with what is already chosen
+    mean: float  # in standard deviations above the mean of all trials
+    trials: float  # their number, weighted by agreement with the settings already chosen
 
 
 class _Discrete(optuna.samplers.BaseSampler):  # type: ignore[misc]
-    """Chooses setting by setting, each by the rewards of its values beside what is already chosen."""
+    """Chooses one setting after another, by the estimated rewards of its values given those already chosen."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -52,28 +52,28 @@ class _Discrete(optuna.samplers.BaseSampler):  # type: ignore[misc]
 
     def sample_independent(self, study: Any, trial: FrozenTrial, name: str, distribution: Any) -> Any:
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        values = known(finished, trial.params, name, distribution.choices)
+        values = estimates(finished, trial.params, name, distribution.choices)
         untried = [choice for choice in distribution.choices if choice not in values]
         if untried:
             return self._random.choice(untried)
         return self._choose(values, len(finished))
 
-    def _choose(self, values: Mapping[Any, Value], finished: int) -> Any:
+    def _choose(self, values: Mapping[Any, Estimate], finished: int) -> Any:
         raise NotImplementedError
 
 
 class Bandit(_Discrete):
-    """Takes the value with the highest upper confidence bound (UCB1)."""
+    """Chooses the value with the highest upper confidence bound (UCB1)."""
 
-    def _choose(self, values: Mapping[Any, Value], finished: int) -> Any:
-        def bound(found: Value) -> float:
+    def _choose(self, values: Mapping[Any, Estimate], finished: int) -> Any:
+        def bound(found: Estimate) -> float:
             return found.mean + EXPLORATION * math.sqrt(math.log(finished + 1) / found.trials)
 
         return max(values, key=lambda choice: bound(values[choice]))
 
 
 class Boltzmann(_Discrete):
-    """Draws a value with probability exp(mean / temperature), which falls as the trials go by."""
+    """Draws a value with probability proportional to exp(mean / temperature); the temperature falls with the trials."""
 
     def __init__(self, seed: int, trials: int) -> None:
         super().__init__(seed)
@@ -83,16 +83,16 @@ class Boltzmann(_Discrete):
         """Return the temperature after some trials: geometric from HOT to COLD."""
         return HOT * math.pow(COLD / HOT, min(finished / max(self._trials, 1), 1.0))
 
-    def _choose(self, values: Mapping[Any, Value], finished: int) -> Any:
+    def _choose(self, values: Mapping[Any, Estimate], finished: int) -> Any:
         best, T = max(value.mean for value in values.values()), self.temperature(finished)
         weights = [math.exp((value.mean - best) / T) for value in values.values()]
         return self._random.choices(list(values), weights)[0]
 
 
-def known(
+def estimates(
     finished: Sequence[FrozenTrial], chosen: Mapping[str, Any], name: str, choices: Sequence[Any]
-) -> dict[Any, Value]:
-    """Return what finished trials tell of the values of a setting, given what is chosen for others."""
+) -> dict[Any, Estimate]:
+    """Estimate the rewards of a setting's values from finished trials, given the settings already chosen."""
     logs = [math.log(trial.value) for trial in finished if trial.value]
     if not logs:
         return {}
@@ -104,7 +104,7 @@ def known(
             weight = DISAGREEMENT ** sum(trial.params.get(field) != value for field, value in chosen.items())
             sums[trial.params[name]][0] += weight * (math.log(trial.value) - mean) / deviation
             sums[trial.params[name]][1] += weight
-    return {choice: Value(total / count, count) for choice, (total, count) in sums.items() if count}
+    return {choice: Estimate(total / count, count) for choice, (total, count) in sums.items() if count}
 
 
 def _random(trials: int, seed: int) -> optuna.samplers.BaseSampler:

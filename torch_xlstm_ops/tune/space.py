@@ -1,4 +1,4 @@
-"""What there is to try: the plans that settings lead to for one call on one device, each once."""
+"""The search space: the distinct plans that settings give for one call on one device."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from torch_xlstm_ops.schedules.plan import Machine, Plan, Shape
 
 Value = str | int
 Params = Mapping[str, Value]  # a value for every field of `Space.choices`
-Key = tuple[Value, ...]  # of what is executed: two plans with one key are one
+Key = tuple[Value, ...]  # identifies what is executed: plans with equal keys do the same work
 
 CHUNK_SIZES = (16, 32, 64, 128, 256)
 SIZES = ("chunk_size", "segment", "heads_per_band")
-LEAST_SEGMENT = 128
+MIN_SEGMENT = 128
 DEVICE_WORKERS = (1, 2, 4)
 STREAMS = (1, 2, 4)
 WINDOWS = (1, 2, 4, 8)
-SEARCHED = (Schedule.INDUCTOR, Schedule.QUEUED)  # of one process; `recurrent` is the reference
+SEARCHED = (Schedule.INDUCTOR, Schedule.QUEUED)  # in one process; `recurrent` is the reference
 
 
 class EmptySpace(ValueError):
-    """No setting changes what runs."""
+    """No setting changes what is executed."""
 
 
 class Candidate(NamedTuple):
-    """A plan, and settings that lead to it."""
+    """A plan, and settings that give it."""
 
     key: Key
     params: Params
@@ -41,17 +41,17 @@ class Candidate(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the memory model holds a plan to."""
+    """Limits of the memory model."""
 
-    most_bytes: int | None  # None: the machine does not tell
-    held_bytes: int  # by the call whatever its plan
+    most_bytes: int | None  # None: unknown
+    held_bytes: int  # by the call, with every plan
 
 
 class Space:
-    """The settings to choose from, and the distinct plans that they lead to.
+    """The settings with their values, and the distinct plans that they give.
 
-    shape: what the plan depends on. device: where it runs. machine: what it may count on.
-    limits: plans that need more memory are `refused`. searched: which schedules, those that can run here.
+    shape: sizes of the call. machine: the resources that plans may use.
+    limits: plans that need more memory are `refused`. searched: schedules to try, if they can run here.
 
     Raises EmptySpace if there are fewer than two plans.
     """
@@ -62,24 +62,24 @@ class Space:
     ) -> None:
         self.shape, self.device, self.machine, self.limits = shape, device, machine, limits
         self._max_chunks = plan.max_chunks(device.type)
-        habits = [self._plan(Config(schedule=schedule)) for schedule in searched
+        defaults = [self._plan(Config(schedule=schedule)) for schedule in searched
                   if schedules.unavailable(schedule, device) is None]
         self._fixed: dict[str, Value] = {}
-        self.choices = self._every_choice(habits)
-        self._look()
-        self._find(self._plan(Config()))
+        self.choices = self._all_choices(defaults)
+        self._collect_plans()
+        self._candidate_of(self._plan(Config()))
         used = {f: tuple(v for v in values if any(c.params[f] == v for c in self.plans.values()))
                 for f, values in self.choices.items()}
         self._fixed = {f: values[0] for f, values in used.items() if len(values) == 1}
         self.choices = {f: values for f, values in used.items() if len(values) > 1}
-        self._look()
-        self.default = self._find(self._plan(Config()))
+        self._collect_plans()
+        self.default = self._candidate_of(self._plan(Config()))
         if len(self.plans) < 2:
             raise EmptySpace(f"the space must hold at least two plans, got {len(self.plans)}: no setting changes what "
                              f"runs for {shape.rows} rows of {shape.tokens} tokens on {device.type}")
 
     def candidate(self, params: Params) -> Candidate:
-        """Return the plan that settings lead to."""
+        """Return the plan that settings give."""
         made = self._plan(self.config(params))
         return Candidate(executed(made, self.device), dict(params), made)
 
@@ -88,29 +88,29 @@ class Space:
         return Config(**self.settings(params), tuned="off")  # type: ignore[arg-type]
 
     def settings(self, params: Params) -> dict[str, object]:
-        """Return settings as the fields of a configuration, those without a choice included."""
+        """Return settings as fields of a configuration, including those with only one value."""
         values: dict[str, object] = {**self._fixed, **params}
         values["schedule"] = Schedule(str(values["schedule"]))
         return values
 
     def distance(self, one: Candidate, other: Candidate) -> tuple[int, int]:
-        """Return in how many ways two plans differ (each size is one, who runs them another), and by how many steps."""
+        """Return the number of respects in which two plans differ (a size, or any other setting), and of steps between."""
         sizes = [field for field in self.choices if field in SIZES]
         steps = [abs(self.choices[f].index(one.params[f]) - self.choices[f].index(other.params[f])) for f in sizes]
         steps.append(int(any(one.params[f] != other.params[f] for f in self.choices if f not in SIZES)))
         return sum(step > 0 for step in steps), sum(steps)
 
     def signature(self) -> str:
-        """Return what tells this space from another one."""
-        told = (self.shape, self.device.type, self.machine._replace(memory=None), self.choices)
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        """Return a hash that differs between spaces."""
+        content = (self.shape, self.device.type, self.machine._replace(memory=None), self.choices)
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def needed_bytes(self, made: Plan) -> int:
         """Return the memory model's estimate for a call under a plan."""
         return self.limits.held_bytes + made.window * made.task_bytes
 
-    def _look(self) -> None:
-        """Find the plans that the choices lead to."""
+    def _collect_plans(self) -> None:
+        """Collect the plans that the choices give."""
         self.plans: dict[Key, Candidate] = {}
         self.refused: dict[Key, str] = {}
         for params in self._grid():
@@ -133,16 +133,16 @@ class Space:
     def _plan(self, config: Config) -> Plan:
         return plan.make(self.shape, self.device.type, config, self.machine)
 
-    def _every_choice(self, habits: list[Plan]) -> dict[str, tuple[Value, ...]]:
-        """Return the values of each field, those of the plans without settings among them."""
+    def _all_choices(self, defaults: list[Plan]) -> dict[str, tuple[Value, ...]]:
+        """Return the values of each field, including those of the default plans."""
         tokens, rows, kind = max(self.shape.tokens, 1), max(self.shape.rows, 1), self.device.type
         longest = tuned_plans.bucket(tokens)
-        chunks = {L for L in CHUNK_SIZES if longest >= L} | {p.chunk_size for p in habits}
+        chunks = {L for L in CHUNK_SIZES if longest >= L} | {p.chunk_size for p in defaults}
         most = min(longest, self._max_chunks * max(chunks))
-        segments = set(_powers(min(LEAST_SEGMENT, most), most)) | {min(p.segment, longest) for p in habits}
-        bands = {*_powers(1, rows), rows, *(p.band for p in habits)}
+        segments = set(_powers(min(MIN_SEGMENT, most), most)) | {min(p.segment, longest) for p in defaults}
+        bands = {*_powers(1, rows), rows, *(p.band for p in defaults)}
         choices: dict[str, tuple[Value, ...]] = {
-            "schedule": tuple(str(p.schedule) for p in habits), "chunk_size": tuple(sorted(chunks)),
+            "schedule": tuple(str(p.schedule) for p in defaults), "chunk_size": tuple(sorted(chunks)),
             "segment": tuple(sorted(segments)), "heads_per_band": tuple(sorted(bands)),
         }
         threads = self.machine.threads
@@ -150,7 +150,7 @@ class Space:
         choices["workers"] = (1,) if kind == "mps" else tuple(sorted(workers))
         if self.machine.streams:
             choices["streams"] = STREAMS
-        if kind != "cpu":  # there a window beyond the workers changes nothing, and a smaller one is fewer workers
+        if kind != "cpu":  # on a CPU, a window only limits the workers
             choices["window"] = WINDOWS
         return choices
 
@@ -158,8 +158,8 @@ class Space:
         for values in itertools.product(*self.choices.values()):
             yield dict(zip(self.choices, values, strict=True))
 
-    def _find(self, made: Plan) -> Candidate:
-        """Return the candidate of the plan without settings; it is in the space, or the space holds nothing."""
+    def _candidate_of(self, made: Plan) -> Candidate:
+        """Return the candidate that executes a plan. Raises EmptySpace if the space has none."""
         key = executed(made, self.device)
         if key not in self.plans:
             raise EmptySpace(f"the space must hold the default plan, got none that runs like it: "
@@ -168,7 +168,7 @@ class Space:
 
 
 def executed(made: Plan, device: torch.device) -> Key:
-    """Return what of a plan changes the work that is done."""
+    """Return the parts of a plan that change what is executed."""
     whole = -(-max(made.tokens, 1) // made.chunk_size) * made.chunk_size
     key: Key = (str(made.schedule), made.chunk_size, min(made.segment, whole), made.band)
     if made.schedule is Schedule.INDUCTOR:
@@ -178,14 +178,14 @@ def executed(made: Plan, device: torch.device) -> Key:
 
 
 def call_bytes(shape: Shape, itemsize: int, *, training: bool) -> int:
-    """Return what a call holds whatever its plan: streams, gates, h and states, and in training their gradients."""
+    """Return the bytes of a call's streams, gates, h and states, and in training of their gradients, for any plan."""
     streams = shape.rows * shape.tokens * (2 * shape.DHQK + 2 * shape.DHHV + 2) * itemsize
     states = 3 * shape.rows * shape.DHQK * (shape.DHHV + 1) * 4
     return (streams + states) * (3 if training else 1)
 
 
 def _powers(first: int, last: int) -> list[int]:
-    """Return the powers of two from `first`, itself one, to `last`."""
+    """Return the powers of two from `first`, which is one, to `last`."""
     found = []
     while first <= last:
         found.append(first)

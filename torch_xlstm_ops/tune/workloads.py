@@ -1,4 +1,4 @@
-"""What is timed under a plan: an operator's prefill or training step. A model's phases come from the command line."""
+"""The workloads of an operator: prefill and training step. The command line adds those of a model."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from torch_xlstm_ops.maths.shapes import EPS
 from torch_xlstm_ops.maths.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error
 from torch_xlstm_ops.schedules.plan import Shape
 
-CHECKED_TOKENS = 96  # by the recurrence
+CHECKED_TOKENS = 96  # compared with the recurrence
 
 
 class WrongResult(RuntimeError):
-    """A plan does not compute what it must."""
+    """A plan computes wrong results."""
 
 
 class Workload(NamedTuple):
-    """Something to time under a plan."""
+    """A call to time with a plan."""
 
     phase: str  # prefill, train, decode or first-token
     length: int  # tokens of the prompt
-    tokens: int  # read or written by one call, for tokens a second
-    weight: float  # in a blend
+    tokens: int  # read or written by one call
+    weight: float  # in the mean over workloads
     call: Callable[[], object]
-    results: Callable[[], Sequence[Tensor]]  # what one call computes
-    tolerance: float  # between two plans, relative
+    results: Callable[[], Sequence[Tensor]]  # of one call
+    tolerance: float  # relative, between two plans
 
     @property
     def name(self) -> str:
-        """Return what it is called in tables."""
+        """Return its name in tables."""
         return f"{self.phase} {self.length}"
 
 
@@ -50,12 +50,12 @@ class Sizes(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        """Return what a plan depends on."""
+        """Return the sizes that a plan depends on."""
         return Shape(self.B * self.NH, self.S, self.DHQK, self.DHHV)
 
 
 def prefill(sizes: Sizes, dtype: torch.dtype, device: torch.device, weight: float = 1.0) -> Workload:
-    """Return the forward pass, without gradients.
+    """Return the workload of a forward pass without gradients.
 
     Raises WrongResult unless the default plan equals the recurrence on the first tokens.
     """
@@ -70,14 +70,14 @@ def prefill(sizes: Sizes, dtype: torch.dtype, device: torch.device, weight: floa
         with torch.inference_mode():
             mlstm_chunkwise(*args)
 
-    _hold_to_the_recurrence(args)
+    _check_against_recurrence(args)
     return Workload("prefill", sizes.S, sizes.B * sizes.S, weight, call, results, 2 * TOLERANCE[dtype])
 
 
 def train(sizes: Sizes, dtype: torch.dtype, device: torch.device, weight: float = 1.0) -> Workload:
-    """Return a forward and backward pass; raises as `prefill`."""
+    """Return the workload of a forward and a backward pass. Raises WrongResult as `prefill`."""
     args = draw(sizes, dtype, device)
-    _hold_to_the_recurrence(args)
+    _check_against_recurrence(args)
     leaves = [t.requires_grad_() for t in args]
     seed = torch.randn_like(leaves[2])
 
@@ -89,7 +89,7 @@ def train(sizes: Sizes, dtype: torch.dtype, device: torch.device, weight: float 
 
 
 def draw(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Return q, k, v, igate, fgate; forget gates mostly open, as trained ones are."""
+    """Draw q, k, v, igate, fgate; forget gates are mostly open, as in trained models."""
     generator = torch.Generator().manual_seed(0)
     B, NH, S, DHQK, DHHV = sizes
     streams = [torch.randn(B, NH, S, D, generator=generator).to(device, dtype) for D in (DHQK, DHQK, DHHV)]
@@ -100,7 +100,7 @@ def draw(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]
 def check(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> float:
     """Return the largest relative error of results.
 
-    Raises WrongResult beyond the tolerance, or for what is not a number.
+    Raises WrongResult if it exceeds the tolerance or is NaN.
     """
     worst = error(found, [t.double() for t in wanted])
     if worst > tolerance:
@@ -108,7 +108,7 @@ def check(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -
     return worst
 
 
-def _hold_to_the_recurrence(args: Sequence[Tensor]) -> None:
+def _check_against_recurrence(args: Sequence[Tensor]) -> None:
     short = [t[:, :, :CHECKED_TOKENS] for t in args]
     with torch.inference_mode(), config.use(tuned="off"):
         found, state = mlstm_chunkwise(*short, schedule="inductor")

@@ -1,8 +1,8 @@
-"""Drop-in for flashrnn's sLSTM, whichever backend is asked for; its other functions stay theirs.
+"""Drop-in for flashrnn's sLSTM on every backend; its other functions are not replaced.
 
-`flashrnn` asks for its kernel anew at every call, and hands it tensors in the layout of the backend that its config
-names. y is returned for every token; of c, n and m only the last are kept, and the tokens before have NaN there: no
-model that we know reads them. With ``compat`` flashrnn is left alone.
+`flashrnn` looks up its kernel at every call, and passes tensors in the layout of the backend of its config. The kernel
+returns y of every token, but c, n and m of the last token only: those of the tokens before are NaN, which no known
+model reads. With ``compat`` nothing is replaced.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.patch.kernels import slstm
-from torch_xlstm_ops.patch.replacements import Change
+from torch_xlstm_ops.patch.adapters import slstm
+from torch_xlstm_ops.patch.replacements import Replacement
 
 FLOOR = 1.0  # flashrnn's least n
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 
-def changes(compat: bool) -> Sequence[Change]:
-    """Return what to replace."""
+def replacements(compat: bool) -> Sequence[Replacement]:
+    """Return the replacements."""
     if compat:
         return []
-    peer = importlib.import_module("flashrnn.flashrnn.flashrnn")  # a plain import finds the function of that name
+    module = importlib.import_module("flashrnn.flashrnn.flashrnn")  # a plain import finds the function of that name
     effect = "an sLSTM sequence is one op call"
-    return [Change(peer, name, _ours_or, effect, ("config",)) for name in ("_get_kernel", "_get_kernel_step")]
+    return [Replacement(module, name, _kernel_getter, effect, ("config",))
+            for name in ("_get_kernel", "_get_kernel_step")]
 
 
-def _ours_or(original: Callable[[Any], Kernel]) -> Callable[[Any], Kernel]:
-    """Return a choice of kernel that leaves to `original` what is no sLSTM, or has gradients cut or clipped."""
+def _kernel_getter(original: Callable[[Any], Kernel]) -> Callable[[Any], Kernel]:
+    """Return a `_get_kernel` with our sLSTM; other functions, and cut or clipped gradients, go to `original`."""
 
     def get_kernel(config: Any) -> Kernel:
         if config.function != "slstm" or alters_gradients(config):
@@ -46,9 +47,9 @@ def _ours_or(original: Callable[[Any], Kernel]) -> Callable[[Any], Kernel]:
 
 
 def run(config: Any, Wx: Tensor, states: Tensor, R: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Run an sLSTM on tensors as the config lays them out; return all tokens' states and the last.
+    """Run an sLSTM on tensors in the layout of the config; return the states of all tokens and the last one.
 
-    The last are in the dtype of Wx, as the peer's, or in that of `states` where it is wider.
+    The last one has the dtype of Wx, as flashrnn's, or that of `states` if it is wider.
     """
     x = stream(config, _permuted(Wx, config._internal_input_shape, "BTGHD"))
     r = _permuted(R, config._internal_recurrent_shape, "GHDP")
@@ -61,7 +62,7 @@ def run(config: Any, Wx: Tensor, states: Tensor, R: Tensor, b: Tensor) -> tuple[
 
 
 def every_state(h: Tensor, after: Sequence[Tensor]) -> Tensor:
-    """Return y, c, n, m of all tokens (4, S, B, NH, DH) in the dtype of h (B, S, NH, DH), NaN where they are not known.
+    """Return y, c, n, m of all tokens (4, S, B, NH, DH) in the dtype of h (B, S, NH, DH), NaN where unknown.
 
     after: y, c, n, m after the last token.
     """
@@ -73,13 +74,13 @@ def every_state(h: Tensor, after: Sequence[Tensor]) -> Tensor:
 
 
 def stream(config: Any, x: Tensor) -> Tensor:
-    """Return x in the dtype that the config's backend computes in."""
+    """Cast x to the compute dtype of the config's backend."""
     narrow = config.backend in ("cuda", "cuda_fused") and config.enable_automatic_mixed_precision
     return x.to(getattr(torch, config.dtype)) if narrow and x.dtype != torch.float64 else x
 
 
 def alters_gradients(config: Any) -> bool:
-    """Say whether the config has its backend cut or clip gradients, which is not the recurrence's own."""
+    """Return whether the config's backend cuts or clips gradients, so that they are not the exact ones."""
     return config.backend != "vanilla" and bool(
         config.gradient_recurrent_cut or config.gradient_recurrent_clipval is not None
     )

@@ -1,13 +1,13 @@
-"""Drop-in for mlstm_kernels: `mLSTMBackend`, which runs xlstm_large and tirex-2, and the registries of kernels.
+"""Drop-in for mlstm_kernels: `mLSTMBackend`, which runs xlstm_large and tirex-2, and the kernel registries.
 
-`mLSTMBackend.__init__` binds its kernels for good, so existing models never see a change of the registries: the
-class's `forward` is what all of them share. Kernels with a sigmoid input gate are another recurrence and stay theirs.
+`mLSTMBackend.__init__` looks its kernels up once, so existing models do not see changes of the registries; therefore
+the class's `forward` is replaced. Kernels with a sigmoid input gate compute another recurrence and are not replaced.
 
-Where there is no CUDA, the registries' Triton names resolve to ours, so that configs which name them build. A model
-built so while patched holds functions of this module, and keeps running after removal.
+Without CUDA, the Triton names of the registries resolve to ours, so that models with configs that name them can be
+built. A model built in this way while patched refers to functions of this module, and still runs after removal.
 
-With ``compat`` gradients leave out the normaliser's, as the peer's custbw and Triton kernels do, and states of the
-native chunkwise kernels are rounded to k's dtype.
+With ``compat`` gradients omit the normaliser's, as those of the package's custbw and Triton kernels do, and states of
+the native chunkwise kernels are rounded to k's dtype.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.patch.kernels import learning, mlstm, returns_states
-from torch_xlstm_ops.patch.replacements import Change
+from torch_xlstm_ops.patch.adapters import mlstm, requires_grad, returns_states
+from torch_xlstm_ops.patch.replacements import Replacement
 
 BACKEND_PARAMETERS = (
     "self", "q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial", "return_last_states", "mode",
 )
-# The names that ask for ours in a config, and the schedules they mean.
+# Kernel names of ours for configs, and their schedules.
 SCHEDULES: dict[str, str | None] = {"xlstm_ops": None, "xlstm_ops_queued": "queued", "xlstm_ops_ray": "ray"}
 TRITON_CHUNKWISE = ("triton_limit_chunk", "triton_xl_chunk")
 
 
-def changes(compat: bool) -> Sequence[Change]:
-    """Return what to replace."""
+def replacements(compat: bool) -> Sequence[Replacement]:
+    """Return the replacements."""
     from mlstm_kernels.torch import chunkwise, parallel, recurrent
     from mlstm_kernels.torch.backend_module import mLSTMBackend
 
     custbw = chunkwise.registry["native_custbw"]
     effect = "sequences of any length and steps are one op call"
-    forward = Change(
-        mLSTMBackend, "forward", lambda theirs: _forward_or(theirs, custbw if compat else None), effect,
+    forward = Replacement(
+        mLSTMBackend, "forward", lambda original: _backend_forward(original, custbw if compat else None), effect,
         BACKEND_PARAMETERS,
     )
     found = [forward]
@@ -61,7 +61,7 @@ def sequence(
     return_last_states: bool = False, eps: float = 1e-6, schedule: str | None = None,
     dtype_state: torch.dtype = torch.float32, **ignored: Any,
 ) -> Any:
-    """Run a sequence as a kernel of the registries does; chunk sizes and launch options are ours to choose."""
+    """Run a sequence with the arguments of a registered kernel; chunk sizes and launch options are ignored."""
     h, state = mlstm(q, k, v, i, f, c_initial, n_initial, m_initial, eps=eps, schedule=schedule)
     return (h, _narrowed(state, dtype_state)) if return_last_states else h
 
@@ -70,20 +70,20 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c: Tensor, n: Tensor, m: Tensor, eps: float = 1e-6,
     dtype_state: torch.dtype = torch.float32, **ignored: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Advance by one token, q (B, NH, DHQK), as a step kernel of the registries does."""
+    """Run one token, q (B, NH, DHQK), with the arguments of a registered step kernel."""
     h, state = mlstm(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), i, f, c, n, m, eps=eps)
     return h.squeeze(2), _narrowed(state, dtype_state)
 
 
-def _entry(registry: dict[str, Any], kind: str, name: str, kernel: Callable[..., Any]) -> Change:
+def _entry(registry: dict[str, Any], kind: str, name: str, kernel: Callable[..., Any]) -> Replacement:
     place = f"mlstm_kernels.torch's {kind} kernel {name}"
-    return Change(registry, name, lambda theirs: kernel, "resolves to ours", place=place)
+    return Replacement(registry, name, lambda original: kernel, "resolves to ours", place=place)
 
 
-def _forward_or(original: Callable[..., Any], custbw: Callable[..., Any] | None) -> Callable[..., Any]:
-    """Return a `mLSTMBackend.forward` on our operators, which leaves other recurrences to `original`.
+def _backend_forward(original: Callable[..., Any], custbw: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return a `mLSTMBackend.forward` on our operators; other recurrences go to `original`.
 
-    custbw: the peer's kernel without the normaliser's gradient, to repeat that where the config means it.
+    custbw: the package's kernel without the normaliser's gradient, to use where the config selects such gradients.
     """
 
     def forward(
@@ -98,11 +98,11 @@ def _forward_or(original: Callable[..., Any], custbw: Callable[..., Any] | None)
         both = returns_states(
             return_last_states, mode, mode_default=config.mode, states_default=config.return_last_states
         )
-        if q.is_cuda and torch.is_autocast_enabled("cuda"):  # the kernels' own choice, which need not be autocast's
+        if q.is_cuda and torch.is_autocast_enabled("cuda"):  # the kernels' dtype, which may differ from autocast's
             q, k, v = (t.to(getattr(torch, config.autocast_kernel_dtype)) for t in (q, k, v))
-        if custbw is not None and _without_normaliser(kernel) and learning(q, k, v, i, f):
+        if custbw is not None and _without_normaliser(kernel) and requires_grad(q, k, v, i, f):
             if "triton" in kernel and not q.is_cuda:
-                chunk = config.chunk_size if q.shape[2] % config.chunk_size == 0 else q.shape[2]  # theirs pads
+                chunk = config.chunk_size if q.shape[2] % config.chunk_size == 0 else q.shape[2]  # the original pads
                 return custbw(q, k, v, i, f, c_initial, n_initial, m_initial, both, config.eps, chunk)
             return original(self, q, k, v, i, f, c_initial, n_initial, m_initial, return_last_states, mode)
         schedule = SCHEDULES.get(kernel.removeprefix("chunkwise--"))
@@ -116,7 +116,7 @@ def _forward_or(original: Callable[..., Any], custbw: Callable[..., Any] | None)
 
 
 def _narrowed(state: Sequence[Tensor], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """Return a state in a narrower dtype where one is asked for by name; float32 asks for nothing."""
+    """Cast a state to bfloat16 or float16; another dtype, or None, leaves it as it is."""
     return tuple(t.to(dtype) if dtype in (torch.bfloat16, torch.float16) else t for t in state)
 
 

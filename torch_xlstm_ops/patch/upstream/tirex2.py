@@ -1,7 +1,7 @@
 """Drop-in for tirex-2: its sLSTM layers, and its mLSTM layers through mlstm_kernels.
 
-The layers call flashrnn and use y alone, so they are given y alone: flashrnn itself stays as it is. Where the call is
-no method of the layer's own, as in some forks, it is flashrnn that is patched.
+The layers call flashrnn and use only y, so the replacement returns only y, and flashrnn is not patched. In forks where
+the layer has no method for the call, flashrnn is patched instead.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.patch.kernels import slstm
-from torch_xlstm_ops.patch.replacements import Change
+from torch_xlstm_ops.patch.adapters import slstm
+from torch_xlstm_ops.patch.replacements import Replacement
 from torch_xlstm_ops.patch.upstream import flashrnn, mlstm_kernels
 
 
-def changes(compat: bool) -> Sequence[Change]:
-    """Return what to replace."""
+def replacements(compat: bool) -> Sequence[Replacement]:
+    """Return the replacements."""
     from tirex2.model.component.flashrnn_slstm import _FlashRNNLayer
 
     if not hasattr(_FlashRNNLayer, "recurrence"):
-        return [*flashrnn.changes(compat), *mlstm_kernels.changes(compat)]
+        return [*flashrnn.replacements(compat), *mlstm_kernels.replacements(compat)]
     effect = "an sLSTM sequence is one op call"
-    layer = Change(_FlashRNNLayer, "recurrence", lambda theirs: _recurrence, effect, ("self", "Wx", "states"))
-    return [*([] if compat else [layer]), *mlstm_kernels.changes(compat)]
+    layer = Replacement(_FlashRNNLayer, "recurrence", lambda original: _recurrence, effect, ("self", "Wx", "states"))
+    return [*([] if compat else [layer]), *mlstm_kernels.replacements(compat)]
 
 
 def _recurrence(self: Any, Wx: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Stand in for `recurrence`: Wx (B, T, 4, NH, DH), states (4, B, 1, NH, DH); return y (1, B, T, NH, DH), a state.
+    """Replace `recurrence`: Wx (B, T, 4, NH, DH), states (4, B, 1, NH, DH); return y (1, B, T, NH, DH), a state.
     """
     x = flashrnn.stream(self.config, Wx)
     r = self.get_R().permute(2, 0, 3, 1)  # from (NH, DH_in, 4, DH_out)

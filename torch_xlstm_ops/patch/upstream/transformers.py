@@ -1,12 +1,12 @@
 """Drop-in for transformers' xLSTM (`xLSTMModel`, `xLSTMForCausalLM`).
 
-transformers decides at import where its blocks come from: its own classes, or xlstm_large and through it
-mlstm_kernels when the package xlstm is installed. Either way one backend call runs the mLSTM of a layer, and the
-model keeps the states between calls in an `xLSTMCache`: that is where we step in.
+transformers takes its blocks from its own classes, or, when the package xlstm is installed at import, from xlstm_large
+and mlstm_kernels. In both cases one backend call runs the mLSTM of a layer, and an `xLSTMCache` has the states between
+calls; these two are replaced.
 
-The peer holds those states in the embedding's dtype, so a bfloat16 model rounds them at every call; a cache made
-while patched holds them in float32 (float64 beside float64) and reports the dtype it was asked for. A cache made
-before keeps its own, and so do all with ``compat``.
+The original cache has the dtype of the embedding, so that a bfloat16 model rounds the states at every call. A cache
+created while patched has float32 (float64 for float64) and reports the requested dtype. A cache created before, and
+every cache with ``compat``, is as the original.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.patch import decoding
-from torch_xlstm_ops.patch.kernels import mlstm, returns_states
-from torch_xlstm_ops.patch.replacements import Change
+from torch_xlstm_ops.patch.adapters import mlstm, returns_states
+from torch_xlstm_ops.patch.replacements import Replacement
 from torch_xlstm_ops.patch.upstream import mlstm_kernels
 
 BACKEND_PARAMETERS = (
@@ -30,19 +30,19 @@ BACKEND_PARAMETERS = (
 )
 
 
-def changes(compat: bool) -> Sequence[Change]:
-    """Return what to replace for the branch that transformers chose when it was imported."""
-    from transformers.models.xlstm import modeling_xlstm as peer
+def replacements(compat: bool) -> Sequence[Replacement]:
+    """Return the replacements for the blocks that transformers chose when it was imported."""
+    from transformers.models.xlstm import modeling_xlstm as module
 
-    states = Change(peer.xLSTMCache, "__init__", _with_wide_states, "states stay float32 between calls",
+    states = Replacement(module.xLSTMCache, "__init__", _with_wide_states, "states stay float32 between calls",
                     ("self", "config", "max_batch_size", "dtype", "device", "kwargs"))
-    token = Change(peer.xLSTMBlock, "__call__", decoding.call_or, decoding.EFFECT,
-                   beside=(("forward", ("self", "x", "state")),))
-    kept = [token] if compat else [states, token]
-    if peer.external_xlstm:
-        return [*kept, *mlstm_kernels.changes(compat)]
+    token = Replacement(module.xLSTMBlock, "__call__", decoding.block_call, decoding.EFFECT,
+                   uses=(("forward", ("self", "x", "state")),))
+    common = [token] if compat else [states, token]
+    if module.external_xlstm:
+        return [*common, *mlstm_kernels.replacements(compat)]
     effect = "sequences of any length and steps are one op call"
-    return [*kept, Change(peer.xLSTMBackend, "forward", lambda theirs: _forward, effect, BACKEND_PARAMETERS)]
+    return [*common, Replacement(module.xLSTMBackend, "forward", lambda original: _forward, effect, BACKEND_PARAMETERS)]
 
 
 def _forward(
@@ -50,7 +50,7 @@ def _forward(
     c_initial: Tensor | None = None, n_initial: Tensor | None = None, m_initial: Tensor | None = None,
     return_last_states: bool | None = None, mode: str | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-    """Stand in for `xLSTMBackend.forward`."""
+    """Replace `xLSTMBackend.forward`."""
     config = self.config
     both = returns_states(
         return_last_states, mode, mode_default=config.mode, states_default=config.return_last_states
@@ -60,7 +60,7 @@ def _forward(
 
 
 def _with_wide_states(original: Callable[..., None]) -> Callable[..., None]:
-    """Return an `xLSTMCache.__init__` that allocates the states in float32 whatever dtype it is asked for."""
+    """Return an `xLSTMCache.__init__` that allocates the states in float32 for every dtype."""
 
     @functools.wraps(original)
     def init(

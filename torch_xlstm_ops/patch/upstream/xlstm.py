@@ -1,12 +1,12 @@
 """Drop-in for the package xlstm: mLSTM cells, sLSTM cells, and xlstm_large through mlstm_kernels.
 
-The sLSTM's default backend, "cuda", compiles CUDA when a layer is built, which fails elsewhere. While patched it is
-built without and runs anywhere. A cell of either backend loads the weights of the other, which are laid out otherwise:
-`checkpoints` has the layouts.
+The default backend of the sLSTM, "cuda", compiles CUDA when a layer is built, and fails where it cannot. While patched,
+a layer is built without that and runs on every device. A cell of either backend loads the weights of the other, which
+have another layout: see `checkpoints`.
 
-mLSTM cells keep k / sqrt(DH) in c and n, where our operators keep k: so q is scaled up and k down at the border, and
-the states stay the peer's. States are float32 between calls, where the peer's take the model's dtype. `sLSTMCell.step`
-returns the state after the token; the peer's returns the one before, which ``compat`` repeats.
+mLSTM cells accumulate k / sqrt(DH) in c and n, our operators accumulate k: q is therefore scaled up and k down, and the
+states keep the package's convention. States are float32 between calls; the original's have the model's dtype.
+`sLSTMCell.step` returns the state after the token; the original returns the one before, which ``compat`` repeats.
 """
 
 from __future__ import annotations
@@ -19,46 +19,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.patch.adapters import mlstm, slstm
 from torch_xlstm_ops.patch.checkpoints import load_either
-from torch_xlstm_ops.patch.kernels import mlstm, slstm
-from torch_xlstm_ops.patch.replacements import Change
+from torch_xlstm_ops.patch.replacements import Replacement
 from torch_xlstm_ops.patch.upstream import mlstm_kernels
 from torch_xlstm_ops.patch.upstream.flashrnn import every_state
 
 MLSTM_STATE = tuple[Tensor, Tensor, Tensor]
 
 
-def changes(compat: bool) -> Sequence[Change]:
-    """Return what to replace."""
+def replacements(compat: bool) -> Sequence[Replacement]:
+    """Return the replacements."""
     from xlstm.blocks.mlstm import cell as mlstm_cell
     from xlstm.blocks.slstm import cell as slstm_cell
 
     backends = (mlstm_cell.parallel_stabilized_simple, mlstm_cell.recurrent_step_stabilized_simple)
     mlstms, slstms = mlstm_cell.mLSTMCell, slstm_cell.sLSTMCellBase
     sequence, step = "an mLSTM sequence is one op call", "an mLSTM step is one op call, its states stay float32"
-    stepped = "the state is the old one, as xlstm's" if compat else "the state is the one after the token"
+    stepped = "the state is the one before the token, as in xlstm" if compat else "the state is the one after the token"
     found = [
-        Change(mlstms, "forward", lambda theirs: _mlstm_forward_or(theirs, backends[0]), sequence,
-               ("self", "q", "k", "v", "kwargs")),
-        Change(mlstms, "step", lambda theirs: _mlstm_step_or(theirs, backends[1], compat), step,
-               ("self", "q", "k", "v", "mlstm_state", "kwargs")),
-        Change(slstms, "forward", functools.partial(_slstm_forward_or, compat=compat),
-               "an sLSTM sequence is one op call", ("self", "input", "state", "lengths")),
-        Change(slstms, "step", functools.partial(_slstm_step_or, compat=compat), stepped, ("self", "input", "state")),
-        Change(slstms, "_load_from_state_dict", load_either, "the weights of either backend are loaded"),
-        Change(slstm_cell, "sLSTMCellFuncGenerator", _generator_or, 'backend "cuda" needs no CUDA compiler',
-               ("training", "config")),
+        Replacement(mlstms, "forward", lambda original: _mlstm_forward(original, backends[0]), sequence,
+                    ("self", "q", "k", "v", "kwargs")),
+        Replacement(mlstms, "step", lambda original: _mlstm_step(original, backends[1], compat), step,
+                    ("self", "q", "k", "v", "mlstm_state", "kwargs")),
+        Replacement(slstms, "forward", functools.partial(_slstm_forward, compat=compat),
+                    "an sLSTM sequence is one op call", ("self", "input", "state", "lengths")),
+        Replacement(slstms, "step", functools.partial(_slstm_step, compat=compat), stepped,
+                    ("self", "input", "state")),
+        Replacement(slstms, "_load_from_state_dict", load_either, "the weights of either backend are loaded"),
+        Replacement(slstm_cell, "sLSTMCellFuncGenerator", _function_generator, 'backend "cuda" needs no CUDA compiler',
+                    ("training", "config")),
     ]
     if importlib.util.find_spec("mlstm_kernels") is not None:
-        found += mlstm_kernels.changes(compat)
+        found += mlstm_kernels.replacements(compat)
     return found
 
 
-# --- mLSTM ---
-
-
-def _mlstm_forward_or(original: Callable[..., Any], backend: object) -> Callable[..., Any]:
-    """Return a `mLSTMCell.forward` that leaves cells with another backend to `original`."""
+def _mlstm_forward(original: Callable[..., Any], backend: object) -> Callable[..., Any]:
+    """Return a `mLSTMCell.forward`; cells with another backend go to `original`."""
 
     def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
         if self.backend_fn is not backend:
@@ -68,7 +66,7 @@ def _mlstm_forward_or(original: Callable[..., Any], backend: object) -> Callable
     return forward
 
 
-def _mlstm_step_or(original: Callable[..., Any], backend: object, compat: bool) -> Callable[..., Any]:
+def _mlstm_step(original: Callable[..., Any], backend: object, compat: bool) -> Callable[..., Any]:
     def step(
         self: Any, q: Tensor, k: Tensor, v: Tensor, mlstm_state: MLSTM_STATE | None = None, **kwargs: Any
     ) -> Any:
@@ -98,11 +96,8 @@ def _run_mlstm(cell: Any, q: Tensor, k: Tensor, v: Tensor, state: MLSTM_STATE | 
     return out, (after.c, after.n.unsqueeze(-1), after.m.unsqueeze(-1))
 
 
-# --- sLSTM ---
-
-
-def _slstm_forward_or(original: Callable[..., Any], compat: bool) -> Callable[..., Any]:
-    """Return a `sLSTMCellBase.forward` that leaves other functions, and altered gradients, to `original`."""
+def _slstm_forward(original: Callable[..., Any], compat: bool) -> Callable[..., Any]:
+    """Return a `sLSTMCellBase.forward`; other functions, and altered gradients, go to `original`."""
 
     def forward(self: Any, input: Tensor, state: Tensor | None = None, lengths: object = None) -> Any:
         if not _is_ours(self.config):
@@ -116,7 +111,7 @@ def _slstm_forward_or(original: Callable[..., Any], compat: bool) -> Callable[..
     return forward
 
 
-def _slstm_step_or(original: Callable[..., Any], compat: bool) -> Callable[..., Any]:
+def _slstm_step(original: Callable[..., Any], compat: bool) -> Callable[..., Any]:
     def step(self: Any, input: Tensor, state: Tensor | None) -> Any:
         if not _is_ours(self.config):
             return original(self, input, state)
@@ -127,14 +122,13 @@ def _slstm_step_or(original: Callable[..., Any], compat: bool) -> Callable[..., 
 
 
 def _is_ours(config: Any) -> bool:
-    """Say whether a cell is an sLSTM whose backend leaves gradients as they are; vanilla ignores what asks otherwise.
-    """
+    """Return whether a cell is an sLSTM with exact gradients; vanilla ignores the options that alter them."""
     altered = config.gradient_recurrent_cut or config.gradient_recurrent_clipval is not None
     return config.function == "slstm" and not (config.backend == "cuda" and altered)
 
 
 def _run_slstm(cell: Any, input: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return h (B, S, NH, DH) and the states y, c, n, m (4, B, H) after it, for an input as the config shapes it."""
+    """Return h (B, S, NH, DH) and the states y, c, n, m (4, B, H) after it; `input` has the config's layout."""
     config = cell.config
     if input.shape[-1] != 4 * config.hidden_size:
         raise ValueError(f"input must have 4 * hidden_size = {4 * config.hidden_size} features, got {input.shape[-1]}")
@@ -153,18 +147,18 @@ def _run_slstm(cell: Any, input: Tensor, state: Tensor | None) -> tuple[Tensor, 
 
 
 def cuda_weights(r: Tensor) -> Tensor:
-    """Return r (4, NH, DH_out, DH_in) from the layout of CUDA kernels, (NH, DH_in, 4 DH_out)."""
+    """Return r (4, NH, DH_out, DH_in) from the layout of the CUDA kernels, (NH, DH_in, 4 DH_out)."""
     return torch.unflatten(r, -1, (4, -1)).permute(2, 0, 3, 1)
 
 
 def _narrow(config: Any, x: Tensor) -> Tensor:
-    """Return x in the dtype that the cuda backend computes in."""
+    """Cast x to the compute dtype of the cuda backend."""
     mixed = config.enable_automatic_mixed_precision and x.dtype != torch.float64
     return x.to(config.torch_dtype_w) if mixed else x
 
 
 def _arranged(h: Tensor, shape: str) -> Tensor:
-    """Return h (B, S, NH, DH) as a config's output_shape says."""
+    """Return h (B, S, NH, DH) in the layout of a config's output_shape."""
     if shape == "BNSH":
         return h.transpose(1, 2)
     if shape == "BSH":
@@ -173,7 +167,7 @@ def _arranged(h: Tensor, shape: str) -> Tensor:
 
 
 class Function:
-    """Stands in for the autograd function of a cuda cell, in the layouts of its kernels."""
+    """Replaces the autograd function of a cuda cell, in the layouts of its kernels."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -190,8 +184,8 @@ class Function:
         return torch.cat([before[:, None].to(h.dtype), every_state(h, after)], 1).flatten(3)
 
 
-def _generator_or(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a `sLSTMCellFuncGenerator` that compiles nothing for an sLSTM."""
+def _function_generator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `sLSTMCellFuncGenerator` that compiles no CUDA for an sLSTM."""
 
     def generate(training: bool, config: Any) -> Any:
         return Function(config) if _is_ours(config) else original(training, config)

@@ -1,4 +1,4 @@
-"""One line of an ablation."""
+"""One row of an ablation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch_xlstm_ops.tune.space import Value
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One plan beside the default."""
+class AblationRow:
+    """One plan measured beside the default."""
 
     workload: str
     setting: str
     value: Value
-    times_as_fast: float | None  # as the default; None where it did not run
+    times_as_fast: float | None  # as fast as the default; None if it did not run
     low: float | None
     high: float | None
     milliseconds: float | None

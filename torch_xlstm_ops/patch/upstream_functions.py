@@ -1,8 +1,8 @@
-"""The peers' xLSTM functions on our operators: each takes a peer's tensors as it has them, and answers as it does.
+"""Functions of upstream packages on our operators, with the layouts of their tensors and results.
 
-`t` holds the tensors in the order of ours, `given` all arguments by the peer's names. States come back in float32
-(float64 for float64 inputs) unless the peer names a dtype. What an operator does not keep is NaN: an sLSTM's c, n and m
-before the last token, and its gates.
+`t` has the tensors in the order of our operators, `given` all arguments by their upstream names. States are float32
+(float64 for float64 inputs) unless an argument names a dtype. What an operator does not return is NaN: an sLSTM's c, n
+and m before the last token, and its gates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_xlstm_ops.api import slstm_step
 from torch_xlstm_ops.maths.shapes import state_dtype
-from torch_xlstm_ops.patch.kernels import mlstm, slstm
+from torch_xlstm_ops.patch.adapters import mlstm, slstm
 from torch_xlstm_ops.patch.upstream.flashrnn import FLOOR, every_state
 
 Given = Mapping[str, Any]
@@ -23,26 +23,26 @@ NAN = float("nan")
 
 
 def mlstm_sequence(t: Sequence[Any], given: Given) -> Any:
-    """Run q, k, v (B, NH, S, D), gates and a state as transformers and mlstm_kernels have them."""
+    """Run q, k, v (B, NH, S, D), gates and a state with the arguments of transformers and mlstm_kernels."""
     h, state = mlstm(*t, eps=given["eps"])
     return (h, tuple(_in(given.get("dtype_state"), state))) if given["return_last_states"] else h
 
 
 def mlstm_token(t: Sequence[Any], given: Given) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Advance the same by one token; q, k, v (B, NH, D)."""
+    """Run one token of `mlstm_sequence`; q, k, v (B, NH, D)."""
     q, k, v, *rest = t
     h, state = mlstm(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), *rest, eps=given["eps"])
     return h.squeeze(2), tuple(_in(given["dtype_state"], state))
 
 
 def xlstm_parallel(t: Sequence[Any], given: Given) -> Tensor:
-    """Run q, k, v (B, NH, S, DH) and gates (B, NH, S, 1) as xlstm's blocks have them."""
+    """Run q, k, v (B, NH, S, DH) and gates (B, NH, S, 1) the layouts of xlstm's blocks."""
     q, k, v, igate, fgate = t
     return mlstm(q, k, v, igate.squeeze(-1), fgate.squeeze(-1), None, None, None, eps=given["eps"])[0]
 
 
 def xlstm_token(t: Sequence[Any], given: Given) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Advance the same by one token; c and n (B, NH, DH, 1) are made of k / sqrt(DH), m is (B, NH, 1, 1)."""
+    """Run one token of `xlstm_parallel`; c and n (B, NH, DH, 1) accumulate k / sqrt(DH), m is (B, NH, 1, 1)."""
     q, k, v, igate, fgate, c, n, m = t
     scale = q.shape[-1] ** 0.5
     gates, state = (igate.squeeze(-1), fgate.squeeze(-1)), (c, n.squeeze(-1), m.squeeze(-1))
@@ -52,9 +52,9 @@ def xlstm_token(t: Sequence[Any], given: Given) -> tuple[Tensor, tuple[Tensor, .
 
 
 def xlstm_slstm(t: Sequence[Any], given: Given) -> tuple[Tensor, Tensor, Tensor]:
-    """Run x (S, B, 4 H) from states (4, B, H) by r (NH, 4 DH, DH) and b (4 H), as xlstm's vanilla cell has them.
+    """Run x (S, B, 4 H) from states (4, B, H) by r (NH, 4 DH, DH) and b (4 H), the layouts of xlstm's vanilla cell.
 
-    Returns the states (4, S + 1, B, H), the given first; the last of them; and the gates (S + 1, 4, B, H).
+    Returns the states (4, S + 1, B, H), the given one first; the last one; and the gates (S + 1, 4, B, H).
     """
     x, r, b, states = t
     h, after = slstm(*_xlstm_cell(x, r, b, states))
@@ -63,7 +63,7 @@ def xlstm_slstm(t: Sequence[Any], given: Given) -> tuple[Tensor, Tensor, Tensor]
 
 
 def xlstm_slstm_token(t: Sequence[Any], given: Given) -> tuple[Tensor, Tensor]:
-    """Advance by the first token of x (1, B, 4 H); returns the states (4, 1, B, H), and the gates (2, 1, 4, B, H)."""
+    """Run the first token of x (1, B, 4 H); return the states (4, 1, B, H), and the gates (2, 1, 4, B, H)."""
     x, r, b, states = t
     streams, *weights, cells = _xlstm_cell(x, r, b, states)
     after = slstm_step(streams[:, 0], *weights, *[s.to(state_dtype(x.dtype)) for s in cells])

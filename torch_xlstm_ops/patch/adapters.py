@@ -1,4 +1,4 @@
-"""The mLSTM and the sLSTM as every peer calls them: any length, any state it may hold, one operator call."""
+"""Call our operators for upstream packages: any sequence length, states of any dtype and device, one call each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def mlstm(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
     c: Tensor | None, n: Tensor | None, m: Tensor | None, *, eps: float, schedule: str | None = None,
 ) -> tuple[Tensor, MLSTMState]:
-    """Run a sequence (B, NH, S, D) in one call: the step for a single token, else the chunkwise op.
+    """Run an mLSTM on a sequence (B, NH, S, D): the step for one token, else the chunkwise operator.
 
     c, n, m: states of any floating dtype on any device; a missing one is zero.
     Returns h in v's dtype and new states in float32 (float64 for float64 inputs), whatever the given ones were.
@@ -24,8 +24,8 @@ def mlstm(
     wide = state_dtype(q.dtype)
     if c is None and n is None and m is None and S != 1:
         return mlstm_chunkwise(q, k, v, igate, fgate, eps=eps, schedule=schedule)
-    saved = learning(q, k, v, igate, fgate, c, n, m)
-    # Peers overwrite the state they passed as soon as they have the new one, so autograd must not have saved theirs.
+    saved = requires_grad(q, k, v, igate, fgate, c, n, m)
+    # Copy for autograd, because packages overwrite the state that they passed once they have the new one.
     c = q.new_zeros((B, NH, DHQK, v.shape[-1]), dtype=wide) if c is None else c.to(q.device, wide, copy=saved)
     n = q.new_zeros((B, NH, DHQK), dtype=wide) if n is None else n.to(q.device, wide, copy=saved)
     m = q.new_zeros((B, NH, 1), dtype=wide) if m is None else m.to(q.device, wide, copy=saved)
@@ -38,22 +38,22 @@ def mlstm(
 def slstm(
     x: Tensor, r: Tensor, b: Tensor, states: Sequence[Tensor] | None, *, floor: float = 0.0
 ) -> tuple[Tensor, SLSTMState]:
-    """Run a sequence x (B, S, 4, NH, DH) in one call; r (4, NH, DH, DH) [gate, head, out, in] is cast to x's dtype.
+    """Run an sLSTM on a sequence x (B, S, 4, NH, DH); r (4, NH, DH, DH) [gate, head, out, in] is cast to x's dtype.
 
     states: y, c, n, m (B, NH, DH) of any floating dtype, or None for zeros.
     Returns h (B, S, NH, DH) in x's dtype and new states in float32 (float64 for float64 inputs).
     """
     if states is None:
         return slstm_sequence(x, r.to(x.dtype), b, floor=floor)
-    saved = learning(x, r, b, *states)
+    saved = requires_grad(x, r, b, *states)
     y, c, n, m = (state.to(x.device, state_dtype(x.dtype), copy=saved) for state in states)
     return slstm_sequence(x, r.to(x.dtype), b, y, c, n, m, floor=floor)
 
 
 def returns_states(asked: bool | None, mode: str | None, *, mode_default: str, states_default: bool) -> bool:
-    """Say whether a peer's backend returns (h, states) or h alone; inference always returns both.
+    """Return whether an upstream backend returns (h, states) or only h; inference always returns both.
 
-    Raises ValueError for a mode that is neither, and for states after padding, as the peers do.
+    Raises ValueError for an unknown mode, and for states after padding, as upstream does.
     """
     mode = mode_default if mode is None else mode
     if "train" in mode:
@@ -66,6 +66,6 @@ def returns_states(asked: bool | None, mode: str | None, *, mode_default: str, s
     raise ValueError(f"mode must be train, train_with_padding or inference, got {mode!r}")
 
 
-def learning(*tensors: Tensor | None) -> bool:
-    """Say whether autograd records a call with these arguments."""
+def requires_grad(*tensors: Tensor | None) -> bool:
+    """Return whether autograd records a call with these arguments."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

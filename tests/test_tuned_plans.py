@@ -1,4 +1,4 @@
-"""What the tuner found is what `auto` runs, and what makes no sense is left out with a warning."""
+"""Laws of tuned plans: `auto` runs them, an invalid one is skipped with a warning, and no writer loses an entry."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Keep winners in a file of the test's own."""
+    """Keep tuned plans in a file of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config.reload(flags={})
     tuned_plans.forget()
@@ -36,7 +36,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def key(*, training: bool = False, **changed: Any) -> str:
     B, NH, S, DHQK, DHHV = SIZES
-    kind = tuned_plans.kind(CPU, torch.float32, B * NH, S, DHQK, DHHV, training=training)
+    kind = tuned_plans.call_kind(CPU, torch.float32, B * NH, S, DHQK, DHHV, training=training)
     return str(kind._replace(**changed))
 
 
@@ -54,7 +54,7 @@ def ran(*, training: bool = False, **how: Any) -> list[tuple[str, str | None, in
     return [(e.phase, e.schedule, e.segment) for e in recording.entries()]
 
 
-def test_auto_runs_the_winner_and_only_auto(file: Path) -> None:
+def test_auto_runs_the_tuned_plan_and_only_auto(file: Path) -> None:
     assert {schedule for _, schedule, _ in ran()} == {"inductor"}
     tuned_plans.store(file, {key(): entry()})
     registration.forget_routes()
@@ -64,13 +64,13 @@ def test_auto_runs_the_winner_and_only_auto(file: Path) -> None:
         assert {schedule for _, schedule, _ in ran()} == {"inductor"}
 
 
-def test_what_the_user_set_stands(file: Path) -> None:
+def test_what_the_user_set_is_kept(file: Path) -> None:
     tuned_plans.store(file, {key(): entry()})
     with config.use(segment=32):
         assert {number for _, _, number in ran()} == {0, 1}
 
 
-def test_training_and_prefill_have_winners_of_their_own(file: Path) -> None:
+def test_training_and_prefill_have_plans_of_their_own(file: Path) -> None:
     tuned_plans.store(file, {key(training=True): entry(schedule="inductor")})
     assert {number for _, _, number in ran()} == {0}
     found = ran(training=True)
@@ -81,7 +81,7 @@ def test_training_and_prefill_have_winners_of_their_own(file: Path) -> None:
 @pytest.mark.parametrize("changed", [
     {"device": "another"}, {"torch": "2.0"}, {"tokens": 128}, {"DHHV": 32}, {"dtype": "bfloat16"},
 ])
-def test_a_winner_of_another_kind_is_not_used(file: Path, changed: dict[str, Any]) -> None:
+def test_a_plan_of_another_kind_is_not_used(file: Path, changed: dict[str, Any]) -> None:
     tuned_plans.store(file, {key(**changed): entry()})
     assert {schedule for _, schedule, _ in ran()} == {"inductor"}
 
@@ -98,14 +98,14 @@ def test_a_corrupt_file_is_not_used_and_a_warning_says_so(file: Path, text: str)
     None, {}, {"settings": {}}, {"settings": {"schedule": "fast"}}, {"settings": {"schedule": "auto"}},
     entry(workers=0), entry(speed=1),
 ])
-def test_a_corrupt_entry_is_left_out_with_a_warning_and_the_others_stay(file: Path, broken: Any) -> None:
+def test_a_corrupt_entry_is_skipped_with_a_warning_and_the_others_stay(file: Path, broken: Any) -> None:
     file.parent.mkdir()
     file.write_text(json.dumps({"version": 1, "winners": {"broken": broken, key(): entry()}}))
     with pytest.warns(RuntimeWarning, match="a tuned plan is not used: .*broken"):
         assert {schedule for _, schedule, _ in ran()} == {"queued"}
 
 
-def test_a_winner_whose_schedule_is_not_there_is_not_used(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_whose_schedule_cannot_run_is_not_used(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch_xlstm_ops import schedules
 
     tuned_plans.store(file, {key(): entry()})
@@ -116,13 +116,61 @@ def test_a_winner_whose_schedule_is_not_there_is_not_used(file: Path, monkeypatc
         assert {schedule for _, schedule, _ in ran()} == {"inductor"}
 
 
-def test_storing_keeps_other_entries_replaces_a_broken_file_and_takes_entries_out(file: Path) -> None:
+def test_storing_keeps_other_entries_replaces_a_broken_file_and_removes_entries(file: Path) -> None:
     tuned_plans.store(file, {"a": entry(), "b": entry()})
     tuned_plans.store(file, {"b": None, "c": entry()})
     assert list(tuned_plans.read(file)) == ["a", "c"]
     file.write_text("broken")
-    tuned_plans.store(file, {"d": entry()})
+    tuned_plans.store(file, {"d": entry()}, replace_damaged=True)
     assert list(tuned_plans.read(file)) == ["d"]
+    assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
+
+
+@pytest.mark.parametrize(("text", "replaces"), [
+    ('{"name": "a package"}', False), ("plain text", False), ('{"version": 2, "winners": {}}', True),
+])
+def test_storing_never_replaces_another_file_or_a_newer_version(tmp_path: Path, text: str, replaces: bool) -> None:
+    other = tmp_path / "package.json"
+    other.write_text(text)
+    with pytest.raises(ValueError, match=r"package\.json must be"):
+        tuned_plans.store(other, {"a": entry()}, replace_damaged=replaces)
+    assert other.read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["package.json"]
+
+
+def test_storing_through_a_link_keeps_the_link(tmp_path: Path, file: Path) -> None:
+    real = tmp_path / "elsewhere.json"
+    file.parent.mkdir()
+    file.symlink_to(real)
+    tuned_plans.store(file, {"a": entry()})
+    assert file.is_symlink()
+    assert list(tuned_plans.read(real)) == ["a"]
+
+
+WRITER = """
+import sys, threading
+from pathlib import Path
+from torch_xlstm_ops.config import tuned_plans
+
+def write(thread):
+    for number in range(15):
+        tuned_plans.store(Path(sys.argv[1]), {f"{sys.argv[2]} {thread} {number}": {"settings": {"schedule": "queued"}}})
+
+threads = [threading.Thread(target=write, args=(number,)) for number in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_five_writers_of_thirty_entries_lose_none(file: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", WRITER, str(file)]
+    writers = [subprocess.Popen([*command, str(number)], stderr=subprocess.PIPE, text=True) for number in range(5)]
+    for writer in writers:
+        _, errors = writer.communicate(timeout=300)
+        assert (writer.returncode, errors) == (0, "")
+    assert len(tuned_plans.read(file)) == 150
     assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
 
 

@@ -115,7 +115,7 @@ def test_sizes_that_the_compiler_excludes_get_their_own_compile(compiles, monkey
 
 
 def test_caches_are_bounded(compiles, monkeypatch):
-    monkeypatch.setattr(compiler, "CAPACITY", 3)
+    monkeypatch.setattr(compiler._callables, "capacity", 3)
     for NC in range(1, 9):
         args = draw(1, NC)
         compiler.get(scale, AXES, args, factor=2.0)

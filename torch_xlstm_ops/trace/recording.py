@@ -1,0 +1,112 @@
+"""Record spans in memory: the newest ones, with device spans read once the device has passed their events."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import NamedTuple
+
+import torch
+
+from torch_xlstm_ops.runtime import devices, files
+from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.trace.export import Span
+
+CAPACITY = 200_000  # spans, about 60 MB
+PENDING = 1024  # device spans not yet read, before the oldest is waited for
+_REBASE = 1e3  # milliseconds; CUDA reports float32, which is exact to 0.1 us over this long
+
+
+class Mark(NamedTuple):
+    """A span without its times."""
+
+    op: str
+    schedule: str | None
+    phase: str
+    layer: int | None
+    band: int | None
+    segment: int | None
+    device: torch.device
+    thread: str
+    bytes: int | None
+    queue_depth: int | None
+
+    def at(self, start_us: float, duration_us: float) -> Span:
+        op, schedule, phase, layer, band, segment, device, thread, size, depth = self
+        return Span(op, schedule, phase, layer, band, segment, str(device), thread, start_us, duration_us, size, depth)
+
+
+_Pending = tuple[Mark, devices.Event, devices.Event]
+
+
+class Recording:
+    """The spans of one recording; every method may be called from any thread."""
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self.began = time.perf_counter()
+        self._entries: deque[Span] = deque(maxlen=capacity)
+        self._pending: deque[_Pending] = deque()
+        self._bases: dict[torch.device, tuple[devices.Event, float]] = {}
+        self._count = 0
+        self._lock = threading.Lock()  # not held during calls of a device, which may take the MPS lock
+
+    @property
+    def dropped(self) -> int:
+        """Return the number of oldest spans that were dropped to stay within the capacity."""
+        return self._count - len(self._entries)
+
+    def entries(self) -> list[Span]:
+        """Return the spans by start, after the device has finished the last of them."""
+        self._read_pending(most=0)
+        with self._lock:
+            return sorted(self._entries, key=lambda entry: entry.start_us)
+
+    def summary(self) -> str:
+        """Return a table of count and time by op, phase and device."""
+        return export.summary(self.entries(), self.dropped)
+
+    def write(self, path: str) -> None:
+        """Write the spans to `path` in the format of its suffix: .csv, .jsonl (an object a line), .json (Chrome trace).
+
+        The file is replaced atomically. Raises ValueError for another suffix, OSError if it cannot be written.
+        """
+        write = export.writer(path)
+        entries = self.entries()
+        with files.replacing(path) as file:
+            write(file, entries, self.dropped)
+
+    def add(self, span: Span) -> None:
+        with self._lock:
+            self._entries.append(span)
+            self._count += 1
+
+    def add_pending(self, pending: _Pending) -> None:
+        self._pending.append(pending)
+        if len(self._pending) > PENDING // 2:
+            self._read_pending(most=PENDING)
+
+    def tie_clock(self, device: torch.device) -> None:
+        """Record the event that relates the device's clock to the host's, before the device's first span."""
+        if device not in self._bases:
+            base = devices.event(device, timing=True)
+            devices.synchronize(device)
+            base.record()
+            self._bases[device] = (base, (time.perf_counter() - self.began) * 1e6)
+
+    def _read_pending(self, most: int) -> None:
+        """Read the spans that the device has finished; wait for it only while more than `most` are unread."""
+        while self._pending:
+            try:
+                mark, start, end = self._pending.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            if len(self._pending) < most and not end.query():
+                self._pending.appendleft((mark, start, end))
+                return
+            end.synchronize()
+            base, base_us = self._bases[mark.device]
+            since = base.elapsed_time(start)
+            if since > _REBASE:
+                self._bases[mark.device] = (start, base_us + since * 1e3)
+            self.add(mark.at(base_us + since * 1e3, start.elapsed_time(end) * 1e3))
