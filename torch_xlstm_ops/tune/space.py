@@ -12,7 +12,7 @@ import torch
 
 from torch_xlstm_ops import schedules
 from torch_xlstm_ops.config import Config, Schedule, tuned_plans
-from torch_xlstm_ops.schedules import plan
+from torch_xlstm_ops.schedules import defaults, plan
 from torch_xlstm_ops.schedules.plan import Machine, Plan, Shape
 
 Value = str | int
@@ -61,7 +61,7 @@ class Space:
         searched: Sequence[Schedule] = SEARCHED,
     ) -> None:
         self.shape, self.device, self.machine, self.limits = shape, device, machine, limits
-        self._max_chunks = plan.max_chunks(device.type)
+        self._max_chunks = defaults.max_chunks(device.type)
         habits = [self._plan(Config(schedule=schedule)) for schedule in searched
                   if schedules.unavailable(schedule, device) is None]
         self._fixed: dict[str, Value] = {}

@@ -65,9 +65,9 @@ def _steps(plan: Plan, kernels: Kernels, rows: Rows, band: slice) -> Steps:
 def lane(plan: Plan, steps: Steps, band: slice, whole: State) -> BandQueue:
     """Return the tasks of a band, which end by writing its last state into that of all rows."""
     count = len(plan.segments)
-    if plan.abreast > 1 and count > 1:
+    if plan.scan_width > 1 and count > 1:
         first = [t[band].clone() for t in whole]  # the last state may be written while the first is still read
-        return ScanQueue(count, plan.abreast, first, steps, partial(_write, whole, band))
+        return ScanQueue(count, plan.scan_width, first, steps, partial(_write, whole, band))
     current = [[t[band] for t in whole]]
 
     def work(number: int) -> None:
