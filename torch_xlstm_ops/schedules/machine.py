@@ -15,7 +15,7 @@ def machine(device: torch.device, schedule: Schedule = Schedule.AUTO) -> Machine
     memory = devices.memory(device).budget if config.current().mem_fraction is not None else None
     actors = 0
     if schedule is Schedule.RAY and schedules.unavailable(schedule, device) is None:
-        from torch_xlstm_ops.schedules.ray.actors import free
+        from torch_xlstm_ops.schedules.ray.actor_pool import free
 
         actors = free(device.type)
     return Machine(torch.get_num_threads(), device.type == "cuda", memory, actors)
