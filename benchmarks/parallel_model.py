@@ -4,7 +4,7 @@
     python -m benchmarks.parallel_model --paper                 # no measurement: xLSTM-7B on 2 to 1,024 workers
 
 The prediction adds up what each worker does, layer by layer, and when the state of the worker before arrives. It knows
-a token's cost in an mLSTM, in a sum ahead and in the rest of a layer, and that of handing a state on, all measured.
+a token's cost in an mLSTM, in a summary and in the rest of a layer, and that of handing a state on, all measured.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch
 from benchmarks.timing import machine, save
 from torch_xlstm_ops import mlstm_chunkwise
 from torch_xlstm_ops.models import transformers as adapter
-from torch_xlstm_ops.parallel import Workers, stretches
-from torch_xlstm_ops.parallel.keeper import Carry, Keeper
+from torch_xlstm_ops.parallel import Workers, shards
+from torch_xlstm_ops.parallel.state_directory import StateDirectory, StateLink
 from torch_xlstm_ops.patch import patch
 from torch_xlstm_ops.registrations import mlstm as operators
 
 CPU = torch.device("cpu")
 # xLSTM-7B: 32 layers, 6.5 G parameters in them, states of 8 heads (256, 512). An mLSTM took 3.98 ms for 65,536 tokens
-# on an H100 (README), a sum ahead is a third of it; the rest is taken to run at 400 TFLOP/s.
+# on an H100 (README), a summary is a third of it; the rest is taken to run at 400 TFLOP/s.
 LAYERS_7B, PARAMETERS_7B, STATE_7B = 32, 6.5e9, 8 * (256 * 512 + 256 + 1) * 4
 CELL_7B, FLOPS = 3.98e-3 / 65_536, 400e12
 LATENCY = 3e-3  # of a hop through the object store, as measured on a busy CPU; the bytes come on top
@@ -43,11 +43,11 @@ class Costs(NamedTuple):
 
     rest: float  # projections, norms, feed-forward
     cell: float  # the mLSTM
-    ahead: float  # a sum ahead
+    summary: float  # a summary
     hop: float  # from one worker to the next
 
 
-def simulate(costs: Costs, tokens: Sequence[int], layers: int, ahead: bool) -> float:
+def simulate(costs: Costs, tokens: Sequence[int], layers: int, summarize_first: bool) -> float:
     """Return the seconds until the last of the workers, which read so many tokens each, has passed all layers."""
     done = [0.0] * len(tokens)
     for _ in range(layers):
@@ -56,8 +56,8 @@ def simulate(costs: Costs, tokens: Sequence[int], layers: int, ahead: bool) -> f
             ready = done[worker] + count * costs.rest
             if worker == 0:
                 done[worker] = sent = ready + count * costs.cell
-            elif ahead and worker < len(tokens) - 1:
-                sent = max(ready + count * costs.ahead, sent + costs.hop)
+            elif summarize_first and worker < len(tokens) - 1:
+                sent = max(ready + count * costs.summary, sent + costs.hop)
                 done[worker] = sent + count * costs.cell
             else:
                 done[worker] = sent = max(ready, sent + costs.hop) + count * costs.cell
@@ -65,9 +65,9 @@ def simulate(costs: Costs, tokens: Sequence[int], layers: int, ahead: bool) -> f
 
 
 def seconds(costs: Costs, tokens: int, workers: int, layers: int) -> float:
-    """Return what `simulate` says of equal stretches, in the way that workers would choose."""
-    cuts = stretches.cut(tokens, [1.0] * workers)
-    return simulate(costs, [cut.stop - cut.start for cut in cuts], layers, stretches.ahead(workers, layers))
+    """Return what `simulate` says of equal shards, with or without summaries as `Workers` would choose."""
+    cuts = shards.split(tokens, [1.0] * workers)
+    return simulate(costs, [cut.stop - cut.start for cut in cuts], layers, shards.summarize_first(workers, layers))
 
 
 def paper() -> list[dict[str, Any]]:
@@ -112,7 +112,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def cell_costs(args: argparse.Namespace, rounds: int) -> tuple[float, float]:
-    """Return the seconds of a token in an mLSTM and in a sum ahead, in this process."""
+    """Return the seconds of a token in an mLSTM and in a summary, in this process."""
     S = min(args.tokens, 8192)
     q, k = torch.randn(2, 1, args.heads, S, args.dhqk)
     v = torch.randn(1, args.heads, S, args.dhhv)
@@ -130,18 +130,18 @@ def hop_cost(args: argparse.Namespace) -> float:
     """Return the seconds from one worker's leaving a state until the next has it, on this host."""
     import ray
 
-    keeper = ray.remote(Keeper).options(num_cpus=0).remote()
+    directory = ray.remote(StateDirectory).options(num_cpus=0).remote()
     state = [torch.zeros(1, args.heads, args.dhqk, args.dhhv), torch.zeros(1, args.heads, args.dhqk),
              torch.zeros(1, args.heads, 1)]
-    leaves, takes = Carry(keeper, 0, 0), Carry(keeper, 0, 1)
+    sender, receiver = StateLink(directory, 0, 0), StateLink(directory, 0, 1)
 
     def hop(layer: int) -> None:
-        leaves.keep(layer, state)
-        takes.find(layer)
+        sender.store(layer, state)
+        receiver.find(layer)
 
     hop(0)
     taken = statistics.median(timed(lambda layer=layer: hop(layer)) for layer in range(1, 20))  # type: ignore[misc]
-    ray.kill(keeper)
+    ray.kill(directory)
     return taken
 
 
@@ -170,7 +170,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.rounds):
             for name, call in calls.items():
                 taken[name].append(timed(call))
-        cell, ahead = cell_costs(args, 5)
+        cell, summary = cell_costs(args, 5)
         hop = hop_cost(args)
     medians = {name: statistics.median(times) for name, times in taken.items()}
     rest = medians["1 workers"] / args.layers / args.tokens - cell
@@ -178,13 +178,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     predicted = {}
     for count in range(1, args.workers + 1):
         crowd = max(1.0, count / cores)  # workers that share cores slow each other down
-        costs = Costs(rest * crowd, cell * crowd, ahead * crowd, hop)
+        costs = Costs(rest * crowd, cell * crowd, summary * crowd, hop)
         predicted[f"{count} workers"] = seconds(costs, args.tokens, count, args.layers)
     return {
         "shape": vars(args) | {"json": None}, "cores": cores, "seconds": medians, "predicted": predicted,
         "measured to predicted": {name: medians[name] / predicted[name] for name in predicted},
         "speedup over one process": {name: medians["one process"] / value for name, value in medians.items()},
-        "costs_us": Costs(rest * 1e6, cell * 1e6, ahead * 1e6, hop * 1e6)._asdict(), "errors": errors,
+        "costs_us": Costs(rest * 1e6, cell * 1e6, summary * 1e6, hop * 1e6)._asdict(), "errors": errors,
         "load_average": os.getloadavg(),
     }
 

@@ -222,7 +222,7 @@ def _find_route(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float
     cfg = tuned.apply_tuned(cfg, shape, q.device, q.dtype, training=training)
     planned = plan.make(shape, q.device.type, cfg, machine(q.device, cfg.schedule))
     kind = q.device.type
-    in_order = planned.schedule in (Schedule.INDUCTOR, Schedule.QUEUED) and planned.abreast == 1
+    in_order = planned.schedule in (Schedule.INDUCTOR, Schedule.QUEUED) and planned.scan_width == 1
     empty = c is None and in_order and v.numel() > 0
     single = empty and len(planned.segments) == 1 and planned.segments[0].chunks == 1
     opens = empty and not single and mlstm.prefers_zero_state(kind)

@@ -25,7 +25,7 @@ def ray_cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="ray is not installed")
     from ray.cluster_utils import Cluster
 
-    from torch_xlstm_ops.schedules.ray import actors
+    from torch_xlstm_ops.schedules.ray import actor_pool
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     cluster = Cluster()
@@ -37,6 +37,6 @@ def ray_cluster() -> Iterator[Any]:
                  logging_level="ERROR", runtime_env={"worker_process_setup_hook": hide_xlstm})
         yield cluster
     finally:
-        actors.close()
+        actor_pool.close()
         ray.shutdown()
         cluster.shutdown()

@@ -276,7 +276,7 @@ def shut_out(request, monkeypatch):
     """Hold resets with looks at data, and as where looking would stall the device; return whether the latter."""
     apart = request.param == "as on a GPU"
     if apart:
-        monkeypatch.setattr(packing, "_apart", lambda reset, static=False: True)
+        monkeypatch.setattr(packing, "_uses_mask", lambda reset, static=False: True)
     return apart
 
 

@@ -1,4 +1,4 @@
-"""Laws of a prompt read by several workers: what one process finds, from any stretches, whatever becomes of workers."""
+"""Laws of prefill by several workers: the result of one process, from any shards, also when workers die."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tests import together
 from tests.oracle import TOLERANCE, assert_close
 from tests.parameters import tail
-from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, parallel, slstm_sequence
+from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, slstm_sequence
 from torch_xlstm_ops.models import transformers as adapter
-from torch_xlstm_ops.parallel import stretches
-from torch_xlstm_ops.parallel.passing import Passing, check_splits
+from torch_xlstm_ops.parallel import placement, shards
+from torch_xlstm_ops.parallel.sequence_parallel import SequenceParallelMode, check_splits
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as workers have, whose kernels these are
 L = 16  # as in test_mlstm_ops: each new size is a compile
@@ -78,69 +78,72 @@ def flat(logits: Tensor, states: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [logits, *(t for state in states for t in state)]
 
 
-class Here:
-    """A carry without Ray: stretches are read one after another."""
+class LocalLink:
+    """A link to states in this process: shards are read one after another."""
 
     def __init__(self) -> None:
-        self.left: dict[int, list[Tensor]] = {}
+        self.states: dict[int, list[Tensor]] = {}
 
     def find(self, layer: int) -> list[Tensor]:
-        return self.left.pop(layer)
+        return self.states.pop(layer)
 
-    def keep(self, layer: int, state: Sequence[Tensor]) -> None:
-        assert layer not in self.left
-        self.left[layer] = list(state)
+    def store(self, layer: int, state: Sequence[Tensor]) -> None:
+        assert layer not in self.states
+        self.states[layer] = list(state)
 
 
-def read(model: nn.Module, ids: Tensor, weights: Sequence[float], ahead: bool) -> list[Tensor]:
-    carry, found = Here(), []
-    for stretch in stretches.cut(ids.shape[1], weights):
-        with torch.inference_mode(), Passing(carry, first=stretch.number == 0, last=stretch.last, ahead=ahead):
-            found = flat(*toy_call(model, ids[:, stretch.start:stretch.stop], stretch.start))
-    assert not carry.left
+def read(model: nn.Module, ids: Tensor, weights: Sequence[float], summarize_first: bool) -> list[Tensor]:
+    link, found = LocalLink(), []
+    for shard in shards.split(ids.shape[1], weights):
+        mode = SequenceParallelMode(
+            link, first=shard.number == 0, last=shard.last, summarize_first=summarize_first
+        )
+        with torch.inference_mode(), mode:
+            found = flat(*toy_call(model, ids[:, shard.start:shard.stop], shard.start))
+    assert not link.states
     return found
 
 
 @given(S=st.integers(2, 200), weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=9))
-def test_stretches_tile_the_prompt_in_proportion(S, weights):
-    cuts = stretches.cut(S, weights)
+def test_shards_tile_the_prompt_in_proportion(S, weights):
+    cuts = shards.split(S, weights)
     assert [t for cut in cuts for t in range(cut.start, cut.stop)] == list(range(S))
     assert [cut.number for cut in cuts] == list(range(len(cuts)))
     assert [cut.last for cut in cuts] == [False] * (len(cuts) - 1) + [True]
-    spare, whole = S - stretches.LEAST * len(cuts), sum(weights[: len(cuts)])
+    spare, whole = S - shards.MIN_TOKENS * len(cuts), sum(weights[: len(cuts)])
     for cut, weight in zip(cuts, weights, strict=False):
-        assert abs(cut.stop - cut.start - stretches.LEAST - spare * weight / whole) <= 1
+        assert abs(cut.stop - cut.start - shards.MIN_TOKENS - spare * weight / whole) <= 1
 
 
 @given(weights=st.lists(st.floats(0.1, 10), min_size=5, max_size=5),
        speeds=st.lists(st.floats(1, 1000), min_size=5, max_size=5))
-def test_stretches_stay_until_others_would_save_a_tenth_of_the_time(weights, speeds):
+def test_shards_are_kept_until_others_would_save_a_tenth_of_the_time(weights, speeds):
     def seconds(weights: Sequence[float]) -> float:  # of a token; the worker that takes longest
         return max(weight / sum(weights) / speed for weight, speed in zip(weights, speeds, strict=True))
 
-    found = stretches.replan(weights, speeds)
+    found = shards.rebalance(weights, speeds)
     best = 1 / sum(speeds)
-    assert seconds(found) <= stretches.SLACK * best * (1 + 1e-9)
-    assert found == weights or seconds(weights) > stretches.SLACK * best * (1 - 1e-9)
+    assert seconds(found) <= shards.REBALANCE * best * (1 + 1e-9)
+    assert found == weights or seconds(weights) > shards.REBALANCE * best * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(("S", "weights"), [(1, [1.0]), (10, []), (10, [1.0, 0.0])])
 def test_prompts_and_weights_that_cannot_be_cut_are_refused(S, weights):
     with pytest.raises(ValueError, match=r"must (hold at least 2|be one a worker, above 0), got"):
-        stretches.cut(S, weights)
+        shards.split(S, weights)
 
 
 @settings(max_examples=15)
-@given(S=st.integers(2, 130), weights=st.lists(st.floats(0.2, 5), min_size=1, max_size=5), ahead=st.booleans(),
-       layers=st.sampled_from(["mm", "msm"]))
-def test_any_stretches_find_what_one_process_does(S, weights, ahead, layers):
+@given(S=st.integers(2, 130), weights=st.lists(st.floats(0.2, 5), min_size=1, max_size=5),
+       summarize_first=st.booleans(), layers=st.sampled_from(["mm", "msm"]))
+def test_any_shards_give_the_result_of_one_process(S, weights, summarize_first, layers):
     model, ids = Toy(layers), tokens(S)
     with torch.inference_mode():
         wanted = flat(*toy_call(model, ids, 0))
-    assert_close(read(model, ids, weights, ahead), wanted, 5 * TOLERANCE[torch.float32])
+    assert_close(read(model, ids, weights, summarize_first), wanted, 5 * TOLERANCE[torch.float32])
 
 
-def test_a_reset_in_a_stretch_forgets_the_stretches_before():
+def test_a_reset_in_a_shard_drops_the_state_of_earlier_shards():
     class Packed(nn.Module):
         def forward(self, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
             x = torch.nn.functional.one_hot(ids, 32).float()[:, None].expand(-1, NH, -1, -1)
@@ -151,25 +154,26 @@ def test_a_reset_in_a_stretch_forgets_the_stretches_before():
     ids = tokens(90)
     with torch.inference_mode():
         wanted = flat(*toy_call(Packed(), ids, 0))
-    assert_close(read(Packed(), ids, [1, 1, 1], ahead=True), wanted, TOLERANCE[torch.float32])
+    assert_close(read(Packed(), ids, [1, 1, 1], summarize_first=True), wanted, TOLERANCE[torch.float32])
 
 
-def test_what_cannot_be_split_is_refused():
+def test_models_that_cannot_be_split_are_refused():
     class Steps(nn.Module):
         def forward(self, ids: Tensor) -> Tensor:
             one = torch.ones(2, NH, 8)
             return mlstm_step(one, one, one, one[..., :1], one[..., :1], one[..., None] * one[:, :, None], one,
                               one[..., :1])[0]
 
-    with Passing(Here(), first=True, last=True, ahead=True), pytest.raises(NotImplementedError, match="mlstm_step in"):
+    mode = SequenceParallelMode(LocalLink(), first=True, last=True, summarize_first=True)
+    with mode, pytest.raises(NotImplementedError, match="mlstm_step in"):
         Steps()(tokens(2))
     with pytest.raises(NotImplementedError, match=r"by mLSTM and sLSTM alone, got convolutions in 0, 1.0"):
         check_splits(nn.Sequential(nn.Conv1d(2, 2, 4), nn.Sequential(nn.Conv1d(2, 2, 4))))
 
 
-def test_sums_ahead_are_made_where_they_cost_less_than_waiting():
-    assert [stretches.ahead(workers, 6) for workers in (1, 2, 3, 4, 8)] == [False, False, False, True, True]
-    assert stretches.ahead(2, None)
+def test_workers_summarise_first_where_that_costs_less_than_waiting():
+    assert [shards.summarize_first(workers, 6) for workers in (1, 2, 3, 4, 8)] == [False, False, False, True, True]
+    assert shards.summarize_first(2, None)
 
 
 # On a cluster
@@ -231,31 +235,31 @@ WEIGHTS = [[5, 1, 3], [1], [1, 1], [1, 1, 1]]  # first the most workers, which t
 
 @on_ray
 @pytest.mark.parametrize("weights", tail(WEIGHTS, 2), ids=str)
-@pytest.mark.parametrize("ahead", [False, True], ids=["waiting", "ahead"])
-def test_layers_of_both_kinds_find_what_one_process_does(three, weights, ahead):
+@pytest.mark.parametrize("summarize_first", [False, True], ids=["waiting", "summaries"])
+def test_layers_of_both_kinds_give_the_result_of_one_process(three, weights, summarize_first):
     ids = tokens(150)
-    logits, states, report = three.prefill(ids, weights, ahead)
+    logits, states, report = three.prefill(ids, weights, summarize_first)
     assert_close(flat(logits, states), wanted_of(ids), 5 * TOLERANCE[torch.float32])
     assert [len(read.waits) for read in report.reads] == [0, *[3] * (len(weights) - 1)]
 
 
 @on_ray
-def test_the_report_states_what_it_costs_that_slstm_layers_are_done_one_after_another(three, accidents):
+def test_the_report_states_the_wait_in_slstm_layers(three, accidents):
     ids = tokens(60)
-    accidents.file.write_text("late sLSTM")  # in the first stretch
+    accidents.file.write_text("late sLSTM")  # in the first shard
     report = three.prefill(ids, [1, 1, 1]).report
     accidents.file.unlink()
-    assert [0.1 < read.piped <= read.waited for read in report.reads] == [False, True, True]
-    assert report.piped == max(read.piped for read in report.reads)
+    assert [0.1 < read.slstm_wait <= read.waited for read in report.reads] == [False, True, True]
+    assert report.slstm_wait == max(read.slstm_wait for read in report.reads)
     assert str(report).splitlines()[-1] == (
-        f"sLSTM layers: 1, done by one worker after another, for which one waited {report.piped:.2f} s"
+        f"sLSTM layers: 1, run by one worker after another; longest wait {report.slstm_wait:.2f} s"
     )
 
 
 @on_ray
-def test_the_next_prompt_has_stretches_as_long_as_workers_were_fast(three, accidents):
+def test_the_next_prompt_has_shards_in_proportion_to_speed(three, accidents):
     def lengths() -> list[int]:
-        return [read.stretch.stop - read.stretch.start for read in three.prefill(tokens(60)).report.reads]
+        return [read.shard.stop - read.shard.start for read in three.prefill(tokens(60)).report.reads]
 
     accidents.file.write_text("straggler")  # the first
     for _ in range(2):  # a worker's first prompt tells nothing: it compiles
@@ -265,33 +269,33 @@ def test_the_next_prompt_has_stretches_as_long_as_workers_were_fast(three, accid
     assert sum(late) == 60
     assert late[0] < 10
     given = three.prefill(tokens(60), [1, 1, 1]).report
-    assert [read.stretch.stop for read in given.reads] == [20, 40, 60]
+    assert [read.shard.stop for read in given.reads] == [20, 40, 60]
     assert len(given.speeds) == 3
     assert min(given.speeds) > 0
 
 
 @on_ray
-def test_a_worker_that_dies_while_it_reads_costs_its_stretch_alone(three, accidents, caplog):
+def test_only_the_shard_of_a_dead_worker_is_read_again(three, accidents, caplog):
     ids = tokens(100)
     accidents.file.write_text("death")
     logits, states, report = three.prefill(ids, [1, 1])
     assert_close(flat(logits, states), wanted_of(ids), 5 * TOLERANCE[torch.float32])
     assert (report.replays, len(report.reads)) == (1, 2)
     ours = [record.getMessage() for record in caplog.records if record.name == "torch_xlstm_ops.ray"]
-    assert ours == ["tokens 50 to 100: their worker was lost, they are read again"]
+    assert ours == ["tokens 50 to 100: their worker died; they are read again"]
     assert three.prefill(ids, [1, 1]).report.replays == 0
 
 
 @on_ray
 @pytest.mark.slow
-def test_states_that_are_lost_with_their_worker_are_found_again(three, accidents):
+def test_states_lost_with_their_worker_are_computed_again(three, accidents):
     ids, first = tokens(100), three.pids()[0]
     accidents.file.write_text("halt")
 
     def kill() -> None:
-        until_read = three._workers[0].ready.remote()  # an actor does one thing after another
+        until_read = three._actors.workers[0].ready.remote()  # an actor does one thing after another
         together.until(lambda: three._prompts != prompts)
-        ray.get([until_read, three._workers[0].ready.remote()], timeout=60)
+        ray.get([until_read, three._actors.workers[0].ready.remote()], timeout=60)
         os.kill(first, signal.SIGKILL)
         time.sleep(1)
         accidents.file.unlink()
@@ -338,8 +342,8 @@ def test_an_interrupt_ends_the_workers_and_nothing_else(three, accidents):
 
 @on_ray
 def test_workers_that_there_is_no_room_for_are_an_error_in_time(ray_cluster, monkeypatch):
-    monkeypatch.setattr(parallel, "ROOM_SECONDS", 0.5)
-    with pytest.raises(RuntimeError, match=r"room for 50 workers of 1 CPU within 0.5 s, got \d+ CPU free"):
+    monkeypatch.setattr(placement, "RESERVE_SECONDS", 0.5)
+    with pytest.raises(RuntimeError, match=r"no room for 50 workers of 1 CPU within 0.5 s: \d+ CPU are free"):
         prefill(Toy(), tokens(60), 50, call=toy_call)
 
 
@@ -355,7 +359,7 @@ def test_models_that_workers_cannot_read_are_refused_before_any_starts(ray_clust
 
 @on_ray
 @pytest.mark.slow
-def test_a_node_that_dies_takes_its_stretches_alone_with_it(ray_cluster, tmp_path):
+def test_only_the_shards_of_a_dead_node_are_read_again(ray_cluster, tmp_path):
     from tests.ray_cluster import NODE
 
     node, accidents = ray_cluster.add_node(**NODE), Accidents(tmp_path)
@@ -414,24 +418,24 @@ def one_process(model: Any, ids: Tensor) -> tuple[Tensor, Any]:
 @pytest.mark.slow
 @on_ray
 @pytest.mark.parametrize("weights", [[5, 3], [1], [1, 1]], ids=str)
-@pytest.mark.parametrize("ahead", [False, True], ids=["waiting", "ahead"])
-def test_logits_and_every_layers_state_are_those_of_one_process(model, two, weights, ahead):
-    check_transformers(model, two, weights, ahead)
+@pytest.mark.parametrize("summarize_first", [False, True], ids=["waiting", "summaries"])
+def test_logits_and_every_layers_state_are_those_of_one_process(model, two, weights, summarize_first):
+    check_transformers(model, two, weights, summarize_first)
 
 
 @on_ray
 @pytest.mark.slow
-def test_five_workers_find_what_one_process_does(model, ray_cluster):
+def test_five_workers_give_the_result_of_one_process(model, ray_cluster):
     with config.use(chunk_size=L), Workers(model, 5) as workers:
         for weights in ([5, 1, 3, 0.5, 2], [1] * 5, [1], [1, 1], [3, 1, 2]):
-            for ahead in (False, True):
-                check_transformers(model, workers, weights, ahead)
+            for summarize_first in (False, True):
+                check_transformers(model, workers, weights, summarize_first)
 
 
-def check_transformers(model: Any, workers: Workers, weights: Sequence[float], ahead: bool) -> None:
+def check_transformers(model: Any, workers: Workers, weights: Sequence[float], summarize_first: bool) -> None:
     ids = tokens(150)
     wanted_logits, wanted = one_process(model, ids)  # what is compiled here first, workers take from the disk
-    logits, cache, report = workers.prefill(ids, weights, ahead)
+    logits, cache, report = workers.prefill(ids, weights, summarize_first)
     found_states = adapter.layers(cache)
     wanted_states = adapter.layers(wanted)
     assert_close(flat(logits, found_states), flat(wanted_logits, wanted_states), 5 * TOLERANCE[torch.float32])
@@ -446,14 +450,14 @@ def check_transformers(model: Any, workers: Workers, weights: Sequence[float], a
 
 @pytest.mark.slow
 @on_ray
-def test_what_crosses_a_boundary_is_the_summary_alone_whatever_the_length(two):
+def test_workers_send_one_state_per_layer_whatever_the_length(two):
     sizes = [two.prefill(tokens(S)).report.bytes_per_layer for S in (12, 48, 192)]
     c, n, m = torch.zeros(2, 8, DHQK, DHHV), torch.zeros(2, 8, DHQK), torch.zeros(2, 8, 1)
     summary = 4 * (m.numel() + c.numel() + n.numel() + m.numel())  # M dC dn, and F of M's size
     assert len(set(sizes)) == 1
     assert sizes[0] <= summary
     wide = [torch.zeros(1, 8, 256, 512), torch.zeros(1, 8, 256), torch.zeros(1, 8, 1)]
-    assert len(ray.cloudpickle.dumps(serialization.pack(wide))) <= 1.05 * sum(4 * t.numel() for t in wide)
+    assert len(ray.cloudpickle.dumps(serialization.to_bytes(wide))) <= 1.05 * sum(4 * t.numel() for t in wide)
 
 
 @on_ray

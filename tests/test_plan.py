@@ -1,4 +1,4 @@
-"""Laws and texts of plans: every token of every row once, and never more at once than there is."""
+"""Laws and texts of plans: every token of every row once, within the resources of the machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_bands_and_segments_tile_rows_and_tokens(plan: Plan) -> None:
 
 
 @given(shapes, st.sampled_from(["cpu", "cuda", "mps"]), configs, machines)
-def test_nothing_is_used_that_does_not_exist(shape: Shape, device: str, config: Config, machine: Machine) -> None:
+def test_plans_use_no_more_than_the_machine_has(shape: Shape, device: str, config: Config, machine: Machine) -> None:
     plan = make(shape, device, config, machine)
     tasks = max(1, len(plan.bands) * (len(plan.segments) if device == "cpu" else 1))
     assert 1 <= plan.workers <= min(machine.threads, tasks, plan.window)
@@ -44,7 +44,7 @@ def test_nothing_is_used_that_does_not_exist(shape: Shape, device: str, config: 
 
 
 @given(plans)
-def test_a_plan_can_be_read(plan: Plan) -> None:
+def test_the_text_of_a_plan_fits_a_screen(plan: Plan) -> None:
     assert all(len(line) <= 100 for line in str(plan).splitlines())
     assert str(plan).count("\n") < 24
 
@@ -68,7 +68,7 @@ band 2    0 -> 1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7
 band 3    0 -> 1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7""")
 
 
-def test_text_of_a_plan_with_summaries_ahead() -> None:
+def test_text_of_a_plan_with_a_scan_over_summaries() -> None:
     plan = make(Shape(2, 4096, 256, 512), "cpu", queued(heads_per_band=2, segment=1024), Machine(2))
     assert_expected_inline(str(plan), """\
 schedule  queued

@@ -1,4 +1,4 @@
-"""Laws of the queued schedule: the results of every other, whatever the plan, the thread, or the accident."""
+"""Laws of the queued schedule: the same results as other schedules, for any plan and thread, also after errors."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from torch_xlstm_ops.schedules import sequential
 from torch_xlstm_ops.schedules.plan import Plan
 from torch_xlstm_ops.schedules.queue import worker_threads
 from torch_xlstm_ops.schedules.queue.band_queues import SequentialQueue
-from torch_xlstm_ops.schedules.queue.job import Job, TaskError
+from torch_xlstm_ops.schedules.queue.task_runner import TaskError, TaskRunner
 
 L = 16  # as in test_mlstm_ops: each new size is a compile
 CPU = torch.device("cpu")
-ALONE = {"segment": 2 * L, "heads_per_band": 6}  # one band, which workers share by summaries
+ONE_BAND = {"segment": 2 * L, "heads_per_band": 6}  # which workers share by a scan over summaries
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -78,11 +78,11 @@ def test_gradients_equal_inductors():
         with config.use(segment=2 * L, heads_per_band=2):
             h, state = mlstm_chunkwise(*args, chunk_size=L, schedule=schedule)
             found[schedule] = torch.autograd.grad(weigh([h, *state]), args)
-    # Workers have a thread each, the caller three: sums are cut elsewhere, and denominators near 0 magnify that.
+    # Workers have a thread each, the caller three: sums are split differently, and denominators near 0 magnify that.
     assert_close(found["queued"], found["inductor"], GRADIENT_TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("plan", [{"segment": 2 * L, "heads_per_band": 1}, ALONE], ids=["bands", "abreast"])
+@pytest.mark.parametrize("plan", [{"segment": 2 * L, "heads_per_band": 1}, ONE_BAND], ids=["bands", "scan"])
 def test_a_call_repeated_gives_the_same_bits(plan):
     args = draw(Sizes(S=200))
     with config.use(**plan):
@@ -93,8 +93,8 @@ def test_a_call_repeated_gives_the_same_bits(plan):
 
 @pytest.mark.parametrize("stream", range(5), ids=["q", "k", "v", "igate", "fgate"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-@pytest.mark.parametrize("plan", [{"segment": L}, {"segment": L, "heads_per_band": 6}], ids=["bands", "abreast"])
-def test_what_is_not_finite_spreads_as_in_the_recurrence(stream, value, plan):
+@pytest.mark.parametrize("plan", [{"segment": L}, {"segment": L, "heads_per_band": 6}], ids=["bands", "scan"])
+def test_nan_and_infinity_spread_as_in_the_recurrence(stream, value, plan):
     args = draw(Sizes(S=70))
     args[stream][0, 1, 22] = value
     with config.use(**plan):
@@ -105,7 +105,7 @@ def test_what_is_not_finite_spreads_as_in_the_recurrence(stream, value, plan):
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-@pytest.mark.parametrize("plan", [{"segment": L}, ALONE], ids=["bands", "abreast"])
+@pytest.mark.parametrize("plan", [{"segment": L}, ONE_BAND], ids=["bands", "scan"])
 def test_modes_of_the_caller_hold_on_workers(mode, plan):
     with config.use(**plan), mode():
         args = draw(Sizes(S=70))
@@ -132,7 +132,7 @@ def test_workers_keep_to_their_number_of_threads():
         together.wait(30)
         found.put(torch.get_num_threads())
 
-    workers.give(count, 3)
+    workers.submit(count, 3)
     assert [found.get(timeout=30) for _ in range(3)] == [1, 1, 1]
 
 
@@ -163,7 +163,8 @@ def test_an_error_names_its_task_and_leaves_nothing_running(monkeypatch):
     args = draw(Sizes(S=1000))
     with config.use(segment=2 * L, heads_per_band=2):
         monkeypatch.setattr(sequential, "run", failing)
-        with pytest.raises(TaskError, match=r"band 1, segment 1.*ArithmeticError: a cosmic ray") as caught:
+        text = r"task .band 1, segment 1. of the queued schedule failed: ArithmeticError: a cosmic ray"
+        with pytest.raises(TaskError, match=text) as caught:
             queued(args)
         count = len(done)
         assert (caught.value.band, caught.value.segment) == (1, 1)
@@ -174,13 +175,13 @@ def test_an_error_names_its_task_and_leaves_nothing_running(monkeypatch):
         assert_close(queued(args), exact(args), 2 * TOLERANCE[torch.float32])
 
 
-def job(
+def runner(
     work: Callable[[int, int], None], *, bands: int = 3, segments: int = 4, workers: int = 3, window: int = 3
-) -> Job:
-    """Return a job whose task (band, segment) is a call of `work`."""
+) -> TaskRunner:
+    """Return a runner whose task (band, segment) is a call of `work`."""
     plan = Plan(Schedule.QUEUED, bands, segments, 1, 1, 1, workers=workers, window=window)
-    lanes = [SequentialQueue((s, lambda b=b, s=s: work(b, s)) for s in range(segments)) for b in range(bands)]
-    return Job(plan, lanes, CPU, "test", "forward")
+    queues = [SequentialQueue((s, lambda b=b, s=s: work(b, s)) for s in range(segments)) for b in range(bands)]
+    return TaskRunner(plan, queues, CPU, "test", "forward")
 
 
 def test_an_interrupt_stops_the_queue_and_leaves_no_thread_stuck():
@@ -193,13 +194,13 @@ def test_an_interrupt_stops_the_queue_and_leaves_no_thread_stuck():
         time.sleep(0.02)
 
     with pytest.raises(KeyboardInterrupt):
-        job(work, segments=200).run()
+        runner(work, segments=200).run()
     count = len(started)
     assert count < 100
     time.sleep(0.05)
     assert len(started) == count
     seen = []
-    job(lambda band, segment: seen.append((band, segment))).run()
+    runner(lambda band, segment: seen.append((band, segment))).run()
     assert len(seen) == 12
 
 
@@ -217,7 +218,7 @@ def test_order_within_a_band_and_the_window_hold(bands, segments, workers, windo
         with lock:
             running.remove(band)
 
-    job(work, bands=bands, segments=segments, workers=workers, window=window).run()
+    runner(work, bands=bands, segments=segments, workers=workers, window=window).run()
     assert most[0] <= min(window, workers)
     for band in range(bands):
         assert [s for b, s in seen if b == band] == list(range(segments))
@@ -246,7 +247,7 @@ def test_a_task_is_in_flight_until_its_device_work_has_finished(monkeypatch, wor
     monkeypatch.setattr(devices, "has_events", lambda device: True)
     monkeypatch.setattr(devices, "event", lambda device: _Slow())
     _Slow.pending = _Slow.most = 0
-    job(lambda band, segment: None, segments=10, workers=workers, window=3).run()
+    runner(lambda band, segment: None, segments=10, workers=workers, window=3).run()
     assert 2 <= _Slow.most <= 3
 
 
@@ -257,7 +258,7 @@ def test_a_task_is_in_flight_until_its_device_work_has_finished(monkeypatch, wor
 def test_nested_calls_work():
     args = draw(Sizes(S=100))
     wanted, found = exact(args), []
-    job(lambda band, segment: found.append(queued(args)), segments=1).run()
+    runner(lambda band, segment: found.append(queued(args)), segments=1).run()
     assert len(found) == 3
     for results in found:
         assert_close(results, wanted, TOLERANCE[torch.float32])
@@ -265,7 +266,7 @@ def test_nested_calls_work():
 
 def test_a_thousand_calls_from_four_threads():
     cases = []
-    for S, plan in ((40, {"segment": L}), (70, ALONE), (33, {"workers": 2}), (5, {"window": 1})):
+    for S, plan in ((40, {"segment": L}), (70, ONE_BAND), (33, {"workers": 2}), (5, {"window": 1})):
         args = draw(Sizes(S=S), seed=S)
         with config.use(**plan):
             cases.append((args, plan, queued(args)))
@@ -283,7 +284,7 @@ def test_a_thousand_calls_from_four_threads():
     assert threading.active_count() <= before
 
 
-def test_the_pool_closes_and_opens_again():
+def test_worker_threads_close_and_start_again():
     args = draw(Sizes(S=40))
     for _ in range(3):
         assert_close(queued(args), exact(args), TOLERANCE[torch.float32])
@@ -298,7 +299,7 @@ def test_soak_for_ten_minutes_with_flat_memory():
     args = [t.requires_grad_() for t in draw(Sizes(S=300))]
 
     def calls(until: float) -> None:
-        with config.use(**ALONE):
+        with config.use(**ONE_BAND):
             while time.monotonic() < until:
                 torch.autograd.grad(weigh(queued(args)), args)
 

@@ -1,4 +1,4 @@
-"""Laws of the ray schedule: the results of every other, from other processes, whatever becomes of them."""
+"""Laws of the ray schedule: the same results as other schedules, also when actors fail or die."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from tests.parameters import tail
 from torch_xlstm_ops import config, mlstm_chunkwise, schedules, trace
 from torch_xlstm_ops.config import Config, Schedule
 from torch_xlstm_ops.schedules.plan import Machine, Shape, make
-from torch_xlstm_ops.schedules.queue.job import TaskError
+from torch_xlstm_ops.schedules.queue.task_runner import TaskError
 
 pytest.importorskip("ray", reason="ray is not installed")
 from torch_xlstm_ops.schedules import ray as schedule
-from torch_xlstm_ops.schedules.ray import actors, cluster
+from torch_xlstm_ops.schedules.ray import actor_pool, cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("one_thread")]  # as actors have, whose kernels these are
 L = 16  # as in test_mlstm_ops: each new size is a compile
 BANDS = {"segment": 2 * L, "heads_per_band": 2, "workers": 2}
-ABREAST = {"segment": 2 * L, "heads_per_band": 6, "workers": 2}  # one band, which actors share by summaries
-PLANS = pytest.mark.parametrize("plan", tail([BANDS, ABREAST, {"workers": 2}]), ids=["bands", "abreast", "default"])
+ONE_BAND = {"segment": 2 * L, "heads_per_band": 6, "workers": 2}  # which actors share by a scan over summaries
+PLANS = pytest.mark.parametrize("plan", tail([BANDS, ONE_BAND, {"workers": 2}]), ids=["bands", "scan", "default"])
 
 
 def call(args: Sequence[Tensor], name: str = "ray") -> list[Tensor]:
@@ -46,13 +46,13 @@ def call(args: Sequence[Tensor], name: str = "ray") -> list[Tensor]:
 @PLANS
 def test_results_and_gradients_equal_inductors(ray_cluster, plan):
     args, found, gradients = [t.requires_grad_() for t in draw(Sizes(S=100))], {}, {}
-    actors.get("cpu", 2)  # they start meanwhile
+    actor_pool.get("cpu", 2)  # they start meanwhile
     with config.use(**plan):
         for name in ("inductor", "ray"):  # what is compiled here first, actors take from the disk
             found[name] = call(args, name)
             gradients[name] = torch.autograd.grad(weigh(found[name]), args)
     assert_close(found["ray"], found["inductor"], 1e-6)
-    # An actor has one thread, the caller may have more: sums are cut elsewhere, and denominators near 0 magnify that.
+    # An actor has one thread, the caller may have more: sums are split differently; denominators near 0 magnify that.
     assert_close(gradients["ray"], gradients["inductor"], GRADIENT_TOLERANCE[torch.float32])
     assert all(t.is_leaf or t.grad_fn is not None for t in found["ray"])
     for t in gradients["ray"]:
@@ -60,7 +60,7 @@ def test_results_and_gradients_equal_inductors(ray_cluster, plan):
 
 
 @pytest.mark.slow
-def test_streams_of_two_bytes_travel_as_they_are(ray_cluster):
+def test_bfloat16_streams_are_sent_as_they_are(ray_cluster):
     args = draw(Sizes(S=100), torch.bfloat16)
     with config.use(**BANDS, window=1), torch.inference_mode():  # one actor, which compiles
         found = call(args)
@@ -68,8 +68,8 @@ def test_streams_of_two_bytes_travel_as_they_are(ray_cluster):
     assert_close(found, exact(args), TOLERANCE[torch.bfloat16])
 
 
-@pytest.mark.parametrize("plan", tail([BANDS, ABREAST]), ids=["bands", "abreast"])
-def test_what_is_not_finite_spreads_as_in_the_recurrence(ray_cluster, plan):
+@pytest.mark.parametrize("plan", tail([BANDS, ONE_BAND]), ids=["bands", "scan"])
+def test_nan_and_infinity_spread_as_in_the_recurrence(ray_cluster, plan):
     args = draw(Sizes(S=70))
     args[2][0, 1, 22] = float("nan")
     with config.use(**plan):
@@ -80,12 +80,12 @@ def test_what_is_not_finite_spreads_as_in_the_recurrence(ray_cluster, plan):
 
 def test_a_call_repeated_gives_the_same_bits_from_the_same_actors(ray_cluster):
     args = draw(Sizes(S=100))
-    with config.use(**ABREAST):
+    with config.use(**ONE_BAND):
         first = call(args)
-        pids = actors.get("cpu", 2).pids()
+        pids = actor_pool.get("cpu", 2).pids()
         for _ in range(5):
             assert all(torch.equal(a, b) for a, b in zip(call(args), first, strict=True))
-    assert actors.get("cpu", 2).pids() == pids
+    assert actor_pool.get("cpu", 2).pids() == pids
     assert os.getpid() not in pids
 
 
@@ -103,8 +103,8 @@ def test_a_trace_names_each_task_the_actor_that_did_it_and_what_else_that_had_to
     assert all(e.bytes and e.bytes > 0 for e in entries)
 
 
-def test_an_actor_that_works_on_gives_signs_of_life_for_trace_and_log(ray_cluster, monkeypatch, caplog, tmp_path):
-    real, enough = schedule._run, tmp_path / "enough"
+def test_a_busy_actor_sends_heartbeats_to_trace_and_log(ray_cluster, monkeypatch, caplog, tmp_path):
+    real, enough = schedule._forward_task, tmp_path / "enough"
 
     def slow(chunk_size: int, kernels: Any, args: list[Tensor]) -> list[Tensor]:
         while bool((args[0] == 7).any()) and not enough.exists():
@@ -115,8 +115,8 @@ def test_an_actor_that_works_on_gives_signs_of_life_for_trace_and_log(ray_cluste
         wait_for(lambda: ("heartbeat", 1, 1) in {(e.phase, e.band, e.segment) for e in recording.entries()})
         enough.touch()
 
-    monkeypatch.setattr(schedule, "_run", slow)
-    monkeypatch.setattr(actors, "BEAT", 0.1)
+    monkeypatch.setattr(schedule, "_forward_task", slow)
+    monkeypatch.setattr(actor_pool, "HEARTBEAT_SECONDS", 0.1)
     args = draw(Sizes(S=100))
     args[0][0, 2, 40] = 7  # in band 1, segment 1
     caplog.set_level(logging.INFO, "torch_xlstm_ops.ray")
@@ -132,14 +132,14 @@ def test_an_actor_that_works_on_gives_signs_of_life_for_trace_and_log(ray_cluste
     assert {(e.op, e.schedule) for e in beats} == {(task.op, "ray")}
     assert all(task.start_us < e.start_us < task.start_us + task.duration_us for e in beats)
     assert {e.queue_depth for e in beats} <= {1, 2, 3, 4}
-    assert any(line.startswith(f"band 1, segment 1: {task.op} works for") for line in caplog.messages)
+    assert any(line.startswith(f"band 1, segment 1: {task.op} has worked for") for line in caplog.messages)
 
 
-def test_an_actor_that_does_not_answer_is_told_of(ray_cluster, monkeypatch, caplog):
-    monkeypatch.setattr(actors, "BEAT", 0.2)
+def test_an_actor_that_does_not_answer_is_logged(ray_cluster, monkeypatch, caplog):
+    monkeypatch.setattr(actor_pool, "HEARTBEAT_SECONDS", 0.2)
 
     def told() -> bool:
-        return any(line.endswith("gives no sign of life") for line in caplog.messages)
+        return any(line.endswith("and does not answer") for line in caplog.messages)
 
     def wake(pids: Sequence[int]) -> None:
         wait_for(told)
@@ -148,7 +148,7 @@ def test_an_actor_that_does_not_answer_is_told_of(ray_cluster, monkeypatch, capl
 
     with config.use(**BANDS):
         call(draw(Sizes(S=40)))
-        pids = actors.get("cpu", 2).pids()
+        pids = actor_pool.get("cpu", 2).pids()
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         waking = threading.Thread(target=wake, args=(pids,))
@@ -192,7 +192,7 @@ band 3    0 -> 1""")
 
 
 def test_an_error_names_its_task_and_the_next_call_works(ray_cluster, monkeypatch):
-    real = schedule._run
+    real = schedule._forward_task
 
     def failing(chunk_size: int, kernels: Any, args: list[Tensor]) -> list[Tensor]:
         if bool((args[0] == 7).any()):
@@ -202,7 +202,7 @@ def test_an_error_names_its_task_and_the_next_call_works(ray_cluster, monkeypatc
     args = draw(Sizes(S=100))
     args[0][0, 2, 40] = 7  # in band 1, segment 1
     with config.use(**BANDS):
-        monkeypatch.setattr(schedule, "_run", failing)
+        monkeypatch.setattr(schedule, "_forward_task", failing)
         with pytest.raises(TaskError, match=r"band 1, segment 1\) of the ray schedule .*ArithmeticError: a cosmic ray"):
             call(args)
         monkeypatch.undo()
@@ -211,7 +211,7 @@ def test_an_error_names_its_task_and_the_next_call_works(ray_cluster, monkeypatc
 
 def dying(monkeypatch: pytest.MonkeyPatch, sign: Path, deaths: int) -> None:
     """Have the actor that does the task with a 7 in it die, so many times."""
-    real = schedule._run
+    real = schedule._forward_task
 
     def run(chunk_size: int, kernels: Any, args: list[Tensor]) -> list[Tensor]:
         count = len(sign.read_text()) if sign.exists() else 0
@@ -220,10 +220,10 @@ def dying(monkeypatch: pytest.MonkeyPatch, sign: Path, deaths: int) -> None:
             os._exit(1)
         return real(chunk_size, kernels, args)
 
-    monkeypatch.setattr(schedule, "_run", run)
+    monkeypatch.setattr(schedule, "_forward_task", run)
 
 
-def test_an_actors_death_costs_its_tasks_alone(ray_cluster, monkeypatch, tmp_path, caplog):
+def test_only_the_tasks_of_a_dead_actor_are_repeated(ray_cluster, monkeypatch, tmp_path, caplog):
     dying(monkeypatch, tmp_path / "sign", deaths=1)
     args = draw(Sizes(S=100))
     args[0][0, 2, 40] = 7
@@ -236,12 +236,12 @@ def test_an_actors_death_costs_its_tasks_alone(ray_cluster, monkeypatch, tmp_pat
 
 
 @pytest.mark.slow
-def test_work_that_kills_every_actor_is_given_up(ray_cluster, monkeypatch, tmp_path):
+def test_a_task_that_kills_every_actor_fails(ray_cluster, monkeypatch, tmp_path):
     dying(monkeypatch, tmp_path / "sign", deaths=100)
-    monkeypatch.setattr(actors, "REPLAYS", 1)
+    monkeypatch.setattr(actor_pool, "MAX_RETRIES", 1)
     args = draw(Sizes(S=40))
     args[0][0, 0, 0] = 7
-    with config.use(**BANDS), pytest.raises(TaskError, match=r"must live through its work, got 2 that did not"):
+    with config.use(**BANDS), pytest.raises(TaskError, match=r"2 actors died while they ran one task"):
         call(args)
 
 
@@ -256,8 +256,8 @@ def test_only_our_actors_are_ended(ray_cluster):
     theirs = ray.remote(Theirs).options(num_cpus=0).remote()
     with config.use(**BANDS):
         call(draw(Sizes(S=40)))
-    pids = actors.get("cpu", 2).pids()
-    actors.close()
+    pids = actor_pool.get("cpu", 2).pids()
+    actor_pool.close()
     assert ray.get(theirs.answer.remote(), timeout=60) == 42
     assert ray.is_initialized()
     until = time.monotonic() + 30
@@ -267,16 +267,16 @@ def test_only_our_actors_are_ended(ray_cluster):
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_takes_nothing_with_it(ray_cluster, monkeypatch):
+def test_a_dead_node_changes_no_result(ray_cluster, monkeypatch):
     from tests.ray_cluster import NODE
 
-    real = schedule._run
+    real = schedule._forward_task
 
     def slow(chunk_size: int, kernels: Any, args: list[Tensor]) -> list[Tensor]:
         time.sleep(1)
         return real(chunk_size, kernels, args)
 
-    monkeypatch.setattr(schedule, "_run", slow)
+    monkeypatch.setattr(schedule, "_forward_task", slow)
     node = ray_cluster.add_node(**NODE)
     args = draw(Sizes(S=200))
     killer = threading.Timer(8, lambda: ray_cluster.remove_node(node, allow_graceful=False))
@@ -297,8 +297,8 @@ def test_more_than_the_object_store_holds_goes_through_it(ray_cluster):
 
 
 def test_a_gpu_that_no_node_has_is_an_error_at_once(ray_cluster):
-    with pytest.raises(RuntimeError, match="must have a GPU for tensors on cuda, got none: start it with --num-gpus"):
-        actors.get("cuda", 1)
+    with pytest.raises(RuntimeError, match="the Ray cluster has no GPU for tensors on cuda: start it with --num-gpus"):
+        actor_pool.get("cuda", 1)
 
 
 ON_A_GPU = """
@@ -307,9 +307,9 @@ emulator.start()
 import torch
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, weigh
 from torch_xlstm_ops import config, mlstm_chunkwise
-from torch_xlstm_ops.schedules.ray import actors
+from torch_xlstm_ops.schedules.ray import actor_pool
 
-class Pool:  # does what actors are asked for here, on the host
+class LocalPool:  # runs tasks here, on the host
     def remote(self, work):
         def run(tensors):
             assert {t.device.type for t in tensors} == {"cpu"}
@@ -320,8 +320,8 @@ class Pool:  # does what actors are asked for here, on the host
         pass
 
 asked = []
-actors.get = lambda device, size: asked.append(device) or Pool()
-actors.free = lambda device: 1
+actor_pool.get = lambda device, size: asked.append(device) or LocalPool()
+actor_pool.free = lambda device: 1
 found, gradients = {}, {}
 for device, name in (("cpu", "inductor"), ("mps", "ray")):
     args = [t.to(device).requires_grad_() for t in draw(Sizes(S=100))]
@@ -337,7 +337,7 @@ assert asked == ["mps", "mps"]
 
 
 @pytest.mark.slow
-def test_threads_that_hand_out_a_gpus_tasks_see_the_host_alone():
+def test_threads_that_submit_tasks_of_a_gpu_use_the_host_only():
     from tests.mps.emulator import missing
 
     if reason := missing():
@@ -373,10 +373,10 @@ ALONE = """
 import sys, time, torch
 from torch_xlstm_ops import mlstm_chunkwise
 from torch_xlstm_ops.parallel import Workers
-from torch_xlstm_ops.parallel.keeper import Carry
+from torch_xlstm_ops.parallel.state_directory import StateLink
 from torch_xlstm_ops.schedules import ray as schedule
-from torch_xlstm_ops.schedules.job import TaskError
-from torch_xlstm_ops.schedules.ray import actors, cluster
+from torch_xlstm_ops.schedules.queue.task_runner import TaskError
+from torch_xlstm_ops.schedules.ray import actor_pool, cluster
 
 MB = 2**18  # float32
 answers = []
@@ -396,7 +396,7 @@ def work(chunk_size, kernels, args):
         time.sleep(3600)
     return [torch.zeros(int(q[0, 0, 0]) * MB), c, n, m] if q[0, 0, 0] > 0 else [v.clone(), c, n, m]
 
-schedule._run = work
+schedule._forward_task = work
 
 def call(first, S=8, D=8):
     q = torch.full((1, 1, S, D), float(first))
@@ -407,7 +407,7 @@ for _ in range(3):
     refused(lambda: call(0, S=65_536, D=128))
     refused(lambda: call(100))
 refused(lambda: Workers(torch.nn.Linear(2048, 16_384, bias=False), 1, call=print))
-refused(lambda: Carry(None, 0, 0).keep(3, [torch.zeros(100 * MB)]))
+refused(lambda: StateLink(None, 0, 0).store(3, [torch.zeros(100 * MB)]))
 for _ in range(3):  # more than half of what there is
     until = time.monotonic() + 20  # Ray frees what is not needed a little later
     while True:
@@ -459,21 +459,23 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
 
 
 @pytest.mark.slow
-def test_what_the_object_store_refuses_is_named_and_nothing_of_it_stays(alone):
+def test_a_full_object_store_is_an_error_that_names_the_object_and_leaves_nothing_stored(alone):
     answers = (alone.folder / "answers").read_text().splitlines()
-    said = "\n".join(dict.fromkeys(answers)).replace(", got", ",\ngot")
+    said = "\n".join(dict.fromkeys(answers)).replace(": ", ":\n")
     assert len(answers) == 8
     assert_expected_inline(said, """\
-task (band 0, segment 0) of the ray schedule must run,
-got RuntimeError: Ray's object store must have room for the tensors of a task (96.6 MB),
-got none: it and the disk it spills to are full
-task (band 0, segment 0) of the ray schedule must run,
-got RuntimeError: Ray's object store must have room for the results of a task, beside its tensors (0.0 MB),
-got none: it and the disk it spills to are full
-Ray's object store must have room for the model (128.0 MB),
-got none: it and the disk it spills to are full
-Ray's object store must have room for the state after layer 3 (100.0 MB),
-got none: it and the disk it spills to are full""")
+task (band 0, segment 0) of the ray schedule failed:
+RuntimeError:
+Ray's object store has no room for the tensors of a task (96.6 MB):
+it and the disk it spills to are full; start Ray with a larger object store
+task (band 0, segment 0) of the ray schedule failed:
+RuntimeError:
+Ray's object store has no room for the results of a task, beside its tensors (0.0 MB):
+it and the disk it spills to are full; start Ray with a larger object store
+Ray's object store has no room for the model (128.0 MB):
+it and the disk it spills to are full; start Ray with a larger object store
+Ray's object store has no room for the state after layer 3 (100.0 MB):
+it and the disk it spills to are full; start Ray with a larger object store""")
 
 
 @pytest.mark.slow

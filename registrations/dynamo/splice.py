@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch_xlstm_ops import config
 from torch_xlstm_ops.maths import aten, mlstm
 from torch_xlstm_ops.runtime import torch_internals
-from torch_xlstm_ops.schedules import plan
+from torch_xlstm_ops.schedules import defaults, plan
 
 from ..dispatch import SIGNATURES
 
@@ -34,7 +34,7 @@ def _mlstm_chunkwise(
     L = plan.make(plan.Shape(B * NH, S, DHQK, v.shape[-1]), kind, settings).chunk_size
     state = (c, n, m)
     return aten.mlstm_chunkwise(
-        q, k, v, igate, fgate, *state, chunk_size=L, eps=eps, chunks=plan.max_chunks(kind)
+        q, k, v, igate, fgate, *state, chunk_size=L, eps=eps, chunks=defaults.max_chunks(kind)
     )
 
 

@@ -77,12 +77,12 @@ EXPECTED = {
     "mlstm.advance": Expected(STEP, {}),
     "mlstm.step_": Expected(STEP, {}),
     "mlstm.segment_factors": Expected(SEGMENT, {"aten::bmm.out": 2}),
-    "mlstm.single": Expected(SEGMENT, {"aten::bmm.out": 1}),
+    "mlstm.segment_factors_single_chunk": Expected(SEGMENT, {"aten::bmm.out": 1}),
     "mlstm.factors_from_summary": Expected(SEGMENT, {"aten::bmm.out": 1}),
     "mlstm.gradient": Expected(BACKWARD, {"aten::bmm.out": 11}),
     "mlstm.summarize": Expected(SEGMENT, {"aten::bmm.out": 1}),
     "mlstm.absorb": Expected(SEGMENT, {}),
-    "mlstm.after": Expected(SEGMENT, {"aten::bmm.out": 1}),
+    "mlstm.final_state": Expected(SEGMENT, {"aten::bmm.out": 1}),
     "slstm.step": Expected(STEP, {}),
     "slstm.block_": Expected(STEP, {}, per_token=True),
     "slstm.block_ with resets": Expected(STEP, {}, per_token=True),
@@ -113,8 +113,8 @@ OVER_BUDGET = {
     "slstm.block_backward_ with resets": {"float32": 3, "bfloat16": 2, "float16": 2},
     "slstm.block_backward_ with products": {"float32": 4, "bfloat16": 3, "float16": 3},
 }
-# A bfloat16 segment's kernels and ATen calls: mlstm.operands has one too many, and two copies widen q and k for their
-# scores (float32 has neither copy, and 7 calls).
+# A bfloat16 segment's kernels and ATen calls: mlstm.segment_factors has one kernel too many, and two copies convert q
+# and k to float32 for their scores (float32 has no copy, and 7 calls).
 SEGMENT_OWES = 11, 9
 
 

@@ -99,7 +99,7 @@ def _sizes(axes: Sequence[str], args: Sequence[Tensor]) -> dict[str, int]:
 
 
 def _name(fn: Callable[..., Any]) -> str:
-    return f"{fn.__module__.split('.')[1]}.{fn.__qualname__}"  # without the package, and the file in a room
+    return f"{fn.__module__.split('.')[2]}.{fn.__qualname__}"  # the maths package, and not its file
 
 
 def _errors(

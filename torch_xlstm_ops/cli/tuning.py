@@ -16,8 +16,8 @@ from torch_xlstm_ops.cli.info import aligned
 from torch_xlstm_ops.cli.loading import Loaded, load
 from torch_xlstm_ops.cli.tune_request import MODEL_PHASES, Request
 from torch_xlstm_ops.config import tuned_plans
+from torch_xlstm_ops.schedules.defaults import STEP_TOKENS
 from torch_xlstm_ops.schedules.machine import machine
-from torch_xlstm_ops.schedules.plan import STEP_TOKENS
 from torch_xlstm_ops.tune import bench, publish, space, study, workloads
 from torch_xlstm_ops.tune.measure import in_words
 from torch_xlstm_ops.tune.records import Outcome, Record

@@ -1,7 +1,7 @@
-"""Rows that start afresh at some tokens, as packed documents do: the same rows with a token in front of each start.
+"""Packed documents: insert a token that resets the state in front of each document, and run the operator on that.
 
-`forward` and `backward` run an operator so. What is not finite stays in its document, however a device multiplies:
-`Quarantine` keeps it out of the products, and writes NaN where the recurrence would have led it.
+NaN and infinity stay within their document: `NonFiniteMask` takes them out of the matrix products and then writes NaN
+where the recurrence would have.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Run = Callable[..., Sequence[Tensor]]
+from torch_xlstm_ops.maths.nonfinite import IDENTITY_FGATE, IDENTITY_IGATE, NonFiniteMask, zero_unused_documents
 
-# The gates of an inserted token, which forgets everything and leaves c = 0, n = 0, m = 0; and of one that changes
-# nothing, which fills up a row that has fewer starts than another.
-_IGATE = (0.0, -math.inf)
-_FGATE = (-math.inf, math.inf)
+Operator = Callable[..., Sequence[Tensor]]
+
+# The gates of a reset token, which leaves c = 0, n = 0, m = 0; and of an identity token, which pads rows with fewer
+# documents.
+_IGATE = (0.0, IDENTITY_IGATE)
+_FGATE = (-math.inf, IDENTITY_FGATE)
 
 
 class Packing:
-    """Where the tokens of (B, S) go when a token is inserted before each that `reset` (B, S), bool, marks.
+    """Positions of the tokens of (B, S) after inserting one before each that `reset` (B, S), bool, marks.
 
-    The inserted token closes the forget gate and adds nothing at weight one, which is the state a sequence starts
-    from. So every schedule, gradient and device is exact at a reset. Reads one number back from the device.
+    The inserted token closes the forget gate and adds zero with weight one: the state after it is the initial state.
+    So every schedule, gradient and device is exact at a reset. Synchronises with the device once, for the length.
     """
 
     def __init__(self, reset: Tensor) -> None:
         starts = reset.cumsum(1)
-        self._at = torch.arange(reset.shape[1], device=reset.device) + starts  # (B, S), where each token goes
+        self._at = torch.arange(reset.shape[1], device=reset.device) + starts  # (B, S), the new position of each token
         self._tokens = reset.shape[1] + int(starts[:, -1:].amax()) if reset.numel() else 0
         marked = torch.zeros(reset.shape[0], self._tokens, dtype=torch.bool, device=reset.device)
-        self._starts = marked.scatter_(1, (self._at - 1).clamp(min=0), reset)  # a token's neighbour before it, if reset
+        self._starts = marked.scatter_(1, (self._at - 1).clamp(min=0), reset)  # the position before a reset
 
     def spread(
         self, q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor
@@ -59,10 +61,10 @@ class Packing:
 
 
 class StaticPacking:
-    """Do what `Packing` does with a token inserted before every token, one that changes nothing where none is marked.
+    """Like `Packing`, but insert a token before every token: a reset token, or an identity token.
 
-    Twice the tokens, whatever `reset` holds: no value is read, nothing is written in place, and every operation has a
-    derivative. For tracing, export and vmap.
+    The length is 2 S for any `reset`; no operation synchronises or writes in place, and each has a derivative. For
+    tracing, export and vmap.
     """
 
     def __init__(self, reset: Tensor) -> None:
@@ -91,144 +93,43 @@ class StaticPacking:
 
 
 def forward(
-    run: Run, reset: Tensor, streams: Sequence[Tensor], state: Sequence[Tensor | None], *, static: bool = False
+    run: Operator, reset: Tensor, streams: Sequence[Tensor], state: Sequence[Tensor | None], *, static: bool = False
 ) -> list[Tensor]:
-    """Return h and the state after the last token of rows that start afresh where `reset` (B, S) says.
+    """Return h and the state after the last token, with rows reset before the tokens that `reset` (B, S) marks.
 
-    run: the operator without resets, q k v igate fgate and perhaps c n m -> h c n m. state: c, n, m, or None each.
+    run: the operator without resets, q k v igate fgate [c n m] -> h c n m. state: c, n, m, or None each.
     static: use `StaticPacking`.
     """
     given = [t for t in state if t is not None]
     packing = StaticPacking(reset) if static else Packing(reset)
-    if not _apart(reset, static):
+    if not _uses_mask(reset, static):
         h, *after = run(*packing.spread(*streams), *given)
         return [packing.gather(h), *after]
-    quarantine = Quarantine(reset, streams, given)
-    h, *after = run(*packing.spread(*quarantine.clean(streams)), *quarantine.clean_state(given))
-    return quarantine.spoil(packing.gather(h), after)
+    mask = NonFiniteMask(reset, streams, given)
+    h, *after = run(*packing.spread(*mask.mask_streams(streams)), *mask.mask_state(given))
+    return mask.restore(packing.gather(h), after)
 
 
 def backward(
-    run: Run, reset: Tensor, gradients: Sequence[Tensor], streams: Sequence[Tensor], state: Sequence[Tensor | None]
+    run: Operator, reset: Tensor, gradients: Sequence[Tensor], streams: Sequence[Tensor], state: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """Return the gradients of the streams and of the state before the first token of `forward`.
 
-    run: the operator's backward pass without resets, dh dc dn dm q k v igate fgate and perhaps c n m -> their
-    gradients. gradients: dh, dc, dn, dm. A document that they are all zero for has none, whatever it holds.
+    run: the operator's backward pass without resets, dh dc dn dm q k v igate fgate [c n m] -> their gradients.
+    gradients: dh, dc, dn, dm. A document for which they are all zero gets zero gradients, even if it holds NaN.
     """
     given, packing = [t for t in state if t is not None], Packing(reset)
     dh, *dstate = gradients
-    if not _apart(reset):
+    if not _uses_mask(reset):
         found = run(packing.spread_one(dh), *dstate, *packing.spread(*streams), *given)
-        return _only_looked_at(reset, dh, dstate, [*(packing.gather(t) for t in found[:5]), *found[5:]])
-    quarantine = Quarantine(reset, streams, given)
-    dh, dstate = quarantine.clean_gradients(dh, dstate)
-    clean = packing.spread(*quarantine.clean(streams))
-    found = run(packing.spread_one(dh), *dstate, *clean, *quarantine.clean_state(given))
-    return quarantine.spoil_gradients([packing.gather(t) for t in found[:5]], found[5:])
+        return zero_unused_documents(reset, dh, dstate, [*(packing.gather(t) for t in found[:5]), *found[5:]])
+    mask = NonFiniteMask(reset, streams, given)
+    dh, dstate = mask.mask_gradients(dh, dstate)
+    clean = packing.spread(*mask.mask_streams(streams))
+    found = run(packing.spread_one(dh), *dstate, *clean, *mask.mask_state(given))
+    return mask.restore_gradients([packing.gather(t) for t in found[:5]], found[5:])
 
 
-def _apart(reset: Tensor, static: bool = False) -> bool:
-    """Return whether to use a `Quarantine`: where no schedule looks at data, to go token by token if need be."""
+def _uses_mask(reset: Tensor, static: bool = False) -> bool:
+    """Return whether to use a `NonFiniteMask`: off the CPU and in tracing, where no schedule tests for NaN itself."""
     return reset.numel() > 0 and (static or reset.device.type != "cpu")
-
-
-def _only_looked_at(reset: Tensor, dh: Tensor, dstate: Sequence[Tensor], found: list[Tensor]) -> list[Tensor]:
-    """Return the gradients found, zero in documents that are not looked at, if any is not finite (on the CPU)."""
-    if math.isfinite(sum(t.sum(dtype=torch.float64).item() for t in found)) or not reset.numel():
-        return found
-    reset = reset[:, None]
-    looked_at = _with_last((dh != 0).any(-1), _any(dstate, lambda t: t != 0))
-    looked_at = _since_reset(looked_at, reset) | _until_reset(looked_at, reset)
-    first = looked_at[..., 0] & ~reset[..., 0]
-    return [
-        *(torch.where(_over(looked_at, t), t, 0.0) for t in found[:5]),
-        *(torch.where(_over(first, t), t, 0.0) for t in found[5:]),
-    ]
-
-
-class Quarantine:
-    """What is not finite in packed rows, by documents: which tokens (B, NH, S) and states (B, NH) hold it or follow.
-
-    Selects replace it before the products and put NaN where it would have led: from its token to its document's end,
-    in every element.
-    """
-
-    def __init__(self, reset: Tensor, streams: Sequence[Tensor], state: Sequence[Tensor]) -> None:
-        q, k, v, igate, fgate = streams
-        self._reset = reset[:, None]
-        self._q = ~_finite(q)
-        self._token = ~(_finite(k) & _finite(v) & (igate < math.inf)) | fgate.isnan()
-        self._state = torch.zeros_like(self._token[..., 0])
-        if state:
-            self._state = ~(_finite(state[0]).all(-1) & _finite(state[1]) & (state[2][..., 0] < math.inf))
-        first = self._token[..., :1] | (self._state[..., None] & ~self._reset[..., :1])
-        self._spoilt = _since_reset(torch.cat([first, self._token[..., 1:]], -1), self._reset)
-
-    def clean(self, streams: Sequence[Tensor]) -> list[Tensor]:
-        """Return the streams with tokens that change nothing in place of those that are not finite."""
-        q, k, v, igate, fgate = streams
-        q = q.masked_fill(_over(self._q, q), 0.0)
-        k, v = (t.masked_fill(_over(self._token, t), 0.0) for t in (k, v))
-        return [q, k, v, igate.masked_fill(self._token, _IGATE[1]), fgate.masked_fill(self._token, _FGATE[1])]
-
-    def clean_state(self, state: Sequence[Tensor]) -> list[Tensor]:
-        """Return c, n, m with the initial state in place of one that is not finite."""
-        return [t.masked_fill(_over(self._state, t), 0.0) for t in state]
-
-    def spoil(self, h: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
-        """Return h and the state after the last token, NaN where they follow from what was replaced."""
-        h = h.masked_fill(_over(self._spoilt | self._q, h), math.nan)
-        return [h, *(t.masked_fill(_over(self._spoilt[..., -1], t), math.nan) for t in state)]
-
-    def clean_gradients(self, dh: Tensor, dstate: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return the gradients of the results with zeros for results that are not finite, which are remembered."""
-        lost_token = self._spoilt | self._q | ~_finite(dh)
-        lost_state = self._spoilt[..., -1] | _any(dstate, lambda t: ~t.isfinite())
-        looked_at = lost_token & (dh != 0).any(-1)
-        self._lost = _until_reset(
-            _with_last(looked_at, lost_state & _any(dstate, lambda t: t != 0)), self._reset
-        )
-        dh = dh.masked_fill(_over(lost_token, dh), 0.0)
-        return dh, [t.masked_fill(_over(lost_state, t), 0.0) for t in dstate]
-
-    def spoil_gradients(self, gradients: Sequence[Tensor], dstate: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gradients of streams and initial state, NaN where a later result looked at is not finite."""
-        first = self._lost[..., 0] & ~self._reset[..., 0]
-        return [
-            *(t.masked_fill(_over(self._lost, t), math.nan) for t in gradients),
-            *(t.masked_fill(_over(first, t), math.nan) for t in dstate),
-        ]
-
-
-def _finite(t: Tensor) -> Tensor:
-    return t.isfinite().all(-1)
-
-
-def _any(state: Sequence[Tensor], found: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the rows (B, NH) where any element of a state c, n, m is `found`."""
-    c, n, m = (found(t).any(-1) for t in state)
-    return c.any(-1) | n | m
-
-
-def _with_last(tokens: Tensor, last: Tensor) -> Tensor:
-    """Return the mask `tokens` (B, NH, S) with `last` (B, NH) added to the last token."""
-    return torch.cat([tokens[..., :-1], tokens[..., -1:] | last[..., None]], -1)
-
-
-def _over(mask: Tensor, t: Tensor) -> Tensor:
-    """Return a mask of the first axes of `t` so that it broadcasts over the others."""
-    return mask.reshape(*mask.shape, *[1] * (t.dim() - mask.dim()))
-
-
-def _since_reset(marked: Tensor, reset: Tensor) -> Tensor:
-    """Return for each token (B, NH, S) whether one is marked from its document's start to itself; reset: (B, 1, S)."""
-    count = marked.cumsum(-1)
-    before = torch.where(reset, count - marked.to(count.dtype), 0)  # 0, the least, where no document starts
-    return count > before.cummax(-1).values
-
-
-def _until_reset(marked: Tensor, reset: Tensor) -> Tensor:
-    """Return for each token (B, NH, S) whether one is marked from itself to its document's end; reset: (B, 1, S)."""
-    ends = torch.cat([reset[..., 1:], torch.ones_like(reset[..., :1])], -1)
-    return _since_reset(marked.flip(-1), ends.flip(-1)).flip(-1)

@@ -1,4 +1,4 @@
-"""A model, or its cache, on its way: without its tensors, which go through the object store.
+"""Serialise a model, or its cache: tensors go through Ray's object store, the rest is pickled.
 
 So the workers of a host share one copy of the weights.
 """
@@ -19,58 +19,59 @@ from torch_xlstm_ops.schedules.ray import serialization
 Call = Callable[[Any, Tensor, int], tuple[Tensor, Any]]
 
 
-class Parcel(NamedTuple):
-    """An object without its tensors, and those."""
+class SerializedModel(NamedTuple):
+    """A pickled object, and the tensors in it."""
 
-    skeleton: bytes
-    tensors: list[serialization.Packed]
+    pickled: bytes
+    tensors: list[serialization.TensorBytes]
 
 
-class _Place(NamedTuple):
-    """Which tensor stands somewhere in the object."""
+class _TensorReference(NamedTuple):
+    """What the pickle has in the place of a tensor."""
 
     number: int
-    learns: bool | None  # None for a tensor that is no parameter
+    requires_grad: bool | None  # of a parameter; None for other tensors
 
 
-def pack(value: object) -> Parcel:
-    """Take an object apart."""
+def serialize(value: object) -> SerializedModel:
+    """Serialise a model or a cache."""
     from ray import cloudpickle
 
     found: dict[int, tuple[int, Tensor]] = {}
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def persistent_id(self, part: object) -> _Place | None:
+        def persistent_id(self, part: object) -> _TensorReference | None:
             if not isinstance(part, Tensor):
                 return None
             number, _ = found.setdefault(id(part), (len(found), part))
-            return _Place(number, part.requires_grad if isinstance(part, torch.nn.Parameter) else None)
+            return _TensorReference(number, part.requires_grad if isinstance(part, torch.nn.Parameter) else None)
 
     file = io.BytesIO()
     Pickler(file).dump(value)
-    return Parcel(file.getvalue(), serialization.pack(part for _, part in found.values()))
+    return SerializedModel(file.getvalue(), serialization.to_bytes(part for _, part in found.values()))
 
 
-def unpack(parcel: Parcel, device: torch.device, *, owned: bool) -> Any:
-    """Put an object together on a device.
+def deserialize(model: SerializedModel, device: torch.device, *, copy: bool) -> Any:
+    """Return the object, its tensors on a device.
 
-    owned: copy the tensors out of the store; otherwise, on the CPU, they may lie there and are only to be read.
+    copy: copy the tensors out of the store; otherwise, on the CPU, they may be its read-only memory.
     """
-    tensors = serialization.unpack(parcel.tensors, device)
-    made: dict[_Place, Tensor] = {}
+    tensors = serialization.from_bytes(model.tensors, device)
+    made: dict[_TensorReference, Tensor] = {}
 
     class Unpickler(pickle.Unpickler):
-        def persistent_load(self, place: Any) -> Tensor:
-            if place not in made:
-                t = tensors[place.number].clone() if owned else tensors[place.number]
-                made[place] = t if place.learns is None else torch.nn.Parameter(t, place.learns)
-            return made[place]
+        def persistent_load(self, reference: Any) -> Tensor:
+            if reference not in made:
+                t = tensors[reference.number].clone() if copy else tensors[reference.number]
+                requires_grad = reference.requires_grad
+                made[reference] = t if requires_grad is None else torch.nn.Parameter(t, requires_grad)
+            return made[reference]
 
-    return Unpickler(io.BytesIO(parcel.skeleton)).load()
+    return Unpickler(io.BytesIO(model.pickled)).load()
 
 
 def transformers_call(model: Any, tokens: Tensor, before: int) -> tuple[Tensor, Any]:
-    """Run an xLSTM of transformers over tokens (B, S) that stand behind `before` others, as `prefill` has it."""
+    """Run an xLSTM of transformers over tokens (B, S) that follow `before` others; return last logits and cache."""
     logits, cache = adapter.run(model, tokens)
     adapter.move(cache, before)
     return logits[:, -1], cache
@@ -84,7 +85,7 @@ def check_transformers(model: Any) -> None:
 
 
 def prepare_transformers(model: Any) -> None:
-    """Have an xLSTM of transformers read a stretch in one piece, and compute the logits of its last token alone."""
+    """Make an xLSTM of transformers read a shard in one call and return the logits of the last token only."""
     model.config.mode, model.config.return_last_states = "inference", True
     model.config.max_inference_chunksize = 1 << 62
     adapter.last_position_only(model)

@@ -9,7 +9,8 @@ import torch
 
 from torch_xlstm_ops import schedules
 from torch_xlstm_ops.config import Config, Schedule, tuned_plans
-from torch_xlstm_ops.schedules.plan import STEP_TOKENS, Shape
+from torch_xlstm_ops.schedules.defaults import STEP_TOKENS
+from torch_xlstm_ops.schedules.plan import Shape
 
 
 def apply_tuned(config: Config, shape: Shape, device: torch.device, dtype: torch.dtype, *, training: bool) -> Config:

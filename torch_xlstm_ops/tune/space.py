@@ -13,6 +13,7 @@ import torch
 from torch_xlstm_ops import schedules
 from torch_xlstm_ops.config import Config, Schedule, tuned_plans
 from torch_xlstm_ops.schedules import plan
+from torch_xlstm_ops.schedules.defaults import max_chunks
 from torch_xlstm_ops.schedules.plan import Machine, Plan, Shape
 
 Value = str | int
@@ -61,7 +62,7 @@ class Space:
         searched: Sequence[Schedule] = SEARCHED,
     ) -> None:
         self.shape, self.device, self.machine, self.limits = shape, device, machine, limits
-        self._max_chunks = plan.max_chunks(device.type)
+        self._max_chunks = max_chunks(device.type)
         defaults = [self._plan(Config(schedule=schedule)) for schedule in searched
                   if schedules.unavailable(schedule, device) is None]
         self._fixed: dict[str, Value] = {}

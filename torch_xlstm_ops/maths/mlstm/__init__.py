@@ -2,8 +2,8 @@
 
 A task holds G rows (any heads of any batch entries) and NC chunks of L tokens. Gates are pre-activations; a state
 (c, n, m) stands for ``c * exp(m)``, ``n * exp(m)``. Source: Beck et al. 2024, "xLSTM" (mLSTM, stabilised form);
-Beck et al. 2025, "Tiled Flash Linear Attention" (chunkwise form). The second level, chunks into a segment, is the
-same masked product again.
+Beck et al. 2025, "Tiled Flash Linear Attention" (chunkwise form). Both levels, tokens of a chunk and chunks of a
+segment, are masked products.
 """
 
 from torch_xlstm_ops.maths.mlstm.chunks import absorb, combine

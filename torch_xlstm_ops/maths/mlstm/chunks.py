@@ -1,4 +1,4 @@
-"""The second level: what each chunk adds to the state, and how much of that stands before each later chunk."""
+"""The inter-chunk level: the summary of each chunk, and the weights of summaries in the states before later chunks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch_xlstm_ops.maths.mlstm.recurrence import COLUMN
 
 
 class Summaries(NamedTuple):
-    """The monoid elements of the chunks of a segment, but for their decay."""
+    """The monoid elements of the chunks of a segment, without their decay F."""
 
     M: Tensor  # (G, NC)
     dC: Tensor  # (G, NC, DHQK, DHHV)
@@ -22,9 +22,9 @@ class Summaries(NamedTuple):
 def summaries(
     k: Tensor, v: Tensor, igate: Tensor, within: Tensor, least: Tensor | None = None
 ) -> tuple[Summaries, Tensor, Tensor]:
-    """Sum up each chunk, all weights relative to the chunk's largest; within: `log_decay_prefixes` of its tokens.
+    """Summarise each chunk, with weights relative to its largest, M; within: `log_decay_prefixes` of its tokens.
 
-    least: (G, NC), which M is raised to. Returns these, the weights (G, NC, L), and k times them (G, NC, DHQK, L).
+    least: (G, NC), a lower bound of M. Returns the summaries, the weights (G, NC, L), and k_gated (G, NC, DHQK, L).
     """
     gate, M = _input_weights(igate, within, least)
     k_gated, dn = _gated(k, gate)
@@ -38,8 +38,8 @@ def _gated(k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     if k.device.type != "mps":
         k_gated = k.to(gate.dtype) * gate[..., None]
         return k_gated.to(product).mT, sum_tokens(k_gated)
-    # In Metal, Inductor writes k_gated and sums it in one kernel only along the last axis; contiguous says that it is
-    # kept so, else Inductor would copy it for whoever returns it.
+    # In Metal, Inductor stores and sums k_gated in one kernel only along the last axis. Without contiguous() it would
+    # copy k_gated where it is returned.
     k_gated = k.to(gate.dtype).mT * gate[..., None, :]
     return k_gated.to(product).contiguous(), k_gated.sum(-1)
 
@@ -47,7 +47,7 @@ def _gated(k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 def sum_tokens(terms: Tensor) -> Tensor:
     """Return the sum over the tokens of each chunk, (..., L, D) -> (..., D).
 
-    On CUDA in halves of a chunk, for the reason that `advance` gives.
+    On CUDA in parts of COLUMN tokens, for the reason given at `advance`.
     """
     if terms.is_cuda and terms.shape[-2] > COLUMN and terms.shape[-2] % COLUMN == 0:
         terms = torch.unflatten(terms, -2, (-1, COLUMN)).sum(-2)
@@ -55,7 +55,7 @@ def sum_tokens(terms: Tensor) -> Tensor:
 
 
 def _input_weights(igate: Tensor, within: Tensor, least: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what a token weighs at the end of its chunk, (G, NC, L), relative to the chunk's largest, and that M."""
+    """Return the weight of each token in its chunk's summary (G, NC, L), relative to the largest, and M (G, NC)."""
     log_weight = log_decay(within[..., -1:], within) + igate
     M = log_weight.amax(-1)
     if least is not None:
@@ -64,22 +64,22 @@ def _input_weights(igate: Tensor, within: Tensor, least: Tensor | None) -> tuple
 
 
 class InterChunkWeights(NamedTuple):
-    """How much of each chunk's summary, and of the incoming state, stands before each chunk."""
+    """Weights of the chunk summaries and of the segment's incoming state in the state before each chunk."""
 
     W: Tensor  # (G, NC, NC), strictly lower triangular
     w_state: Tensor  # (G, NC)
-    m_before: Tensor  # (G, NC), what both are relative to
-    from_chunk: Tensor  # (G, NC, NC) and
-    from_state: Tensor  # (G, NC): their logarithms, not relative
+    m_before: Tensor  # (G, NC), the log of the largest
+    from_chunk: Tensor  # (G, NC, NC), log weights
+    from_state: Tensor  # (G, NC), log weights
 
     def with_state(self) -> Tensor:
-        """Return W with w_state in the last column: the last chunk's summary feeds no chunk of this segment."""
+        """Return W with w_state in the last column, which is unused: no chunk follows the last."""
         chunk = torch.arange(self.W.shape[-1], device=self.W.device)
         return torch.where(chunk == self.W.shape[-1] - 1, self.w_state[..., None], self.W)
 
 
 def inter_chunk_weights(F_: Tensor, across: Tensor, M: Tensor, m: Tensor) -> InterChunkWeights:
-    """Find the weights of the second level; F_: each chunk's decay (3, G, NC); across: of `across_chunks`."""
+    """Return the inter-chunk weights; F_: the chunks' decays (3, G, NC); across: of `across_chunks`."""
     chunk = torch.arange(M.shape[-1], device=M.device)
     before = across - F_
     from_state = log_decay(before).to(M.dtype) + m
@@ -91,9 +91,9 @@ def inter_chunk_weights(F_: Tensor, across: Tensor, M: Tensor, m: Tensor) -> Int
     return InterChunkWeights(W, exp_or_zero(from_state - base), m_before, from_chunk, from_state)
 
 
-def n_before_chunks(reach: InterChunkWeights, dn: Tensor, n: Tensor) -> Tensor:
+def n_before_chunks(inter: InterChunkWeights, dn: Tensor, n: Tensor) -> Tensor:
     """Return n before each chunk, (G, NC, DHQK)."""
-    return torch.bmm(reach.W, dn) + reach.w_state[..., None] * n[:, None]
+    return torch.bmm(inter.W, dn) + inter.w_state[..., None] * n[:, None]
 
 
 def reduce_chunks(across: Tensor, M: Tensor, dC: Tensor, dn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,5 +131,5 @@ def combine(
 
 
 def product_dtype(stream: torch.dtype) -> torch.dtype:
-    """Return the dtype in which states are multiplied: float16's range is too small for a sum over a segment."""
+    """Return the dtype for products with states: the range of float16 is too small for sums over a segment."""
     return torch.float32 if stream == torch.float16 else stream

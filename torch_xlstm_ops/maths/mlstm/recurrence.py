@@ -1,4 +1,4 @@
-"""The mLSTM's step, and the recurrence that everything else must equal."""
+"""The mLSTM step, and the recurrence: the reference for every other form."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch_xlstm_ops.maths.decay import NEG_INF, constant_if_empty, zero_if_empty
 from torch_xlstm_ops.maths.shapes import state_dtype
 
-COLUMN = 128  # tokens of a chunk, or rows of a large c, that a CUDA kernel sums at once
-LARGE = 1 << 23  # elements of c, which are more than its cache holds
-FLOOR = {torch.float32: 80.0, torch.float64: 700.0}  # the most that `floor` raises e to
+COLUMN = 128  # tokens of a chunk, or rows of a large c, that one CUDA reduction sums
+LARGE = 1 << 23  # elements of c that exceed the cache of a GPU
+FLOOR = {torch.float32: 80.0, torch.float64: 700.0}  # the largest exponent in `floor`
 
 
 def step(
@@ -26,9 +26,8 @@ def step(
         h  = (q DHQK^-1/2 . c') / (max(|q DHQK^-1/2 . n'|, exp(-m')) + eps)
 
     q, k: (..., DHQK); v: (..., DHHV); igate, fgate: (..., 1); c: (..., DHQK, DHHV); n: (..., DHQK); m: (..., 1).
-    -inf is legal for m and the gates, and exp(-inf) is 0: a state with m = -inf is empty. A closed gate (log_f = -inf)
-    makes the old state empty, whatever it holds, NaN included. If nothing is kept and nothing added, the new state is
-    empty: c = n = 0, m = -inf.
+    m and the gates may be -inf: a state with m = -inf is empty. A closed gate (log_f = -inf) makes the old state empty,
+    even if it holds NaN. If nothing is kept and nothing added, the new state is empty: c = n = 0, m = -inf.
     Returns h in v's dtype and the new c, n, m.
     """
     return _step(_update, q, k, v, igate, fgate, c, n, m, eps)
@@ -37,11 +36,10 @@ def step(
 def advance(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Do a `step`, to be compiled; on CUDA a large c is returned in parts (..., DHQK / COLUMN, COLUMN, DHHV).
+    """Compute a `step` in the form to be compiled; on CUDA a large c comes in parts (..., DHQK/COLUMN, COLUMN, DHHV).
 
-    A kernel holds whole columns of what it sums, and the shorter they are the more beside each other, whose bytes it
-    then reads at once. The parts are one block of memory, but joined into an axis within the graph they would be
-    written twice.
+    A reduction kernel holds whole columns; with shorter ones it handles more adjacent columns and reads memory in
+    longer runs. The parts are one block of memory, but joining them within the graph would write c twice.
     """
     return _step(_update_parts if _comes_in_parts(c) else _update, q, k, v, igate, fgate, c, n, m, eps)
 
@@ -80,7 +78,7 @@ def _update(c: Tensor, forget: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple
 
 
 def _update_parts(c: Tensor, forget: Tensor, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Do `_update` and return c in parts."""
+    """Like `_update`, with c in parts."""
     c = _in_parts(c).mT  # (..., part, DHHV, COLUMN)
     k, q = (torch.unflatten(t, -1, (-1, COLUMN))[..., None, :] for t in (k, q))
     c = forget[..., None, None] * c + k * v[..., None, :, None]
@@ -98,11 +96,11 @@ def _in_parts(c: Tensor) -> Tensor:
 def step_(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float
 ) -> tuple[Tensor]:
-    """Do a `step` and write the new state over c, n, m; return h."""
+    """Compute a `step`, write the new state over c, n, m, and return h."""
     h, *new = advance(q, k, v, igate, fgate, c, n, m, eps=eps)
     if c.device.type != "cpu":
-        c, new[0] = (_in_parts(c) if _comes_in_parts(c) else c).mT, new[0].mT  # in the order in which it is computed
-        # The kernel that updates n also stores m: as a reduction's result, after all its threads have read m.
+        c, new[0] = (_in_parts(c) if _comes_in_parts(c) else c).mT, new[0].mT  # in the layout in which it is computed
+        # As a reduction, m is stored by the kernel that updates n after all its threads have read the old m.
         new[2] = new[2].expand_as(n).amax(-1, keepdim=True)
     for state, value in zip((c, n, m), new, strict=True):
         state.copy_(value)
@@ -112,7 +110,7 @@ def step_(
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run `step` over the S tokens of a sequence (..., S, D): the definition that everything else must equal."""
+    """Run `step` over the S tokens of a sequence (..., S, D): the reference that every other form must equal."""
     h = []
     for t in range(q.shape[-2]):
         gates = igate[..., t, None], fgate[..., t, None]
@@ -122,5 +120,5 @@ def recurrent(
 
 
 def floor(m: Tensor) -> Tensor:
-    """Return exp(-m), held finite: 1/denominator is 0 in effect, and its gradient is no 0 * inf."""
+    """Return exp(-m), clamped to be finite: 1/denominator is then almost 0, and its gradient not 0 * inf."""
     return torch.exp((-m).clamp(max=FLOOR[m.dtype]))

@@ -1,4 +1,4 @@
-"""The gradient of one mLSTM step: for what is not finite, which a matrix product would carry to other tokens."""
+"""The gradient of one mLSTM step: used for NaN and infinity, which matrix products would carry to other tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def step_gradient(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor,
     dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, *, eps: float,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of a step's arguments, as autograd finds them in `recurrence.step`, NaN included.
+    """Return the gradients of a step's arguments, equal to autograd's for `recurrence.step`, NaN included.
 
     Arguments as of `step`, and the gradients of its results. All in the states' dtype.
     """
@@ -59,7 +59,7 @@ def step_gradient(
 
 
 def _shares(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the parts of a maximum's gradient that its arguments take, as torch.maximum divides it: NaN takes all."""
+    """Return the shares of a maximum's gradient that its arguments receive, as in torch.maximum: NaN gets all."""
     tie = left == right
     to_left, to_right = (~less for less in (left < right, right < left))
     return torch.where(tie, 0.5, to_left.to(left.dtype)), torch.where(tie, 0.5, to_right.to(left.dtype))

@@ -1,4 +1,4 @@
-"""In which order a band's tasks may start. Every method but a task's `run` is called under the job's lock."""
+"""The order in which a band's tasks may start. The `TaskRunner` calls all methods under its lock, but tasks without."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 State = list[Tensor]
 Summary = Sequence[Tensor]
-Settle = Callable[[], None]
+OnDone = Callable[[], None]
 
 
 class Task(NamedTuple):
-    """A piece of work on one segment."""
+    """One unit of work on a segment."""
 
     segment: int
-    run: Callable[[], Settle]  # returns what to do under the lock once it has run
+    work: Callable[[], OnDone]  # returns a callback, to be called under the lock
 
 
 class BandQueue(Protocol):
@@ -26,78 +26,81 @@ class BandQueue(Protocol):
     def take(self) -> Task | None:
         """Return a task that may start now, or None."""
 
-    def left(self) -> bool:
+    def has_unstarted(self) -> bool:
         """Return whether a task has not started yet."""
 
 
 class SequentialQueue:
-    """One task after another, each with the number of its segment."""
+    """Tasks strictly one after another; each comes with the number of its segment."""
 
     def __init__(self, tasks: Iterable[tuple[int, Callable[[], None]]]) -> None:
         self._tasks, self._running = deque(tasks), False
 
     def take(self) -> Task | None:
-        """Return the next task, unless the one before it runs."""
+        """Return the next task, unless the previous one is running."""
         if self._running or not self._tasks:
             return None
         self._running = True
-        segment, work = self._tasks.popleft()
+        segment, call = self._tasks.popleft()
 
-        def run() -> Settle:
-            work()
-            return self._settle
+        def work() -> OnDone:
+            call()
+            return self._task_done
 
-        return Task(segment, run)
+        return Task(segment, work)
 
-    def left(self) -> bool:
+    def has_unstarted(self) -> bool:
         """Return whether a task has not started yet."""
         return bool(self._tasks)
 
-    def _settle(self) -> None:
+    def _task_done(self) -> None:
         self._running = False
 
 
-class Steps(NamedTuple):
-    """What a lane of several segments at once does with a segment."""
+class SegmentFunctions(NamedTuple):
+    """The functions of one segment that a `ScanQueue` calls; an int is the segment's number."""
 
-    emit: Callable[[int, State], State]  # write the segment's h; return the state after it
-    summarize: Callable[[int], Summary | None]  # None: not finite, and no summary will do
-    absorb: Callable[[Summary, State], State]  # return the state after a segment from its summary
-    answer: Callable[[int, Summary, State], None]  # write the h of a segment that was summarised
+    forward: Callable[[int, State], State]  # write h, return the state after the segment
+    summarize: Callable[[int], Summary | None]  # None: not finite, so `forward` must be used
+    absorb: Callable[[Summary, State], State]  # return the state after the segment
+    forward_from_summary: Callable[[int, Summary, State], None]  # write h
 
 
 class ScanQueue:
-    """Several segments at once: summaries run ahead, states are handed on in order, segments emitted as they can.
+    """Several segments of a band concurrently: a scan over segment summaries.
 
-    Of `width` consecutive segments the last one hands on the state that its own emission finds; the others are
-    summarised first and emitted from their summaries, so that nothing is computed twice. Which they are depends on the
-    plan alone: a call repeated gives the same bits.
+    Summaries are computed in parallel, states from them in order, and a segment's h once the state before it is known.
+    Of `width` consecutive segments the last one has no summary: its state comes from computing its h. So nothing is
+    computed twice, and as the choice depends only on the plan, repeated calls give the same bits.
     """
 
-    def __init__(self, segments: int, width: int, first: State, steps: Steps, last: Callable[[State], None]) -> None:
-        self._count, self._width, self._steps, self._last = segments, width, steps, last
-        self._before = {0: first}  # the states before segments, until they are emitted
+    def __init__(
+        self, segments: int, width: int, first: State, functions: SegmentFunctions, last: Callable[[State], None]
+    ) -> None:
+        """first: the initial state of the band; last: called with the final state, in the last segment's task."""
+        self._count, self._width, self._functions, self._last = segments, width, functions, last
+        self._before = {0: first}  # the states before segments whose h is not computed yet
         self._summaries: dict[int, Summary | None] = {}
-        self._emitted = 0  # the next to emit
-        self._known = 0  # the last with a state before it
-        self._handing = False  # whether a task is finding the next state
-        self._ahead = deque(s for s in range(segments) if self._summarised(s))  # the next to summarise
+        self._started = 0  # the next segment whose h is to be computed
+        self._known = 0  # the last segment with a known state before it
+        self._finding_state = False  # whether a task is computing the next state
+        self._to_summarize = deque(s for s in range(segments) if self._summarised(s))
 
     def take(self) -> Task | None:
-        """Return an absorption if one is due, else an emission, else a summary not too far ahead."""
-        if not self._handing and self._known < self._count and self._summaries.get(self._known) is not None:
-            self._handing = True
+        """Return a task for the next state if its summary is ready, else for an h, else for a summary."""
+        if not self._finding_state and self._known < self._count and self._summaries.get(self._known) is not None:
+            self._finding_state = True
             return self._absorb(self._known)
-        if self.left() and self._emitted <= self._known and self._ready(self._emitted):
-            self._emitted += 1
-            return self._emit(self._emitted - 1)
-        if self._ahead and self._ahead[0] < self._emitted + 2 * self._width:
-            return self._summarize(self._ahead.popleft())
+        if self.has_unstarted() and self._started <= self._known and self._ready(self._started):
+            self._started += 1
+            return self._forward(self._started - 1)
+        if self._to_summarize and self._to_summarize[0] < self._started + 2 * self._width:
+            return self._summarize(self._to_summarize.popleft())
         return None
 
-    def left(self) -> bool:
-        """Return whether a segment has not been emitted; its summary and its state come before."""
-        return self._emitted < self._count
+    def has_unstarted(self) -> bool:
+        """Return whether the h of a segment has not been started."""
+        return self._started < self._count
 
     def _summarised(self, segment: int) -> bool:
         return (segment + 1) % self._width != 0 and segment + 1 < self._count
@@ -109,42 +112,42 @@ class ScanQueue:
         summary, state = self._summaries[segment], self._before[segment]
         assert summary is not None
 
-        def run() -> Settle:
-            new = self._steps.absorb(summary, state)
-            return lambda: self._hand_on(segment, new)
+        def work() -> OnDone:
+            new = self._functions.absorb(summary, state)
+            return lambda: self._state_found(segment, new)
 
-        return Task(segment, run)
+        return Task(segment, work)
 
-    def _emit(self, segment: int) -> Task:
+    def _forward(self, segment: int) -> Task:
         summary, state = self._summaries.get(segment), self._before[segment]
 
-        def run() -> Settle:
+        def work() -> OnDone:
             if summary is not None:
-                self._steps.answer(segment, summary, state)
-                return lambda: self._drop(segment)
-            new = self._steps.emit(segment, state)
+                self._functions.forward_from_summary(segment, summary, state)
+                return lambda: self._release(segment)
+            new = self._functions.forward(segment, state)
             if segment + 1 == self._count:
                 self._last(new)
-            return lambda: self._hand_on_and_drop(segment, new)
+            return lambda: self._state_found_and_release(segment, new)
 
-        return Task(segment, run)
+        return Task(segment, work)
 
     def _summarize(self, segment: int) -> Task:
-        def run() -> Settle:
-            summary = self._steps.summarize(segment)
+        def work() -> OnDone:
+            summary = self._functions.summarize(segment)
             return lambda: self._summaries.__setitem__(segment, summary)
 
-        return Task(segment, run)
+        return Task(segment, work)
 
-    def _hand_on(self, segment: int, state: State) -> None:
-        self._known, self._handing = segment + 1, False
+    def _state_found(self, segment: int, state: State) -> None:
+        self._known, self._finding_state = segment + 1, False
         self._before[segment + 1] = state
 
-    def _hand_on_and_drop(self, segment: int, state: State) -> None:
-        self._hand_on(segment, state)
-        self._drop(segment)
+    def _state_found_and_release(self, segment: int, state: State) -> None:
+        self._state_found(segment, state)
+        self._release(segment)
 
-    def _drop(self, segment: int) -> None:
-        """Forget what only a segment's emission needed."""
+    def _release(self, segment: int) -> None:
+        """Drop the state and the summary of a segment whose h is computed."""
         del self._before[segment]
         self._summaries.pop(segment, None)

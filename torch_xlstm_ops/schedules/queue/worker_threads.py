@@ -1,4 +1,4 @@
-"""Worker threads that outlive a call: started when first needed, shared by all callers, closed at exit."""
+"""Worker threads shared by all callers: started when first needed, kept between calls, joined at exit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = "xlstm-ops"
 
 
 class WorkerThreads:
-    """Threads that each may use `threads` intra-op threads, and take work in the order it was given."""
+    """Threads that use `threads` intra-op threads each, and run work in the order of submission."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -24,8 +24,8 @@ class WorkerThreads:
         self._workers: list[threading.Thread] = []
         self._lock = threading.Lock()
 
-    def give(self, work: Work, copies: int) -> None:
-        """Have `copies` threads call `work`; there are as many threads as were ever asked for at once."""
+    def submit(self, work: Work, copies: int) -> None:
+        """Have `copies` threads call `work`; start threads if there are fewer."""
         with self._lock:
             if len(self._workers) < copies:
                 self._grow(copies)
@@ -33,7 +33,7 @@ class WorkerThreads:
             self._work.put(work)
 
     def close(self) -> None:
-        """End the threads, after the work already given."""
+        """Join the threads after the work already submitted."""
         with self._lock:
             for _ in self._workers:
                 self._work.put(None)
@@ -42,8 +42,8 @@ class WorkerThreads:
             self._workers.clear()
 
     def _grow(self, size: int) -> None:
-        # set_num_threads acts on the calling thread, and on all threads not yet started: for those it is set back.
-        default = _in_a_thread(torch.get_num_threads)
+        # set_num_threads acts on the calling thread and sets the default of threads not yet started: restore that.
+        default = _in_new_thread(torch.get_num_threads)
         ready = threading.Semaphore(0)
         new = [
             threading.Thread(target=self._serve, args=(ready,), name=f"{NAME}-{self.threads}-{number}", daemon=True)
@@ -52,54 +52,54 @@ class WorkerThreads:
         for worker in new:
             worker.start()
             ready.acquire()
-        _in_a_thread(lambda: torch.set_num_threads(default))
+        _in_new_thread(lambda: torch.set_num_threads(default))
         self._workers += new
 
     def _serve(self, ready: threading.Semaphore) -> None:
-        torch.get_num_threads()  # a thread's first use of this sets it to the process's number, once
+        torch.get_num_threads()  # the first call in a thread sets it to the process's number
         torch.set_num_threads(self.threads)
-        _here.worker = True
+        _local.worker = True
         ready.release()
         while (work := self._work.get()) is not None:
             work()
-            del work  # holds a call's tensors
+            del work  # refers to a call's tensors
 
 
-class _Here(threading.local):
+class _ThreadLocal(threading.local):
     worker = False
 
 
-_here = _Here()
-_pools: dict[int, WorkerThreads] = {}
+_local = _ThreadLocal()
+_by_size: dict[int, WorkerThreads] = {}
 _lock = threading.Lock()
 
 
 def get(threads: int) -> WorkerThreads:
-    """Return the process's pool of workers with `threads` intra-op threads each."""
+    """Return the process's workers with `threads` intra-op threads each."""
     with _lock:
-        if threads not in _pools:
-            _pools[threads] = WorkerThreads(threads)
-        return _pools[threads]
+        if threads not in _by_size:
+            _by_size[threads] = WorkerThreads(threads)
+        return _by_size[threads]
 
 
-def inside() -> bool:
-    """Return whether the calling thread is a worker, which must not wait for other workers."""
-    return _here.worker
+def is_worker() -> bool:
+    """Return whether the calling thread is a worker; a worker must not wait for other workers."""
+    return _local.worker
 
 
 def close() -> None:
-    """End all workers; a later call starts new ones."""
+    """Join all workers; a later call starts new ones."""
     with _lock:
-        pools = list(_pools.values())
-        _pools.clear()
-    for pool in pools:
-        pool.close()
+        all_workers = list(_by_size.values())
+        _by_size.clear()
+    for workers in all_workers:
+        workers.close()
 
 
 _T = TypeVar("_T")
 
 
-def _in_a_thread(call: Callable[[], _T]) -> _T:
+def _in_new_thread(call: Callable[[], _T]) -> _T:
     found: list[_T] = []
     thread = threading.Thread(target=lambda: found.append(call()))
     thread.start()
@@ -107,13 +107,13 @@ def _in_a_thread(call: Callable[[], _T]) -> _T:
     return found[0]
 
 
-def _forget() -> None:
-    """Drop what a forked child inherits: threads do not survive a fork, and a lock may be held."""
+def _reset_after_fork() -> None:
+    """Reset in a forked child: threads do not survive a fork, and the lock may be held."""
     global _lock
     _lock = threading.Lock()
-    _pools.clear()
+    _by_size.clear()
 
 
 atexit.register(close)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,10 +1,10 @@
-"""Bands and segments on Ray actors: the queue of the queued schedule, each task done by a process, of any machine.
+"""The `ray` schedule: the tasks of the queued schedule, each run by a Ray actor on any machine.
 
-The caller keeps every state between segments and sends it with the slice of the streams that a task reads. A segment
-that was summed up ahead is computed again from the state before it: its chunks' summaries are larger than its streams.
+The caller keeps the states between segments and sends them with the slices of the streams that a task reads. The h of a
+segment with a summary is computed from the state before it, as the chunk summaries are larger than the streams.
 
-What is on a GPU is copied to the host by the calling thread, once, and the results back: no thread that hands out tasks
-touches the device, which on MPS can crash the process where two do.
+The calling thread copies tensors on a GPU to the host once, and the results back, so that the threads that submit tasks
+do not use the device: on MPS two threads that do can crash the process.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch_xlstm_ops.config import Config, Schedule
 from torch_xlstm_ops.schedules import queue, sequential
 from torch_xlstm_ops.schedules.plan import Machine, Plan, Shape, make
-from torch_xlstm_ops.schedules.queue.band_queues import State, Steps, Summary
-from torch_xlstm_ops.schedules.queue.job import Job
-from torch_xlstm_ops.schedules.ray import actors
+from torch_xlstm_ops.schedules.queue.band_queues import SegmentFunctions, State, Summary
+from torch_xlstm_ops.schedules.queue.task_runner import TaskRunner
+from torch_xlstm_ops.schedules.ray import actor_pool
 from torch_xlstm_ops.schedules.sequential import OP
 from torch_xlstm_ops.schedules.slicing import Kernels, Rows, Run
 
@@ -29,56 +29,58 @@ HOST = torch.device("cpu")
 
 def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
     """Return h (R, S, DHHV) and the last state; arguments as of `sequential.forward`."""
-    if queue.in_line(streams[0].device):
+    if queue.must_run_sequentially(streams[0].device):
         return sequential.forward(plan, kernels, streams, state)
     device = streams[0].device
-    pool = actors.get(device.type, plan.workers)
-    run = pool.remote(partial(_run, plan.chunk_size, kernels))
+    pool = actor_pool.get(device.type, plan.workers)
+    forward_task = pool.remote(partial(_forward_task, plan.chunk_size, kernels))
     summarize = pool.remote(partial(_summarize, kernels))
     streams, state = _to(streams, HOST), _to(state, HOST)
     rows = Rows(plan, streams)
     h = streams[2].new_empty(plan.rows, plan.tokens, streams[2].shape[-1])
-    lanes = [queue.lane(plan, _steps(plan, kernels, rows, h, band, run, summarize), band, state)
-             for band in plan.bands]
-    Job(plan, lanes, HOST, OP, "forward", pool.close).run()
+    functions = [_segment_functions(plan, kernels, rows, h, band, forward_task, summarize) for band in plan.bands]
+    queues = [queue.band_queue(plan, *one, state) for one in zip(functions, plan.bands, strict=True)]
+    TaskRunner(plan, queues, HOST, OP, "forward", pool.close).run()
     return h.to(device), _to(state, device)
 
 
 def backward(
     plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State, dh: Tensor, dstate: State
 ) -> tuple[list[Tensor], State]:
-    """Return the gradients of the streams (R, S, ...) and of the initial state; arguments as `sequential.backward`."""
-    if queue.in_line(streams[0].device):
+    """Return the gradients of the streams (R, S, ...) and of the initial state; arguments as of
+    `sequential.backward`.
+    """
+    if queue.must_run_sequentially(streams[0].device):
         return sequential.backward(plan, kernels, streams, state, dh, dstate)
     device = dh.device
-    pool = actors.get(device.type, plan.workers)
+    pool = actor_pool.get(device.type, plan.workers)
     remote = kernels._replace(after=_owned(pool.remote(kernels.after)), backward=_owned(pool.remote(kernels.backward)))
     gradients, first = queue.backward(plan, remote, _to(streams, HOST), _to(state, HOST), dh.to(HOST),
                                        _to(dstate, HOST), pool.close)
     return _to(gradients, device), _to(first, device)
 
 
-def _steps(
-    plan: Plan, kernels: Kernels, rows: Rows, h: Tensor, band: slice, run: Run, summarize: Run
-) -> Steps:
+def _segment_functions(
+    plan: Plan, kernels: Kernels, rows: Rows, h: Tensor, band: slice, forward_task: Run, summarize: Run
+) -> SegmentFunctions:
     def streams(number: int) -> list[Tensor]:
         segment = plan.segments[number]
         return [t[band, segment.start:segment.stop] for t in rows.streams]
 
-    def emit(number: int, state: State) -> State:
-        found, *new = run([*streams(number), *state])
+    def forward(number: int, state: State) -> State:
+        h_part, *new = forward_task([*streams(number), *state])
         segment = plan.segments[number]
-        h[band, segment.start:segment.stop] = found
-        return [t.clone() for t in new]  # what is found lies in the store
+        h[band, segment.start:segment.stop] = h_part
+        return [t.clone() for t in new]  # results are read-only memory of the store
 
-    def sum_up(number: int) -> Summary | None:
+    def summarize_finite(number: int) -> Summary | None:
         found = summarize(rows.take_all(band, plan.segments[number])[1:])
         return [t.clone() for t in found] or None
 
-    def answer(number: int, summary: Summary, state: State) -> None:
-        emit(number, state)
+    def forward_from_summary(number: int, summary: Summary, state: State) -> None:
+        forward(number, state)
 
-    return Steps(emit, sum_up, lambda summary, state: queue.absorb(kernels, summary, state), answer)
+    return SegmentFunctions(forward, summarize_finite, partial(queue.absorb, kernels), forward_from_summary)
 
 
 def _to(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -86,12 +88,12 @@ def _to(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def _owned(run: Run) -> Run:
-    """Return a remote function whose results are ours, not the store's."""
+    """Return a remote function whose results are copied out of the store."""
     return lambda tensors: [t.clone() for t in run(tensors)]
 
 
-def _run(chunk_size: int, kernels: Kernels, args: list[Tensor]) -> list[Tensor]:
-    """Compute one task, on an actor: q, k, v, igate, fgate (G, T, ...), c, n, m (G, ...) -> h (G, T, DHHV), c, n, m."""
+def _forward_task(chunk_size: int, kernels: Kernels, args: list[Tensor]) -> list[Tensor]:
+    """Run one task on an actor: q, k, v, igate, fgate (G, T, ...), c, n, m (G, ...) -> h (G, T, DHHV), c, n, m."""
     q, k, v, igate, fgate, *state = args
     settings = Config(Schedule.INDUCTOR, chunk_size=chunk_size)
     (G, T, DHQK), DHHV = q.shape, v.shape[-1]
@@ -101,5 +103,5 @@ def _run(chunk_size: int, kernels: Kernels, args: list[Tensor]) -> list[Tensor]:
 
 
 def _summarize(kernels: Kernels, args: list[Tensor]) -> Sequence[Tensor]:
-    """Reduce one task to its monoid element F, M, dC, dn, on an actor; nothing where it is not finite."""
-    return queue.finite(kernels.summarize(args)[:4]) or ()
+    """Return the monoid element F, M, dC, dn of one task, on an actor; nothing if it is not finite."""
+    return queue.finite_or_none(kernels.summarize(args)[:4]) or ()

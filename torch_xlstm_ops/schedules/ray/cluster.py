@@ -1,4 +1,4 @@
-"""The process's connection to Ray: made if nobody has made one, and then ours to close."""
+"""The process's connection to Ray; one that we made is closed by us."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 
 from torch_xlstm_ops import config
 
-SECONDS = 12.0  # that a cluster has to answer: `ray.init` itself waits for minutes
+SECONDS = 12.0  # in which a cluster must answer: `ray.init` itself waits for minutes
 _PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
 
 _lock = threading.Lock()
@@ -18,13 +18,13 @@ _ours = False
 
 
 def connect() -> bool:
-    """Attach to the cluster that `ray_address` names, else start Ray here; nothing where the process has it already.
+    """Connect to the cluster of `ray_address`, or start Ray here; do nothing if the process is connected.
 
-    Returns whether a connection was made, which whoever asked for it closes.
+    Returns whether a connection was made; the caller then closes it.
     Raises RuntimeError for a cluster that does not answer within 15 seconds.
     """
     global _ours
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read where Ray starts; it reports to its makers otherwise
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts; otherwise Ray reports usage
     import ray
 
     with _lock:
@@ -41,7 +41,7 @@ def connect() -> bool:
 
 
 def close() -> None:
-    """Leave the cluster, and end it if it was started here; nothing where somebody else made the connection."""
+    """Disconnect, and end a cluster that was started here; do nothing if we did not make the connection."""
     global _ours
     with _lock:
         if _ours:
@@ -51,7 +51,7 @@ def close() -> None:
         _ours = False
 
 
-def room(resource: str) -> int:
+def available(resource: str) -> int:
     """Return how many units of a resource, CPU or GPU, are free in the cluster."""
     import ray
 
@@ -59,7 +59,7 @@ def room(resource: str) -> int:
 
 
 def check_reachable(address: str) -> None:
-    """Raise RuntimeError unless the cluster answers, which a process asks that can be ended."""
+    """Raise RuntimeError unless the cluster answers; a child process asks, as it can be killed."""
     wanted = f"ray_address must be that of a running Ray cluster, got {address}"
     host, _, port = address.rpartition(":")
     try:

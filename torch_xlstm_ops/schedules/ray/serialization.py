@@ -1,4 +1,4 @@
-"""Tensors as Ray's object store takes them: numpy arrays of bytes, which processes of one host read without a copy."""
+"""Tensors in Ray's object store, as numpy arrays of bytes, which processes of one host read without a copy."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ import torch
 from torch import Tensor
 
 
-class Packed(NamedTuple):
-    """A tensor on its way; numpy knows no bfloat16, so its bytes."""
+class TensorBytes(NamedTuple):
+    """The bytes of a tensor, as numpy has no bfloat16."""
 
     data: Any  # numpy, uint8
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
-def pack(tensors: Iterable[Tensor]) -> list[Packed]:
-    """Return tensors as the store takes them, from whichever device they are on."""
-    return [Packed(_bytes(t), t.dtype, tuple(t.shape)) for t in tensors]
+def to_bytes(tensors: Iterable[Tensor]) -> list[TensorBytes]:
+    """Return the bytes of tensors on any device."""
+    return [TensorBytes(_bytes(t), t.dtype, tuple(t.shape)) for t in tensors]
 
 
-def unpack(packed: Iterable[Packed], device: torch.device | None = None) -> list[Tensor]:
-    """Return the tensors. On the CPU they may lie in the store, for all processes of the host: only to be read."""
-    found = [torch.from_numpy(data).view(dtype).view(shape) for data, dtype, shape in packed]
+def from_bytes(tensors: Iterable[TensorBytes], device: torch.device | None = None) -> list[Tensor]:
+    """Return the tensors. On the CPU they may be shared memory of the store, which must not be written."""
+    found = [torch.from_numpy(data).view(dtype).view(shape) for data, dtype, shape in tensors]
     return found if device is None or device.type == "cpu" else [t.to(device) for t in found]
 
 
-def nbytes(packed: Iterable[Packed]) -> int:
-    """Return the bytes of packed tensors."""
-    return sum(int(one.data.nbytes) for one in packed)
+def nbytes(tensors: Iterable[TensorBytes]) -> int:
+    """Return the total size in bytes."""
+    return sum(int(t.data.nbytes) for t in tensors)
 
 
 @contextmanager
-def room_for(what: str, size: int) -> Iterator[None]:
-    """Say of what is put into the store, of `size` bytes, that there was no room for it.
+def store_errors(what: str, size: int) -> Iterator[None]:
+    """Replace Ray's errors for a full object store, or a full disk to spill to, by a RuntimeError that names `what`.
 
-    Raises RuntimeError in the place of Ray's errors of a full store and of a full disk, where the store would spill.
+    size: in bytes.
     """
     from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
@@ -48,8 +48,8 @@ def room_for(what: str, size: int) -> Iterator[None]:
         yield
     except (ObjectStoreFullError, OutOfDiskError) as error:
         full = "it is full" if isinstance(error, ObjectStoreFullError) else "it and the disk it spills to are full"
-        raise RuntimeError(f"Ray's object store must have room for {what} ({size / 2**20:.1f} MB), got none: {full}"
-                           ) from error
+        raise RuntimeError(f"Ray's object store has no room for {what} ({size / 2**20:.1f} MB): {full}; start Ray with "
+                           "a larger object store") from error
 
 
 def _bytes(t: Tensor) -> Any:
@@ -57,8 +57,8 @@ def _bytes(t: Tensor) -> Any:
 
 
 @cache
-def expect_read_only() -> None:
-    """Have torch give here its one warning of arrays that must not be written, which those in the store are."""
+def suppress_read_only_warning() -> None:
+    """Trigger and suppress torch's warning for read-only arrays, which it gives once: the store's arrays are such."""
     import numpy
 
     array = numpy.zeros(1, dtype=numpy.uint8)

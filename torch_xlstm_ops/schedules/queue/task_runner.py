@@ -1,4 +1,4 @@
-"""One call's tasks on worker threads: at most `window` in flight, and nothing left behind however it ends."""
+"""Run one call's tasks on worker threads, at most `window` in flight; after an error none stays running."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch_xlstm_ops import trace
 from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules.plan import Plan
 from torch_xlstm_ops.schedules.queue import worker_threads
-from torch_xlstm_ops.schedules.queue.band_queues import BandQueue, Settle, Task
+from torch_xlstm_ops.schedules.queue.band_queues import BandQueue, OnDone, Task
 
 
-class Where(NamedTuple):
-    """A task's place in the plan."""
+class TaskPosition(NamedTuple):
+    """A task's band and segment."""
 
     band: int
     segment: int
@@ -29,53 +29,53 @@ class Where(NamedTuple):
         return f"band {self.band}, segment {self.segment}"
 
 
-_where: ContextVar[Where] = ContextVar("xlstm_ops_task")
+_current: ContextVar[TaskPosition] = ContextVar("xlstm_ops_task")
 
 
-def where() -> Where:
-    """Return which task this thread runs."""
-    return _where.get()
+def current_task() -> TaskPosition:
+    """Return the position of the task that this thread runs."""
+    return _current.get()
 
 
 class TaskError(RuntimeError):
-    """A task failed; `__cause__` says why."""
+    """A task failed; `__cause__` is the exception that it raised."""
 
-    def __init__(self, where: Where, schedule: str, cause: BaseException) -> None:
-        super().__init__(f"task ({where}) of the {schedule} schedule must run, got {type(cause).__name__}: {cause}")
-        self.band, self.segment = where
+    def __init__(self, position: TaskPosition, schedule: str, cause: BaseException) -> None:
+        super().__init__(f"task ({position}) of the {schedule} schedule failed: {type(cause).__name__}: {cause}")
+        self.band, self.segment = position
 
 
-class _Place(NamedTuple):
+class _Numbered(NamedTuple):
     band: int
-    lane: BandQueue
+    queue: BandQueue
 
 
-class Job:
-    """The lanes of a call, one a band, and who works on them.
+class TaskRunner:
+    """The band queues of a call, and the threads that run their tasks.
 
-    On CUDA a lane keeps to one stream, so that its tensors never meet another; the streams start after the caller's
-    stream and the caller's continues after them, so the caller's tensors need no `record_stream` either.
+    On CUDA all tasks of a band run on one stream, which waits for the caller's stream at the start; the caller's stream
+    waits for it at the end. So no tensor needs `record_stream`.
     """
 
     def __init__(
-        self, plan: Plan, lanes: Sequence[BandQueue], device: torch.device, op: str, phase: str,
-        abandon: Callable[[], None] = lambda: None,
+        self, plan: Plan, queues: Sequence[BandQueue], device: torch.device, op: str, phase: str,
+        cancel_remote: Callable[[], None] = lambda: None,
     ) -> None:
-        """abandon: makes tasks that run elsewhere end, after an interrupt."""
-        self._plan, self._device, self._op, self._phase, self._abandon = plan, device, op, phase, abandon
-        self._ready = deque(_Place(index, lane) for index, lane in enumerate(lanes))
-        self._idle: dict[int, _Place] = {}  # lanes that wait for a task of their own
+        """cancel_remote: ends tasks in other processes; called after an interrupt."""
+        self._plan, self._device, self._op, self._phase, self._cancel_remote = plan, device, op, phase, cancel_remote
+        self._ready = deque(_Numbered(band, queue) for band, queue in enumerate(queues))
+        self._idle: dict[int, _Numbered] = {}  # queues that wait for one of their running tasks
         self._running = 0
-        self._events: deque[devices.Event] = deque()  # of tasks submitted and perhaps not finished
+        self._events: deque[devices.Event] = deque()  # of tasks that the device may not have finished
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._layer, self._inference = trace.current_layer(), torch.is_inference_mode_enabled()
         self._streams = _streams(device, plan.streams)
 
     def run(self) -> None:
-        """Do all tasks, and return when they are done, or submitted where the device works on.
+        """Run all tasks; return when they have finished, or on an asynchronous device when they are submitted.
 
-        Raises TaskError for the first that failed, when no other runs any more.
+        Raises TaskError for the first task that failed, after all running tasks have ended.
         """
         for stream in self._streams:
             stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -83,7 +83,7 @@ class Job:
             if self._plan.submitters == 1:
                 self._work()
             else:
-                worker_threads.get(self._plan.threads).give(self._help, self._plan.submitters)
+                worker_threads.get(self._plan.threads).submit(self._work_on_thread, self._plan.submitters)
                 self._wait()
         finally:
             for stream in self._streams:
@@ -93,7 +93,7 @@ class Job:
             if error is not None:
                 raise error
         finally:
-            del error  # its traceback leads here
+            del error  # its traceback refers to this frame
 
     def _wait(self) -> None:
         with self._changed:
@@ -101,33 +101,33 @@ class Job:
                 self._changed.wait_for(lambda: self._running == 0 and self._done())
             except BaseException as error:  # KeyboardInterrupt
                 self._stop(error)
-                self._abandon()
+                self._cancel_remote()
                 raise
             finally:
                 self._changed.wait_for(lambda: self._running == 0)
 
-    def _help(self) -> None:
-        """Work on a thread that has its own modes."""
+    def _work_on_thread(self) -> None:
+        """Run tasks with the caller's modes, which are per thread."""
         trace.set_layer(self._layer)
         with torch.inference_mode(self._inference), torch.no_grad():
             self._work()
 
     def _work(self) -> None:
         while (started := self._start()) is not None:
-            place, task, depth = started
+            numbered, task, depth = started
             try:
-                _where.set(Where(place.band, task.segment))
-                with self._on_stream(place), self._span(place, task, depth):
-                    settle = task.run()
+                _current.set(TaskPosition(numbered.band, task.segment))
+                with self._on_stream(numbered), self._span(numbered, task, depth):
+                    on_done = task.work()
                     event = self._mark()
             except BaseException as error:
-                self._fail(place, task, error)
+                self._fail(numbered, task, error)
                 return
-            self._finish(place, settle, event)
-            del started, place, task, settle  # they hold a segment's tensors
+            self._finish(numbered, on_done, event)
+            del started, numbered, task, on_done  # they refer to a segment's tensors
 
-    def _start(self) -> tuple[_Place, Task, int] | None:
-        """Return a task to run now and how many are in flight with it; None when there is nothing left to start."""
+    def _start(self) -> tuple[_Numbered, Task, int] | None:
+        """Return a task to run now and the number in flight including it; None when no task is left."""
         with self._changed:
             while not self._done():
                 if self._running + len(self._events) >= self._plan.window:
@@ -137,35 +137,35 @@ class Job:
                 if found is not None:
                     self._running += 1
                     return *found, self._running + len(self._events)
-                if not self._done():  # taking may have found the last lane empty
+                if not self._done():  # the last queue may have been empty
                     self._changed.wait()
-            self._changed.notify_all()  # the caller waits for the end
+            self._changed.notify_all()  # wake the caller, which waits for the end
             return None
 
-    def _take(self) -> tuple[_Place, Task] | None:
+    def _take(self) -> tuple[_Numbered, Task] | None:
         while self._ready:
-            place = self._ready.popleft()
-            task = place.lane.take()
+            numbered = self._ready.popleft()
+            task = numbered.queue.take()
             if task is not None:
-                self._put_back(place)
-                return place, task
-            if place.lane.left():
-                self._idle[place.band] = place
+                self._put_back(numbered)
+                return numbered, task
+            if numbered.queue.has_unstarted():
+                self._idle[numbered.band] = numbered
         return None
 
-    def _put_back(self, place: _Place) -> None:
-        """Queue a lane again: on the CPU as the next, whose state is in the cache; elsewhere lanes take turns."""
+    def _put_back(self, numbered: _Numbered) -> None:
+        """Make a queue ready: first on the CPU, where its state is in the cache; else last, to take turns."""
         if self._device.type == "cpu":
-            self._ready.appendleft(place)
+            self._ready.appendleft(numbered)
         else:
-            self._ready.append(place)
+            self._ready.append(numbered)
 
     def _wait_for_room(self) -> None:
         if not self._events:
             self._changed.wait()
             return
         oldest = self._events.popleft()
-        self._running += 1  # it still counts
+        self._running += 1  # it is still in flight
         self._changed.release()
         try:
             oldest.synchronize()
@@ -174,20 +174,20 @@ class Job:
             self._running -= 1
             self._changed.notify_all()
 
-    def _finish(self, place: _Place, settle: Settle, event: devices.Event | None) -> None:
+    def _finish(self, numbered: _Numbered, on_done: OnDone, event: devices.Event | None) -> None:
         with self._changed:
             self._running -= 1
-            settle()
+            on_done()
             if event is not None:
                 self._events.append(event)
-            if self._idle.pop(place.band, None) is not None:
-                self._put_back(place)
+            if self._idle.pop(numbered.band, None) is not None:
+                self._put_back(numbered)
             self._changed.notify_all()
 
-    def _fail(self, place: _Place, task: Task, cause: BaseException) -> None:
+    def _fail(self, numbered: _Numbered, task: Task, cause: BaseException) -> None:
         error: BaseException = cause
         if isinstance(cause, Exception):
-            error = TaskError(Where(place.band, task.segment), str(self._plan.schedule), cause)
+            error = TaskError(TaskPosition(numbered.band, task.segment), str(self._plan.schedule), cause)
         if error is not cause:
             error.__cause__ = cause
         with self._changed:
@@ -210,16 +210,16 @@ class Job:
         event.record()
         return event
 
-    def _on_stream(self, place: _Place) -> AbstractContextManager[object]:
+    def _on_stream(self, numbered: _Numbered) -> AbstractContextManager[object]:
         if not self._streams:
             return nullcontext()
-        return torch.cuda.stream(self._streams[place.band % len(self._streams)])
+        return torch.cuda.stream(self._streams[numbered.band % len(self._streams)])
 
-    def _span(self, place: _Place, task: Task, depth: int) -> AbstractContextManager[object]:
+    def _span(self, numbered: _Numbered, task: Task, depth: int) -> AbstractContextManager[object]:
         if not trace.active():
             return nullcontext()
         return trace.span(
-            self._op, schedule=str(self._plan.schedule), phase=self._phase, band=place.band, segment=task.segment,
+            self._op, schedule=str(self._plan.schedule), phase=self._phase, band=numbered.band, segment=task.segment,
             device=self._device, queue_depth=depth,
         )
 
