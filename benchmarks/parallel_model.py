@@ -22,10 +22,10 @@ import torch
 from benchmarks.timing import machine, save
 from torch_xlstm_ops import mlstm_chunkwise
 from torch_xlstm_ops.models import transformers as adapter
+from torch_xlstm_ops.ops.mlstm import sequence
 from torch_xlstm_ops.parallel import Workers, shards
 from torch_xlstm_ops.parallel.state_directory import StateDirectory, StateLink
 from torch_xlstm_ops.patch import patch
-from torch_xlstm_ops.registrations import mlstm as operators
 
 CPU = torch.device("cpu")
 # xLSTM-7B: 32 layers, 6.5 G parameters in them, states of 8 heads (256, 512). An mLSTM took 3.98 ms for 65,536 tokens
@@ -118,7 +118,7 @@ def cell_costs(args: argparse.Namespace, rounds: int) -> tuple[float, float]:
     v = torch.randn(1, args.heads, S, args.dhhv)
     igate, fgate = torch.randn(2, 1, args.heads, S)
     calls = (lambda: mlstm_chunkwise(q, k, v, igate, fgate + 3),
-             lambda: operators.summarize(q, k, v, igate, fgate + 3))
+             lambda: sequence.summarize(q, k, v, igate, fgate + 3))
     found = []
     for call in calls:
         call()

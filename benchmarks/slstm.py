@@ -11,7 +11,6 @@ we also run without graphs and with the other way of multiplying by R, to show w
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import statistics
 import time
@@ -27,8 +26,10 @@ from torch import Tensor
 from benchmarks.timing import alternate, machine, save, timed
 from torch_xlstm_ops.api import slstm_sequence, slstm_step
 from torch_xlstm_ops.maths import slstm
+from torch_xlstm_ops.ops.slstm import sequence
+from torch_xlstm_ops.ops.slstm.kernels import DEFAULTS
 from torch_xlstm_ops.runtime import devices
-from torch_xlstm_ops.schedules.slstm import Graphs
+from torch_xlstm_ops.schedules.slstm.cuda_graphs import CudaGraphs
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, in the Euclidean norm
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
@@ -62,22 +63,17 @@ def ours(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
     return slstm_sequence(x, r, b)[0]
 
 
-def operators() -> Any:
-    """Return the module that registers our operators."""
-    return importlib.import_module("torch_xlstm_ops.registrations.slstm")
-
-
 @contextmanager
-def operators_with(graphs: Graphs, **habit: Any) -> Iterator[None]:
-    """Let our operators use other graphs and habits."""
-    module = operators()
-    before = module.graphs, module._HABITS
-    module.graphs = graphs
-    module._HABITS = {kind: known._replace(**habit) for kind, known in before[1].items()}
+def operators_with(graphs: CudaGraphs, **changes: Any) -> Iterator[None]:
+    """Let our operators use other graphs and device defaults."""
+    before = sequence.graphs, dict(DEFAULTS)
+    sequence.graphs = graphs
+    DEFAULTS.update({kind: known._replace(**changes) for kind, known in before[1].items()})
     try:
         yield
     finally:
-        module.graphs, module._HABITS = before
+        sequence.graphs = before[0]
+        DEFAULTS.update(before[1])
 
 
 def xlstm_vanilla(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
@@ -107,7 +103,7 @@ def contenders(device: torch.device) -> dict[str, Contender]:
     """Return what may take part on a kind of device."""
     some = {"xlstm vanilla": Contender(xlstm_vanilla), "flashrnn vanilla": Contender(flashrnn("vanilla"))}
     if device.type == "cuda":
-        without, by_matmul = Graphs(capacity=0), Graphs()
+        without, by_matmul = CudaGraphs(capacity=0), CudaGraphs()
         some |= {f"flashrnn {name}": Contender(flashrnn(name)) for name in ("cuda", "triton_fused")}
         some["ours without graphs"] = Contender(ours, lambda: operators_with(without))
         some["ours by matmul"] = Contender(ours, lambda: operators_with(by_matmul, fused_bytes=0))
@@ -246,7 +242,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each measurement, default 5")
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
-    operators()
     device = devices.resolve_device(given.device)
     dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     cases = []

@@ -3,9 +3,4 @@
 if __name__ != "torch_xlstm_ops.registrations":
     raise ImportError("registrations is part of torch_xlstm_ops: import torch_xlstm_ops instead")
 
-from . import mlstm as mlstm
-from . import slstm as slstm
-
-from . import decompositions as decompositions  # isort: skip
-from . import flops as flops  # isort: skip
-from . import sharding as sharding  # isort: skip
+from . import register as register

@@ -1,36 +1,48 @@
-"""How operators are differentiated: reverse mode by hand-written gradients, everything else through pure functions.
+"""Autograd: reverse mode by hand-written gradients, everything else through the operators as ATen calls.
 
 The hand-written gradient of an operator is an operator itself. It serves where autograd alone records a call. Forward
-mode, transforms of torch.func, and derivatives of a gradient run `torch_xlstm_ops.maths.aten`, which any derivative of
-any order passes through.
+mode, transforms of torch.func, and derivatives of a gradient run the operator's `aten` form, which has derivatives of
+any order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torch_xlstm_ops.ops.operator import Backward, Operator, Results, copy_to_state
 from torch_xlstm_ops.runtime import torch_internals
 
-from .dispatch import implementation, overload, refuse_nested
 from .schemas import LIBRARY
 from .sharding import is_distributed
 
-Results = Any  # a tensor, or a tuple of tensors
-Run = Callable[[Sequence[Any], dict[str, Any]], Results]
+Call = Callable[[Sequence[Any], dict[str, Any]], Results]
 
 
-class Derivative(NamedTuple):
-    """How one operator is differentiated."""
+def register(operator: Operator) -> None:
+    """Give an operator its autograd kernel."""
+    direct, forward_mode, next_is_device = operator.run, torch_internals.forward_mode, torch_internals.next_is_device
+    redispatch, record = _redispatch(operator), _record(operator)
 
-    check: Callable[..., object]  # raises for bad arguments
-    pure: Callable[..., Results]  # the operator as ATen calls
-    record: Callable[[Run, Sequence[Any], dict[str, Any]], Results]  # run it where reverse mode alone records
-    functional: Callable[..., Results] | None = None  # the operator without its writes, which torch cannot take away
+    def below(keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if next_is_device.run(keyset):  # the dispatcher would take 3 us to get there
+            return direct(*args, **kwargs)
+        return redispatch(keyset, args, kwargs)
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        tangents = forward_mode.run() and has_tangents(args)
+        if not tangents and not requires_grad(args):
+            return below(keyset, args, kwargs)
+        if tangents or torch_internals.transforms():
+            operator.fake(*args, **kwargs)  # checks the arguments
+            return operator.aten(*args, **kwargs)
+        return record(lambda args, kwargs: below(keyset, args, kwargs), args, kwargs)
+
+    LIBRARY.impl(operator.name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def requires_grad(args: Sequence[Any]) -> bool:
@@ -45,49 +57,50 @@ def has_tangents(args: Sequence[Any]) -> bool:
     return any(dual.tangent is not None for dual in duals)
 
 
-def register(name: str, derivative: Derivative) -> None:
-    """Give an operator its autograd kernel."""
-    op, direct = overload(name), implementation(name)
-    check, pure, record, functional = derivative
+def refuse_nested(operator: Operator, args: Sequence[Any]) -> None:
+    """Raise TypeError for a nested tensor."""
+    for argument, t in zip(operator.signature.parameters, args, strict=False):
+        if isinstance(t, Tensor) and t.is_nested:
+            kind = "jagged" if t.layout == torch.jagged else "strided"
+            raise TypeError(f"{argument} must be a dense tensor, got a nested one ({kind}): put sequences of several "
+                            "lengths one behind another in a row, and mark the first token of each in reset")
 
-    forward_mode, next_is_device = torch_internals.forward_mode, torch_internals.next_is_device
 
-    def below(keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if next_is_device.run(keyset):  # its way through the dispatcher would cost 3 us
-            return direct(*args, **kwargs)
-        if functional is not None and torch_internals.functionalizes(keyset):
-            return functional(*args, **kwargs)
-        refuse_nested(name, args)
+def _redispatch(operator: Operator) -> Callable[[Any, Sequence[Any], dict[str, Any]], Any]:
+    """Return what calls the kernel below autograd's, where that is not a device's."""
+    op, in_place = operator.overload, operator.in_place
+
+    def redispatch(keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if in_place is not None and torch_internals.functionalizes(keyset):  # torch cannot take our writes away
+            return copy_to_state(in_place.functional, args, kwargs, in_place.written)
+        refuse_nested(operator, args)
         return torch_internals.below_autograd()(op, keyset, args, kwargs)
 
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        tangents = forward_mode.run() and has_tangents(args)
-        if not tangents and not requires_grad(args):
-            return direct(*args, **kwargs) if next_is_device.run(keyset) else below(keyset, args, kwargs)
-        if tangents or torch_internals.transforms():
-            check(*args, **kwargs)
-            return pure(*args, **kwargs)
-        return record(lambda args, kwargs: below(keyset, args, kwargs), args, kwargs)
-
-    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    return redispatch
 
 
-Save = Callable[[Sequence[Any], tuple[Tensor, ...]], Sequence[Any]]
-Gradients = Callable[..., Sequence[Tensor]]
+def _record(operator: Operator) -> Callable[[Call, Sequence[Any], dict[str, Any]], Results]:
+    """Return what runs an operator where reverse mode alone records it."""
+    if operator.backward is not None:
+        return _recorded(operator.backward)
+    if operator.in_place is not None:
+        refusal = operator.in_place.refusal
+
+        def refuse(call: Call, args: Sequence[Any], how: dict[str, Any]) -> Results:
+            raise RuntimeError(refusal)
+
+        return refuse
+    return lambda call, args, how: operator.aten(*args, **how)
 
 
-def recorded(save: Save, gradients: Gradients) -> Callable[[Run, Sequence[Any], dict[str, Any]], Results]:
-    """Return a `Derivative.record` that calls a hand-written gradient.
-
-    save: from the arguments and results to what the gradient needs. gradients: from the results' gradients, what was
-    saved, and the keywords to the gradients of the leading arguments.
-    """
+def _recorded(backward: Backward) -> Callable[[Call, Sequence[Any], dict[str, Any]], Results]:
+    """Return what runs an operator with a hand-written gradient."""
 
     class Recorded(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, run: Run, how: dict[str, Any], *args: Any) -> Any:
-            results = run(args, how)
-            ctx.save_for_backward(*save(args, results))
+        def forward(ctx: Any, call: Call, how: dict[str, Any], *args: Any) -> Any:
+            results = call(args, how)
+            ctx.save_for_backward(*backward.save(args, results))
             ctx.how, ctx.given = how, [isinstance(t, Tensor) for t in args]
             ctx.like = [t.detach() for t in results] if is_distributed(results[0]) else []
             if ctx.like:  # autograd would fill in plain zeros
@@ -100,21 +113,7 @@ def recorded(save: Save, gradients: Gradients) -> Callable[[Run, Sequence[Any], 
                 given = tuple(
                     torch.zeros_like(t) if g is None else g for g, t in zip(given, ctx.like, strict=True)
                 )
-            found = [*gradients(*given, *ctx.saved_tensors, **ctx.how), None]  # a mask has none
+            found = [*backward.gradients(*given, *ctx.saved_tensors, **ctx.how), None]  # a mask has none
             return None, None, *[g if there else None for g, there in zip(found, ctx.given, strict=False)]
 
-    return lambda run, args, how: Recorded.apply(run, how, *args)  # type: ignore[no-untyped-call]
-
-
-def refused(message: str) -> Callable[[Run, Sequence[Any], dict[str, Any]], Results]:
-    """Return a `Derivative.record` for an operator that autograd must not record."""
-
-    def refuse(run: Run, args: Sequence[Any], how: dict[str, Any]) -> Results:
-        raise RuntimeError(message)
-
-    return refuse
-
-
-def by_pure(pure: Callable[..., Results]) -> Callable[[Run, Sequence[Any], dict[str, Any]], Results]:
-    """Return a `Derivative.record` that runs the pure function under autograd: for gradients of gradients."""
-    return lambda run, args, how: pure(*args, **how)
+    return lambda call, args, how: Recorded.apply(call, how, *args)  # type: ignore[no-untyped-call]

@@ -35,12 +35,12 @@ def sharded(args, axes, how):
 
 def operators():
     """Results and gradients of sharded calls equal those of whole ones, also where some results have no gradient."""
-    from torch_xlstm_ops.registrations import sharding
+    from torch_xlstm_ops.ops.table import OPERATORS
 
     for name, case in CASES.items():
         for how in ("batch", "heads", "mixed"):
             args = [t.requires_grad_() for t in case.args()]
-            pieces = [t.requires_grad_() for t in sharded(args, sharding.OPERATORS[name].arguments, how)]
+            pieces = [t.requires_grad_() for t in sharded(args, OPERATORS[name].arguments, how)]
             for used in (slice(None), slice(0, 1), slice(1, 2)):
                 wanted, found = case.op(*args), case.op(*pieces)
                 close(found, wanted)
@@ -52,7 +52,7 @@ def operators():
 
 def options():
     """Masks, missing states and keywords count."""
-    from torch_xlstm_ops.registrations import sharding
+    from torch_xlstm_ops.ops.table import OPERATORS
 
     calls = {
         "mlstm_chunkwise": (5, 5, [{"chunk_size": 2}, {"eps": 0.5}]),
@@ -63,7 +63,7 @@ def options():
         B = tensors[0].shape[0]
         reset = torch.arange(B * S).view(B, S) % 3 == 1
         streams, none = tensors[:count], [None] * (len(tensors) - count)
-        axes = sharding.OPERATORS[name].arguments
+        axes = OPERATORS[name].arguments
         for how in ("batch", "heads"):
             pieces = sharded([*tensors, reset], axes, how)
             first = pieces[:len(streams)]
@@ -75,13 +75,13 @@ def options():
 
 def in_place():
     """A step in place writes the states where they are, and returns h."""
-    from torch_xlstm_ops.registrations import sharding
+    from torch_xlstm_ops.ops.table import OPERATORS
 
     for how in ("batch", "heads", "mixed"):
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 args = mlstm_token()
-                pieces = sharded(args, sharding.OPERATORS["mlstm_step"].arguments, how)
+                pieces = sharded(args, OPERATORS["mlstm_step"].arguments, how)
                 places = [t.placements for t in pieces]
                 wanted = ops.mlstm_step_(*args)
                 close([ops.mlstm_step_(*pieces)], [wanted])

@@ -42,7 +42,7 @@ def test_jvp_without_any_gradient_required_equals_that_of_the_recurrence(case):
     args = tuple(case.args())
     directions = tuple(tangents(args))
     _, found = torch.func.jvp(case.op, args, directions)
-    _, wanted = torch.func.jvp(case.pure, args, directions)
+    _, wanted = torch.func.jvp(case.aten, args, directions)
     torch.testing.assert_close(found, wanted)
 
 
@@ -50,7 +50,7 @@ def test_jvp_without_any_gradient_required_equals_that_of_the_recurrence(case):
 def test_dual_numbers_carry_their_tangents_through(case):
     args = case.args()
     directions = tangents(args)
-    _, wanted = torch.func.jvp(case.pure, tuple(args), tuple(directions))
+    _, wanted = torch.func.jvp(case.aten, tuple(args), tuple(directions))
     with forward_ad.dual_level():
         out = case.op(*[forward_ad.make_dual(t, d) for t, d in zip(args, directions, strict=True)])
         found = [forward_ad.unpack_dual(t).tangent for t in out]
@@ -63,7 +63,7 @@ def test_transforms_of_torch_func_equal_those_of_the_recurrence(case):
     every = tuple(range(len(args)))
     for transform in (torch.func.grad, lambda f, argnums: torch.func.jacrev(f, argnums)):
         found = transform(loss(case.op), argnums=every)(*args)
-        torch.testing.assert_close(found, transform(loss(case.pure), argnums=every)(*args))
+        torch.testing.assert_close(found, transform(loss(case.aten), argnums=every)(*args))
     torch.testing.assert_close(torch.func.jacfwd(loss(case.op))(*args), torch.func.jacrev(loss(case.op))(*args))
 
 
@@ -72,7 +72,7 @@ def test_gradients_of_each_sample_equal_a_loop(case):
     args = case.args()
     many = torch.stack([args[0], args[0] * 0.5, args[0] - 1.0])
     mapped = torch.func.vmap(torch.func.grad(loss(case.op)), (0, *[None] * (len(args) - 1)))(many, *args[1:])
-    looped = [torch.func.grad(loss(case.pure))(one, *args[1:]) for one in many]
+    looped = [torch.func.grad(loss(case.aten))(one, *args[1:]) for one in many]
     torch.testing.assert_close(mapped, torch.stack(looped))
 
 
@@ -85,7 +85,7 @@ def test_a_gradient_penalty_trains(case):
         (first,) = torch.autograd.grad(total, args[:1], create_graph=True)
         return torch.autograd.grad(total + first.square().sum(), args)
 
-    torch.testing.assert_close(penalised(case.op), penalised(case.pure))
+    torch.testing.assert_close(penalised(case.op), penalised(case.aten))
 
 
 @every_operator
@@ -99,7 +99,7 @@ def test_third_derivatives_equal_those_of_the_recurrence(case):
 
         return torch.func.grad(torch.func.grad(torch.func.grad(along)))(x.new_zeros(()))
 
-    torch.testing.assert_close(third(case.op), third(case.pure))
+    torch.testing.assert_close(third(case.op), third(case.aten))
 
 
 @pytest.mark.parametrize("name", ["mlstm_chunkwise", "slstm_sequence"])

@@ -12,7 +12,7 @@ import torch
 
 from tests import dtensor_laws
 from tests.operator_cases import ops
-from torch_xlstm_ops.registrations import schemas, sharding
+from torch_xlstm_ops.ops.table import OPERATORS
 
 ROOT = Path(__file__).parent.parent
 needs_gloo = pytest.mark.skipif(
@@ -57,11 +57,10 @@ def test_a_fully_sharded_patched_model_learns_as_the_whole_one(tmp_path):
 
 
 def test_every_operator_has_a_rule():
-    assert sharding.OPERATORS.keys() | {"mlstm_step_"} == schemas.SCHEMAS.keys()
-    for name, tensors in sharding.OPERATORS.items():
-        schema = getattr(ops, name).default._schema
-        assert len(tensors.arguments) == sum(not argument.kwarg_only for argument in schema.arguments)
-        assert len(tensors.results) == len(schema.returns)
+    for operator in OPERATORS.values():
+        schema = operator.overload._schema
+        assert len(operator.arguments) == sum(not argument.kwarg_only for argument in schema.arguments)
+        assert len(operator.results) == len(schema.returns)
 
 
 def nested(layout, *sizes):

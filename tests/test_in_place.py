@@ -37,7 +37,7 @@ def test_results_can_be_written_in_place_while_autograd_records(case):
     kept = 0 if case.op in MLSTM else 2  # an sLSTM saves h or y for its gradient, as torch's own functions do
     results = case.op(*args)
     found = [*(t * 2 for t in results[:kept]), *(t.mul_(2) for t in results[kept:])]
-    wanted = [t * 2 for t in case.pure(*args)]
+    wanted = [t * 2 for t in case.aten(*args)]
     torch.testing.assert_close(
         torch.autograd.grad(sum(t.sum() for t in found), args), torch.autograd.grad(sum(t.sum() for t in wanted), args)
     )
@@ -52,7 +52,7 @@ def test_writing_over_what_an_slstm_saved_is_told_by_autograd(name):
 
 
 def wanted_step(args):
-    h, *state = CASES["mlstm_step"].pure(*[t.clone() for t in args])
+    h, *state = CASES["mlstm_step"].aten(*[t.clone() for t in args])
     return [h, *state]
 
 
@@ -118,7 +118,7 @@ def test_a_step_in_place_maps_as_a_loop():
 
 def test_a_step_in_place_carries_tangents():
     args, directions = mlstm_token(), [torch.randn_like(t) for t in mlstm_token()]
-    _, wanted = torch.func.jvp(CASES["mlstm_step"].pure, tuple(args), tuple(directions))
+    _, wanted = torch.func.jvp(CASES["mlstm_step"].aten, tuple(args), tuple(directions))
 
     def step(q, k, v, igate, fgate, c, n, m):
         c, n, m = c.clone(), n.clone(), m.clone()

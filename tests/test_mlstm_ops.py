@@ -12,8 +12,10 @@ from torch.library import opcheck
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, float32_tolerance, weigh
 from tests.parameters import tail
-from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_, registrations, trace
+from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_, trace
 from torch_xlstm_ops.maths import mlstm
+from torch_xlstm_ops.ops.mlstm import dispatch
+from torch_xlstm_ops.ops.mlstm import step as step_operator
 from torch_xlstm_ops.runtime import compiler
 
 L = 16  # one chunk size and one pair of head dimensions: each new one is a compile
@@ -76,12 +78,12 @@ def test_a_sequence_split_anywhere_is_the_same(S, data):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Let calls begin as on CUDA, with uninitialised memory full of NaN."""
-    monkeypatch.setattr(mlstm, "opens", lambda device: True)
-    registrations.mlstm.forget_routes()
+    monkeypatch.setattr(mlstm, "prefers_zero_state", lambda device: True)
+    dispatch.forget()
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    registrations.mlstm.forget_routes()
+    dispatch.forget()
 
 
 @pytest.mark.parametrize("S", tail([65, 1, 16, 200]))
@@ -412,5 +414,5 @@ def test_clear_forgets_what_calls_found():
     step = step_args(draw(Sizes(S=1)))
     wanted = flat(mlstm_step(*step))
     compiler.clear()
-    assert registrations.mlstm._steps.hit(tuple(step), mlstm.advance, 1e-6) is None
+    assert step_operator._calls.hit(tuple(step), mlstm.advance, 1e-6) is None
     assert all(map(torch.equal, flat(mlstm_step(*step)), wanted))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import textwrap
@@ -23,10 +22,11 @@ from torch_xlstm_ops.api import slstm_sequence, slstm_step
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.shapes import SLSTMState, state_dtype
 from torch_xlstm_ops.maths.slstm import Product
-from torch_xlstm_ops.schedules import slstm as schedule
+from torch_xlstm_ops.ops.slstm import sequence
+from torch_xlstm_ops.schedules.slstm import blocks
+from torch_xlstm_ops.schedules.slstm.cuda_graphs import CudaGraphs
 
 B, S, NH, DH = 3, 11, 2, 4  # NH, DH: one pair, as each new one is a compile
-operators = importlib.import_module("torch_xlstm_ops.registrations.slstm")
 ops = torch.ops.xlstm
 DTYPES = list(TOLERANCE)
 INF = math.inf
@@ -86,7 +86,7 @@ def eager_kernels(product, lengths, floor):
     def lookup(fn, **static):
         return lambda args: lambda args: fn(*args, floor=floor, **static)
 
-    return schedule.Kernels(
+    return blocks.Kernels(
         lengths=lengths, block=lookup(slstm.block_, product=product), activate=lambda args: slstm.activate_(*args),
         replay=lookup(slstm.replay_), backward=lookup(slstm.block_backward_, product=product),
         products=slstm.recurrent_products,
@@ -103,9 +103,9 @@ def test_blocks_and_their_gradient_are_the_recurrence(product, T, S, seed, floor
     x, r, b, y, c, n, m = args = [t.double() for t in draw(S, seed=seed, state=state)]
     reset = draw_reset(S, seed=seed) if masked else None
     mask = () if reset is None else (reset.t().contiguous(),)
-    kernels = eager_kernels(product, schedule.Lengths(T, T + 1, T), floor)
+    kernels = eager_kernels(product, blocks.Lengths(T, T + 1, T), floor)
     x_first = x.transpose(0, 1).contiguous()
-    h, *state = schedule.forward(kernels, x_first, slstm.weights(r, product, r.dtype), b, y, c, n, m, *mask)
+    h, *state = blocks.forward(kernels, x_first, slstm.weights(r, product, r.dtype), b, y, c, n, m, *mask)
     wanted = exact(args, reset, floor)
     assert_close([h.transpose(0, 1), *state], wanted, TOLERANCE[torch.float64])
 
@@ -118,14 +118,14 @@ def test_blocks_and_their_gradient_are_the_recurrence(product, T, S, seed, floor
         h_before = torch.where(mask[0][:, :, None, None], 0.0, h_before)
     laid_out = slstm.weights_backward(r, product, r.dtype)
     dh = dh.transpose(0, 1).contiguous()
-    dgates, *rest = schedule.backward(kernels, [dh, *dstate], x_first, h_before, laid_out, r, b, c, n, m, *mask)
+    dgates, *rest = blocks.backward(kernels, [dh, *dstate], x_first, h_before, laid_out, r, b, c, n, m, *mask)
     assert_close([dgates.permute(2, 1, 0, 3, 4), *rest], gradients, GRADIENT_TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("S", range(8))
 @pytest.mark.parametrize("T", [1, 2, 3])
 def test_blocks_cover_a_sequence_in_two_lengths(S, T):
-    lengths = schedule._lengths(S, T)
+    lengths = blocks._lengths(S, T)
     assert sum(lengths) == S
     assert set(lengths) <= {T, 1}
 
@@ -452,7 +452,7 @@ def computing(calls):
 
 
 def test_graphs_record_what_comes_twice_and_replay_it_after(cuda_without_cuda):
-    graphs, calls, x = schedule.Graphs(capacity=2), [], torch.ones(3).as_subclass(OnCuda)
+    graphs, calls, x = CudaGraphs(capacity=2), [], torch.ones(3).as_subclass(OnCuda)
     counts = []
     for _ in range(4):
         (result,) = graphs.run("a", computing(calls), [x])
@@ -475,13 +475,13 @@ def test_what_no_graph_can_hold_runs_without_one(cuda_without_cuda, monkeypatch)
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", fails)
-    graphs, calls, x = schedule.Graphs(), [], torch.ones(3).as_subclass(OnCuda)
+    graphs, calls, x = CudaGraphs(), [], torch.ones(3).as_subclass(OnCuda)
     graphs.run("a", computing(calls), [x])
     with pytest.warns(RuntimeWarning, match="without a CUDA graph here: operation not permitted"):
         graphs.run("a", computing(calls), [x])
     graphs.run("a", computing(calls), [x])
     assert len(calls) == 3
-    large, none = schedule.Graphs(most_bytes=8), schedule.Graphs(capacity=0)
+    large, none = CudaGraphs(most_bytes=8), CudaGraphs(capacity=0)
     for _ in range(3):
         large.run("a", computing(calls), [x])
         none.run("a", computing(calls), [x])
@@ -497,7 +497,7 @@ def test_cuda_graphs_change_nothing():
         assert_close([t.cpu() for t in results], exact([t.cpu() for t in args]), TOLERANCE[torch.bfloat16])
         wanted = exact_gradients([t.cpu() for t in args])
         assert_close([t.cpu() for t in gradients], wanted, GRADIENT_TOLERANCE[torch.bfloat16])
-    assert operators.graphs._graphs
+    assert sequence.graphs._graphs
 
 
 # --- interface ---

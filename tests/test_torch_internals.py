@@ -113,8 +113,10 @@ with torch.no_grad():
         model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     torch.testing.assert_close(torch.compile(model, backend="xlstm")(ids).logits, wanted, atol=1e-4, rtol=1e-4)
     assert "xlstm" in explain(model, ids)
+from torch_xlstm_ops.ops.table import OPERATORS
 from torch_xlstm_ops.registrations import decompositions
-decompositions.register()
+for operator in OPERATORS.values():
+    decompositions.register(operator)
 with torch._subclasses.FakeTensorMode() as mode:
     mlstm_step(*map(mode.from_tensor, token))
 # What the calls above do not reach where the others are gone too.

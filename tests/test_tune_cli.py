@@ -18,7 +18,7 @@ from torch_xlstm_ops.api import mlstm_chunkwise
 from torch_xlstm_ops.cli import tune as command
 from torch_xlstm_ops.cli import tuning
 from torch_xlstm_ops.config import tuned_plans
-from torch_xlstm_ops.registrations import mlstm as registration
+from torch_xlstm_ops.ops.mlstm import dispatch
 from torch_xlstm_ops.tune import bench, workloads
 from torch_xlstm_ops.tune.bench import Measured
 from torch_xlstm_ops.tune.measure import Interval
@@ -35,12 +35,12 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     config.reload(flags={})
     tuned_plans.forget()
-    registration.forget_routes()
+    dispatch.forget()
     yield tmp_path / "torch_xlstm_ops" / "tuned.json"
     monkeypatch.undo()
     config.reload(flags={})
     tuned_plans.forget()
-    registration.forget_routes()
+    dispatch.forget()
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_winners_are_handed_over(run: Command, kept: Path, tmp_path: Path, chose
     assert run("tune", "--export", shared)[:2] == (0, f"1 tuned plan: {kept} -> {shared}\n")
     kept.unlink()
     tuned_plans.forget()
-    registration.forget_routes()
+    dispatch.forget()
     assert schedules_run() == {("inductor", 0)}
     assert run("tune", "--import", shared)[:2] == (0, f"1 tuned plan: {shared} -> {kept}\n")
     assert {schedule for schedule, _ in schedules_run()} == {"queued"}

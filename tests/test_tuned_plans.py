@@ -16,7 +16,7 @@ from tests.oracle import Sizes, draw
 from torch_xlstm_ops import config, trace
 from torch_xlstm_ops.api import mlstm_chunkwise
 from torch_xlstm_ops.config import tuned_plans
-from torch_xlstm_ops.registrations import mlstm as registration
+from torch_xlstm_ops.ops.mlstm import dispatch
 
 SIZES = Sizes(S=40)
 CPU = torch.device("cpu")
@@ -28,10 +28,10 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config.reload(flags={})
     tuned_plans.forget()
-    registration.forget_routes()
+    dispatch.forget()
     yield tmp_path / "torch_xlstm_ops" / "tuned.json"
     tuned_plans.forget()
-    registration.forget_routes()
+    dispatch.forget()
 
 
 def key(*, training: bool = False, **changed: Any) -> str:
@@ -57,7 +57,7 @@ def ran(*, training: bool = False, **how: Any) -> list[tuple[str, str | None, in
 def test_auto_runs_the_tuned_plan_and_only_auto(file: Path) -> None:
     assert {schedule for _, schedule, _ in ran()} == {"inductor"}
     tuned_plans.store(file, {key(): entry()})
-    registration.forget_routes()
+    dispatch.forget()
     assert {(schedule, number) for _, schedule, number in ran()} == {("queued", 0), ("queued", 1), ("queued", 2)}
     assert {schedule for _, schedule, _ in ran(schedule="inductor")} == {"inductor"}
     with config.use(tuned="off"):

@@ -1,4 +1,3 @@
 """What type checkers see of the folder beside the package, which an installation puts inside it."""
 
 from registrations import dynamo as dynamo
-from registrations import mlstm as mlstm

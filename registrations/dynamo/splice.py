@@ -15,10 +15,9 @@ from torch import Tensor, fx
 
 from torch_xlstm_ops import config
 from torch_xlstm_ops.maths import aten, mlstm
+from torch_xlstm_ops.ops.table import OPERATORS
 from torch_xlstm_ops.runtime import torch_internals
 from torch_xlstm_ops.schedules import defaults, plan
-
-from ..dispatch import SIGNATURES
 
 Maths = Callable[..., tuple[Tensor, ...]]
 
@@ -57,7 +56,7 @@ def operator_of(node: fx.Node) -> str | None:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Return what a call of one of our operators is given, by the schema's names."""
-    bound = SIGNATURES[str(operator_of(node))].bind(*node.args, **node.kwargs)
+    bound = OPERATORS[str(operator_of(node))].signature.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     return bound.arguments
 

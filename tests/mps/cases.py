@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_xlstm_ops.maths import mlstm, slstm
 from torch_xlstm_ops.maths.slstm import Product
 from torch_xlstm_ops.models import transformers as adapter
-from torch_xlstm_ops.registrations import slstm as registered
+from torch_xlstm_ops.ops.slstm.kernels import DEFAULTS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STATIC = {"eps": 1e-6, "floor": 0.0}
@@ -22,7 +22,7 @@ MAX_GROUP = 1024
 # Not multiples of Metal's 32 lanes, and more than 1,024 elements a state, so that reductions have every form.
 SIZES = {"B": 2, "NH": 2, "G": 4, "NC": 3, "L": 64, "DHQK": 40, "DHHV": 72}
 SLSTM_SIZES = {"G": 3, "NH": 2, "DH": 40, "K": 40, "N": 160}
-_LENGTHS = registered._HABITS["mps"].lengths
+_LENGTHS = DEFAULTS["mps"].lengths
 STEPS = {slstm.step: 1, slstm.activate_: 1, slstm.block_: _LENGTHS.block, slstm.replay_: _LENGTHS.replay,
          slstm.block_backward_: _LENGTHS.backward}  # of a call
 VARIANTS = {  # of an sLSTM's loops: how they multiply, and whether rows are reset

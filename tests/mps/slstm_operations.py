@@ -11,7 +11,6 @@ from torch import Tensor
 
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.slstm import Product
-from torch_xlstm_ops.registrations import slstm as _slstm  # noqa: F401 - registers the ops
 
 
 class SLSTM(NamedTuple):

@@ -41,7 +41,7 @@ class InPlace(NamedTuple):
     refusal: str  # the error where autograd would record the call
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operator:
     """One operator; `registrations/schemas.py` has its schema."""
 

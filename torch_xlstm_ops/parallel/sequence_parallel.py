@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.maths import mlstm
+from torch_xlstm_ops.ops.mlstm import sequence
 from torch_xlstm_ops.parallel.state_directory import StateLink
-from torch_xlstm_ops.registrations import mlstm as operators
 from torch_xlstm_ops.runtime.torch_internals import OperatorMode, operator_name
 
 MLSTM, SLSTM = "xlstm::mlstm_chunkwise", "xlstm::slstm_sequence"
@@ -59,7 +59,7 @@ class SequenceParallelMode(OperatorMode):
     def _summarize_first_call(
         self, layer: int, func: Callable[..., Any], streams: Sequence[Tensor], kwargs: dict[str, Any]
     ) -> Any:
-        summary = operators.summarize(*streams)
+        summary = sequence.summarize(*streams)
         before = self._before(layer, streams[0])
         self._link.store(layer, mlstm.absorb(*summary, *before))
         return func(*streams, *before, **kwargs)

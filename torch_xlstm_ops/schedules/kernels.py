@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+OP = "mlstm_chunkwise"  # its name in traces
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 State = list[Tensor]  # c (G, DHQK, DHHV), n (G, DHQK), m (G, 1)
 

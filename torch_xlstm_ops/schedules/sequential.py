@@ -1,4 +1,4 @@
-"""Segments one after another, each one compiled call: the default."""
+"""The `inductor` schedule, the default: segments one after another, each with a few compiled calls."""
 
 from __future__ import annotations
 
@@ -8,67 +8,41 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import trace
+from torch_xlstm_ops.schedules.kernels import OP, Kernels, State
 from torch_xlstm_ops.schedules.plan import Plan, Segment
-from torch_xlstm_ops.schedules.slicing import Kernels, Rows, Run
-from torch_xlstm_ops.schedules.token_by_token import finite, gradient, state_after, step_through
+from torch_xlstm_ops.schedules.slicing import Rows, empty_state, write_band
+from torch_xlstm_ops.schedules.token_by_token import fall_back, finite, gradient, state_after
 
-OP = "mlstm_chunkwise"
 Summary = tuple[Tensor, Tensor, Tensor, Tensor]  # F M dC dn
-# P q_gated C_before v, the arguments of `write_output_`
-Factors = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
 
 
-def forward(
-    plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Return h (R, S, DHHV) and the last state.
+def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State | None) -> tuple[Tensor, State]:
+    """Return h (R, S, DHHV) and the final state.
 
-    streams: q, k, v, igate, fgate as the op has them. state: c, n, m by row, fresh: they may be written.
+    streams: q, k, v, igate, fgate (B, NH, S, ...). state: c, n, m by rows; None for zeros.
     """
-    rows = Rows(plan, streams)
-    for index, band in enumerate(plan.bands):
-        current = [t[band] for t in state]
+    rows, bands = Rows(plan, streams), plan.bands
+    whole: State = []
+    for index, band in enumerate(bands):
+        current = None if state is None else [t[band] for t in state]
         for number, segment in enumerate(plan.segments):
             if trace.active():
                 with trace.span(OP, schedule=str(plan.schedule), band=index, segment=number, device=streams[2].device):
                     current = run(kernels, rows, band, segment, current)
             else:
                 current = run(kernels, rows, band, segment, current)
-        state = _keep(state, band, current)
-    return rows.h, state
+        assert current is not None  # a call without tokens does not come here
+        if len(bands) == 1:
+            return rows.h, current
+        whole = whole or empty_state(streams, plan.rows)
+        write_band(whole, band, current)
+    return rows.h, whole
 
 
-def run(kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: list[Tensor]) -> list[Tensor]:
-    """Compute one task: write its slice of h and return the state after it."""
-    factors, new = _factors(kernels, rows.take_all(band, segment), state, first=segment.start == 0)
-    if factors is None:
-        return step_through(kernels, rows, band, segment, new)
-    emit(kernels, rows, band, segment, factors)
-    return new
-
-
-def _factors(
-    kernels: Kernels, streams: list[Tensor], state: list[Tensor], *, first: bool
-) -> tuple[Factors | None, list[Tensor]]:
-    """Return what a segment's h is the product of, and the state after it.
-
-    On the CPU, where the state after it is not finite: None, and the state before it.
-    """
-    v = streams[2]
-    if first and kernels.opening is not None:
-        P, q_gated, W, dC, n, m, keep, add = kernels.opening(streams)
-        C_before = kernels.stand(W, dC, None)
-        kernels.close([dC, C_before, keep, add, state[0]])
-        return (P, q_gated, C_before, v), [state[0], n, m]
-    if kernels.single is not None:
-        P, *new = kernels.single(streams)
-        if finite(*new[:2]):
-            return (P, None, None, v), new
-        return None, [t.zero_() for t in state]
-    P, q_gated, W, dC, *new = kernels.operands([*streams, *state])
-    if finite(*new[:2]):
-        return (P, q_gated, kernels.stand(W, dC, state[0]), v), new
-    return None, state
+def run(kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: State | None) -> State:
+    """Run one task: write its slice of h and return the state after it. state: None for zeros."""
+    after = kernels.forward(rows.take_all(band, segment), state, rows.output(band, segment))
+    return fall_back(kernels, rows, band, segment, state) if after is None else after
 
 
 def summaries(plan: Plan, kernels: Kernels, streams: Sequence[Tensor]) -> Iterator[Iterator[Summary]]:
@@ -83,25 +57,16 @@ def _element(found: Sequence[Tensor]) -> Summary:
     return F, M, dC, dn
 
 
-def emit(kernels: Kernels, rows: Rows, band: slice, segment: Segment, factors: Factors) -> None:
-    """Multiply a task's factors into its slice of h."""
-    P, v = factors[0], factors[-1]
-    slot = rows.slot(rows.h, band, segment)
-    out = v.new_empty(P.shape[0], *v.shape[2:]) if slot is None else slot
-    kernels.emit(*factors, out)
-    if slot is None:
-        rows.put(rows.h, band, segment, out.view(v.shape))
-
-
 def backward(
-    plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: list[Tensor], dh: Tensor, dstate: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+    plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State, dh: Tensor, dstate: State
+) -> tuple[list[Tensor], State]:
     """Return the gradients of the streams (R, S, ...) and of the initial state, segments in reverse.
 
-    Only the state at each boundary is kept; everything else is computed again.
+    Only the states between segments are kept; all else is recomputed.
     """
     rows = Rows(plan, streams)
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in rows.streams]
+    whole: State = []
     for index, band in enumerate(plan.bands):
         found = BandGradient(kernels, rows, gradients, dh, band, [t[band] for t in state], [t[band] for t in dstate])
         numbers = range(len(plan.segments))
@@ -114,25 +79,28 @@ def backward(
                     found.retreat(number)
             else:
                 found.retreat(number)
-        dstate = _keep(dstate, band, found.dstate)
-    return gradients, dstate
+        if len(plan.bands) == 1:
+            return gradients, found.dstate
+        whole = whole or empty_state(streams, plan.rows)
+        write_band(whole, band, found.dstate)
+    return gradients, whole
 
 
 class BandGradient:
-    """The backward pass of one band: forth over its segments but the last for the states between, and back over all."""
+    """The backward pass of one band: forward over all segments but the last for the states, and back over all."""
 
     def __init__(
-        self, kernels: Kernels, rows: Rows, gradients: list[Tensor], dh: Tensor, band: slice, state: list[Tensor],
-        dstate: list[Tensor],
+        self, kernels: Kernels, rows: Rows, gradients: list[Tensor], dh: Tensor, band: slice, state: State,
+        dstate: State,
     ) -> None:
         self._kernels, self._rows, self._gradients, self._dh, self._band = kernels, rows, gradients, dh, band
         self._before = [state]
-        self.dstate = dstate  # after all segments, that of the initial state
+        self.dstate = dstate  # after all segments, the gradient of the initial state
 
     def advance(self, number: int) -> None:
-        """Find the state after segment `number`."""
+        """Compute the state after segment `number`."""
         segment, before = self._rows.segments[number], self._before[-1]
-        state = list(self._kernels.after([*self._rows.take_all(self._band, segment)[1:], *before]))
+        state = list(self._kernels.final_state([*self._rows.take_all(self._band, segment)[1:], *before]))
         if not finite(*state[:2]):
             state = state_after(self._kernels, self._rows, self._band, segment, before)
         self._before.append(state)
@@ -140,39 +108,28 @@ class BandGradient:
     def retreat(self, number: int) -> None:
         """Write the gradients of segment `number`'s streams.
 
-        On the CPU token by token where anything is not finite: that makes dq so, if it is not in the states.
+        On the CPU token by token where a value is not finite: dq then is not, if the states are.
         """
         rows, band, segment, state = self._rows, self._band, self._rows.segments[number], self._before.pop()
         streams, dh = rows.take_all(band, segment), rows.gradient(self._dh, band, segment)
         parts = self._kernels.backward([*streams, *state, dh, *self.dstate])
-        step_gradient = self._kernels.step_gradient
-        if step_gradient is not None and not finite(*state[:2], *self.dstate, parts[0][..., 0]):
-            self._retreat_by_steps(step_gradient, segment, state)
+        if not finite(*state[:2], *self.dstate, parts[0][..., 0]):
+            parts, self.dstate = gradient(self._kernels, rows, band, segment, state, self._dh, self.dstate)
+            for index, part in enumerate(parts):
+                self._put(index, segment, part)
             return
-        for index, (whole, part) in enumerate(zip(self._gradients, parts[:5], strict=True)):
-            all_of_it = part.shape[0] == whole.shape[0] and part.shape[1] * part.shape[2] == whole.shape[1]
-            if all_of_it and part.dtype == whole.dtype:
-                self._gradients[index] = part
+        for index, part in enumerate(parts[:5]):
+            whole = self._gradients[index]
+            if part.shape[0] == whole.shape[0] and part.shape[1] * part.shape[2] == whole.shape[1]:
+                self._put(index, segment, part.flatten(1, 2))
             else:
                 rows.put(whole, band, segment, part)
         self.dstate = list(parts[5:])
 
-    def _retreat_by_steps(self, step_gradient: Run, segment: Segment, state: list[Tensor]) -> None:
-        rows, band = self._rows, self._band
-        found, self.dstate = gradient(
-            self._kernels, step_gradient, rows, band, segment, state, self._dh, self.dstate
-        )
-        for index, part in enumerate(found):
-            if part.shape == self._gradients[index].shape:
-                self._gradients[index] = part
-            else:
-                self._gradients[index][band, segment.start:segment.stop] = part
-
-
-def _keep(state: list[Tensor], band: slice, current: list[Tensor]) -> list[Tensor]:
-    """Put a band's state into that of all rows."""
-    if current[0].shape == state[0].shape:
-        return current
-    for whole, part in zip(state, current, strict=True):
-        whole[band] = part
-    return state
+    def _put(self, index: int, segment: Segment, part: Tensor) -> None:
+        """Take a gradient (G, tokens, ...) as it is where it is that of the whole call, else copy it."""
+        whole = self._gradients[index]
+        if part.shape == whole.shape and part.dtype == whole.dtype:
+            self._gradients[index] = part
+        else:
+            whole[self._band, segment.start:segment.stop] = part

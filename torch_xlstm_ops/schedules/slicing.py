@@ -1,47 +1,21 @@
-"""What every schedule does with one (band, segment): take its slices, call compiled functions, put results back."""
+"""Slices of one task, a segment of a band: its part of the streams, its part of h, its state."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torch_xlstm_ops.maths.shapes import state_dtype
+from torch_xlstm_ops.schedules.kernels import State
 from torch_xlstm_ops.schedules.plan import Plan, Segment
-
-Run = Callable[[list[Tensor]], Sequence[Tensor]]
 
 # What a padding token holds, in the order q k v igate fgate: the monoid's identity.
 _PADDING = (0.0, 0.0, 0.0, -math.inf, math.inf)
-
-
-class Kernels(NamedTuple):
-    """The compiled functions of an op, each called with one list of contiguous tensors; shapes as in `mlstm`."""
-
-    operands: Run  # q k v igate fgate c n m -> P q_gated W dC c n m
-    opening: Run | None  # of a call from an empty state: q k v igate fgate -> P q_gated W dC n m keep add
-    single: Run | None  # all of a call from an empty state that is one chunk: q k v igate fgate -> P c n m
-    stand: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # W dC c -> C_before
-    emit: Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor], None]  # P q_gated C_before v h
-    close: Run  # dC C_before keep add c, which it writes
-    step: Run  # q k v igate fgate c n m -> h c n m
-    after: Run  # k v igate fgate c n m -> c n m
-    backward: Run  # q k v igate fgate c n m dh dc dn dm -> their gradients
-    summarize: Run  # k v igate fgate -> F M dC dn, and M dC dn of the chunks
-    answers: Run  # q k igate fgate, M dn of the chunks, n m -> P q_gated W
-    absorb: Run  # F M dC dn c n m -> c n m
-    # One token's gradient: q k v igate fgate c n m dh dc dn dm -> theirs. Without it NaN spreads over segments.
-    step_gradient: Run | None = None
-
-    @property
-    def read_state(self) -> bool:
-        """Whether the state before a call is read, and not only written."""
-        return self.opening is None and self.single is None
 
 
 class Rows:
@@ -53,7 +27,7 @@ class Rows:
 
     @functools.cached_property
     def h(self) -> Tensor:
-        """h (R, S, DHHV), allocated when a task first writes to it and has let go of what it needs no more."""
+        """h (R, S, DHHV), allocated when a task first writes to it, after it has freed its chunk summaries."""
         v = self.streams[2]
         return v.new_empty(self.plan.rows, self.plan.tokens, v.shape[-1])
 
@@ -72,6 +46,19 @@ class Rows:
         """Return a task's part of the gradient of h (R, S, DHHV), padded with zeros."""
         return self._chunked(dh[band, segment.start:segment.stop], segment, 0.0)
 
+    def put(self, whole: Tensor, band: slice, segment: Segment, part: Tensor) -> None:
+        """Write a task's part (G, NC, L, ...) into its slice of `whole` (R, S, ...), without its padding."""
+        tokens = segment.stop - segment.start
+        whole[band, segment.start:segment.stop] = part.flatten(1, 2)[:, :tokens]
+
+    def output(self, band: slice, segment: Segment) -> OutputSlice:
+        """Return where a task writes its h."""
+        return OutputSlice(self, band, segment)
+
+    def zero_state(self, band: slice) -> State:
+        """Return the state of a band before the first token."""
+        return empty_state(self.streams, band.stop - band.start, zero=True)
+
     def _chunked(self, part: Tensor, segment: Segment, padding: float) -> Tensor:
         L = self.plan.chunk_size
         missing = segment.chunks * L - part.shape[1]
@@ -79,30 +66,39 @@ class Rows:
             part = F.pad(part, (0, 0) * (part.dim() - 2) + (0, missing), value=padding)
         return part.contiguous().view(part.shape[0], segment.chunks, L, *part.shape[2:])
 
-    def put(self, whole: Tensor, band: slice, segment: Segment, part: Tensor) -> None:
-        """Write a task's part (G, NC, L, ...) into its slice of `whole` (R, S, ...), without its padding."""
-        tokens = segment.stop - segment.start
-        whole[band, segment.start:segment.stop] = part.flatten(1, 2)[:, :tokens]
 
-    def slot(self, whole: Tensor, band: slice, segment: Segment) -> Tensor | None:
-        """Return a task's slice of `whole` as (G*NC, L, D) if it is one block of memory, to be written directly."""
-        L = self.plan.chunk_size
-        part = whole[band, segment.start:segment.stop]
-        if part.shape[1] != segment.chunks * L or not part.is_contiguous():
-            return None
-        return part.view(-1, L, part.shape[-1])
+class OutputSlice:
+    """A task's slice of h: written directly where it is one block of memory, else through a temporary."""
+
+    def __init__(self, rows: Rows, band: slice, segment: Segment) -> None:
+        self._rows, self._band, self._segment = rows, band, segment
+        self._temporary: Tensor | None = None
+
+    def begin(self) -> Tensor:
+        """Return memory for h (G*NC, L, DHHV)."""
+        segment, L, h = self._segment, self._rows.plan.chunk_size, self._rows.h
+        part = h[self._band, segment.start:segment.stop]
+        if part.shape[1] == segment.chunks * L and part.is_contiguous():
+            return part.view(-1, L, part.shape[-1])
+        self._temporary = h.new_empty(part.shape[0], segment.chunks, L, part.shape[-1])
+        return self._temporary.flatten(0, 1)
+
+    def end(self) -> None:
+        """Copy a temporary into the slice."""
+        if self._temporary is not None:
+            self._rows.put(self._rows.h, self._band, self._segment, self._temporary)
+            self._temporary = None
 
 
-def initial_state(q: Tensor, v: Tensor, state: Sequence[Tensor | None], *, read: bool = True) -> list[Tensor]:
-    """Return c (R, DHQK, DHHV), n (R, DHQK), m (R, 1), contiguous and fresh: copies of `state`, or zeros.
+def empty_state(streams: Sequence[Tensor], rows: int, *, zero: bool = False) -> State:
+    """Return memory for c (rows, DHQK, DHHV), n (rows, DHQK), m (rows, 1). zero: filled with zeros."""
+    q, v = streams[0], streams[2]
+    new = functools.partial(torch.zeros if zero else torch.empty, dtype=state_dtype(q.dtype), device=q.device)
+    DHQK = q.shape[-1]
+    return [new((rows, DHQK, v.shape[-1])), new((rows, DHQK)), new((rows, 1))]
 
-    read: whether anyone reads them before they are written; else they hold anything.
-    """
-    B, NH, _, DHQK = q.shape
-    sizes = ((B * NH, DHQK, v.shape[-1]), (B * NH, DHQK), (B * NH, 1))
-    dtype = state_dtype(q.dtype)
-    return [
-        (torch.zeros if read else torch.empty)(size, dtype=dtype, device=q.device) if t is None
-        else torch.empty(size, dtype=dtype, device=q.device).copy_(t.reshape(size))
-        for size, t in zip(sizes, state, strict=True)
-    ]
+
+def write_band(whole: State, band: slice, state: Sequence[Tensor]) -> None:
+    """Write a band's state into that of all rows."""
+    for all_rows, part in zip(whole, state, strict=True):
+        all_rows[band] = part

@@ -1,26 +1,29 @@
-"""One task token by token, forward and back: the schedule `recurrent`, and on the CPU what is not finite.
+"""One task token by token, forward and backward: for the schedule `recurrent`, and for NaN and infinity on the CPU.
 
-In a matrix product 0 * NaN carries a NaN or an infinity to earlier tokens and past closed gates; in the recurrence it
-touches what follows from it alone.
+In a matrix product 0 * NaN carries a NaN or an infinity to earlier tokens and past closed gates. In the recurrence it
+reaches only the tokens and states that depend on it.
+
+A trace shows these as the phases ``token_by_token`` and ``token_by_token_backward``, inside the task's own span.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops import trace
 from torch_xlstm_ops.maths.shapes import state_dtype
+from torch_xlstm_ops.schedules.kernels import OP, Kernels, State
 from torch_xlstm_ops.schedules.plan import Segment
-from torch_xlstm_ops.schedules.slicing import Kernels, Rows, Run
-
-State = list[Tensor]
+from torch_xlstm_ops.schedules.slicing import Rows
 
 
 def finite(*tensors: Tensor) -> bool:
-    """Return whether all is finite; elsewhere than on the CPU True, as looking would stall the device."""
+    """Return whether all values are finite; True on other devices than the CPU, as reading them would synchronise."""
     if tensors[0].device.type != "cpu":
         return True
     return math.isfinite(sum(t.sum(dtype=state_dtype(t.dtype)).item() for t in tensors))
@@ -33,42 +36,60 @@ def finite_state(state: State) -> bool:
 
 
 def step_through(kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: State) -> State:
-    """Compute one task: write its slice of h and return the state after it."""
+    """Run one task: write its slice of h and return the state after it."""
     for t, (h, *after) in _steps(kernels, rows, band, range(segment.start, segment.stop), state):
         rows.h[None, band, t], state = h, after
     return [t[0] for t in state] if segment.stop > segment.start else state
 
 
+def fall_back(kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: State | None) -> State:
+    """Run one task whose chunkwise result is not finite, as `step_through`. state: None for zeros."""
+    with _span(rows, band, segment, "token_by_token"):
+        return step_through(kernels, rows, band, segment, rows.zero_state(band) if state is None else state)
+
+
 def state_after(kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: State) -> State:
     """Return only the state after a task."""
-    return _states(kernels, rows, band, range(segment.start, segment.stop), state)[-1]
+    with _span(rows, band, segment, "token_by_token"):
+        return _states(kernels, rows, band, range(segment.start, segment.stop), state)[-1]
 
 
 def gradient(
-    kernels: Kernels, step_gradient: Run, rows: Rows, band: slice, segment: Segment, state: State, dh: Tensor,
-    dstate: State,
+    kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: State, dh: Tensor, dstate: State
 ) -> tuple[list[Tensor], State]:
     """Return a task's gradients of the streams (G, tokens, ...) and of the state before it.
 
-    state: before the task; dh: (R, S, DHHV), of all; dstate: of the state after the task. States are computed twice,
-    for some tokens at a time, so that few are held at once.
+    state: before the task; dh: (R, S, DHHV), of the whole call; dstate: gradient of the state after the task. States
+    are computed twice, for sqrt(tokens) tokens at a time, so that few are held at once.
     """
-    stretch = max(1, math.isqrt(segment.stop - segment.start))
-    stretches = [
-        range(start, min(start + stretch, segment.stop)) for start in range(segment.start, segment.stop, stretch)
+    part_length = max(1, math.isqrt(segment.stop - segment.start))
+    parts = [
+        range(start, min(start + part_length, segment.stop))
+        for start in range(segment.start, segment.stop, part_length)
     ]
-    before = [state]
-    for tokens in stretches[:-1]:
-        before.append(_states(kernels, rows, band, tokens, before[-1])[-1])
-    found = [torch.empty_like(t[band, segment.start:segment.stop]) for t in rows.streams]
-    for tokens in reversed(stretches):
-        states = _states(kernels, rows, band, tokens[:-1], before.pop())
-        for t in reversed(tokens):
-            parts = step_gradient([*_token(rows, band, t), *states.pop(), dh[band, t], *dstate])
-            for whole, part in zip(found, parts[:5], strict=True):
-                whole[:, t - segment.start] = part.view(whole[:, 0].shape)
-            dstate = list(parts[5:])
-    return found, dstate
+    gradients = [torch.empty_like(t[band, segment.start:segment.stop]) for t in rows.streams]
+    with _span(rows, band, segment, "token_by_token_backward"):
+        before = [state]
+        for tokens in parts[:-1]:
+            before.append(_states(kernels, rows, band, tokens, before[-1])[-1])
+        for tokens in reversed(parts):
+            states = _states(kernels, rows, band, tokens[:-1], before.pop())
+            for t in reversed(tokens):
+                found = kernels.step_gradient([*_token(rows, band, t), *states.pop(), dh[band, t], *dstate])
+                for whole, one in zip(gradients, found[:5], strict=True):
+                    whole[:, t - segment.start] = one.view(whole[:, 0].shape)
+                dstate = list(found[5:])
+    return gradients, dstate
+
+
+def _span(rows: Rows, band: slice, segment: Segment, phase: str) -> AbstractContextManager[object]:
+    if not trace.active():
+        return nullcontext()
+    plan = rows.plan
+    return trace.span(
+        OP, schedule=str(plan.schedule), phase=phase, band=plan.bands.index(band),
+        segment=plan.segments.index(segment), device=rows.streams[0].device,
+    )
 
 
 def _states(kernels: Kernels, rows: Rows, band: slice, tokens: Iterable[int], state: State) -> list[State]:

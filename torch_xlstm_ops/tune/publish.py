@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch_xlstm_ops import registrations
 from torch_xlstm_ops.config import Schedule, tuned_plans
+from torch_xlstm_ops.ops.mlstm import dispatch
 from torch_xlstm_ops.tune.search import Result
 from torch_xlstm_ops.tune.space import Space
 
@@ -33,7 +33,7 @@ def publish(
     }
     tuned_plans.store(path, {str(kind): entry if result.faster else None for kind in kinds},
                       replace_damaged=path == tuned_plans.default_file())
-    registrations.mlstm.forget_routes()
+    dispatch.forget()
     return result.faster
 
 
@@ -54,5 +54,5 @@ def copy(source: Path, path: Path) -> int:
     for key, entry in found.items():
         tuned_plans.checked(entry, f"{key} in {source}")
     tuned_plans.store(path, found)
-    registrations.mlstm.forget_routes()
+    dispatch.forget()
     return len(found)

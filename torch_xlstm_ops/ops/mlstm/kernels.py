@@ -2,30 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torch_xlstm_ops.maths import mlstm
-from torch_xlstm_ops.maths.nonfinite import finite
 from torch_xlstm_ops.runtime import compiler
 from torch_xlstm_ops.schedules.kernels import Kernels, Output, Run, State
+from torch_xlstm_ops.schedules.slicing import empty_state
+from torch_xlstm_ops.schedules.token_by_token import finite
+
+Compiled = Callable[..., Run]  # from a function and its keywords to the compiled function
 
 
 def kernels(eps: float, *, release_gil: bool = False, strict: bool = False) -> Kernels:
     """Return the functions of a call.
 
-    release_gil: compile them so that other threads run meanwhile. strict: raise RuntimeError where they cannot be
-    compiled; else they run uncompiled there.
+    release_gil: compile those of a segment so that other threads run meanwhile. strict: raise RuntimeError where a
+    function cannot be compiled; else it runs uncompiled there.
     """
     def compiled(fn: compiler.PureFunction, **static: Any) -> Run:
         return _compiled(fn, strict=strict, release_gil=release_gil, **static)
 
     return Kernels(
-        forward=_Forward(compiled, eps), forward_from_summary=_forward_from_summary(compiled, eps),
+        forward=_forward(compiled, eps), forward_from_summary=_forward_from_summary(compiled, eps),
         summarize=compiled(mlstm.summarize), absorb=compiled(mlstm.absorb), final_state=compiled(mlstm.final_state),
-        backward=_backward(compiled, eps), step=_step(_compiled(mlstm.advance, strict=strict, eps=eps)),
+        backward=_backward(compiled, eps), step=_step(_compiled(mlstm.advance, eps=eps)),
         step_gradient=lambda args: mlstm.step_gradient(*args, eps=eps),
     )
+
+
+def _compiled(fn: compiler.PureFunction, *, strict: bool = False, **static: Any) -> Run:
+    """Return a function that compiles `fn` for the arguments it is called with."""
+    def run(args: list[Tensor]) -> Sequence[Tensor]:
+        call = compiler.get(fn, mlstm.AXES[fn], args, **static)
+        if strict and isinstance(call, compiler.Uncompiled):
+            raise RuntimeError("the schedule that was asked for needs compiled kernels, which cannot be compiled here "
+                               f"({call.reason}): use schedule auto, or install a C++ compiler")
+        return call(args)
+
+    return run
+
+
+def _forward(compiled: Compiled, eps: float) -> Callable[[list[Tensor], State | None, Output], State | None]:
+    """Return `Kernels.forward`: the only place that decides by the state and the number of chunks what to compute."""
+    general, zero_state, single_chunk = (
+        compiled(fn, eps=eps)
+        for fn in (mlstm.segment_factors, mlstm.segment_factors_zero_state, mlstm.segment_factors_single_chunk)
+    )
+    final_state_ = compiled(mlstm.final_state_)
+
+    def forward(streams: list[Tensor], state: State | None, out: Output) -> State | None:
+        q, k, v = streams[:3]
+        q_gated = C_before = None
+        if state is None and q.shape[1] == 1:
+            P, *after = single_chunk([*streams, mlstm.scores(q, k)])
+        elif state is None and mlstm.prefers_zero_state(q.device.type):
+            P, q_gated, W, dC, n, m, keep, add = zero_state([*streams, mlstm.scores(q, k)])
+            C_before = mlstm.inter_chunk_states(W, dC, None)
+            after = [n.new_empty((q.shape[0], q.shape[-1], v.shape[-1])), n, m]
+            final_state_([dC, C_before, keep, add, after[0]])
+            del W, dC
+        else:
+            state = empty_state(streams, q.shape[0], zero=True) if state is None else state
+            P, q_gated, W, dC, *after = general([*streams, mlstm.scores(q, k), *state])
+        if not finite(*after[:2]):
+            return None
+        if q_gated is not None and C_before is None:
+            C_before = mlstm.inter_chunk_states(W, dC, state[0])  # type: ignore[index]
+            del W, dC
+        _write(out, P, q_gated, C_before, v)
+        return after
+
+    return forward
+
+
+def _forward_from_summary(compiled: Compiled, eps: float) -> Callable[..., None]:
+    """Return `Kernels.forward_from_summary`."""
+    factors = compiled(mlstm.factors_from_summary, eps=eps)
+
+    def forward(streams: list[Tensor], summary: Sequence[Tensor], state: State, out: Output) -> None:
+        (q, k, v, igate, fgate), (M, dC, dn), (c, n, m) = streams, summary[4:], state
+        P, q_gated, W = factors([q, igate, fgate, mlstm.scores(q, k), M, dn, n, m])
+        _write(out, P, q_gated, mlstm.inter_chunk_states(W, dC, c), v)
+
+    return forward
+
+
+def _write(out: Output, P: Tensor, q_gated: Tensor | None, C_before: Tensor | None, v: Tensor) -> None:
+    mlstm.write_output_(P, q_gated, C_before, v, out.begin())
+    out.end()
+
+
+def _backward(compiled: Compiled, eps: float) -> Run:
+    """Return `Kernels.backward`."""
+    factors = compiled(mlstm.gradient, eps=eps)
+
+    def backward(args: list[Tensor]) -> Sequence[Tensor]:
+        q, k, v, dh = *args[:3], args[8]
+        P, dS, dq, dk, k_gated, ddC, *rest = factors([*args[:5], mlstm.scores(q, k), *args[5:]])
+        return *mlstm.finish_gradient(P, dS, dq, dk, k_gated, ddC, q, k, v, dh), *rest
+
+    return backward
+
+
+def _step(advance: Run) -> Run:
+    """Return `Kernels.step`: `mlstm.advance` with c in one piece."""
+    def step(args: list[Tensor]) -> Sequence[Tensor]:
+        h, c, n, m = advance(args)
+        return h, in_one_piece(c), n, m
+
+    return step
+
+
+def in_one_piece(c: Tensor) -> Tensor:
+    """Return the c of `mlstm.advance` as (B, NH, DHQK, DHHV), a view."""
+    return c if c.dim() == 4 else c.flatten(2, 3)

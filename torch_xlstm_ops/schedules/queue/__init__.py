@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.schedules import sequential
+from torch_xlstm_ops.schedules.kernels import OP, Kernels, State
 from torch_xlstm_ops.schedules.plan import Plan, Segment
 from torch_xlstm_ops.schedules.queue import worker_threads
 from torch_xlstm_ops.schedules.queue.band_queues import (
@@ -17,24 +18,26 @@ from torch_xlstm_ops.schedules.queue.band_queues import (
     ScanQueue,
     SegmentFunctions,
     SequentialQueue,
-    State,
     Summary,
 )
 from torch_xlstm_ops.schedules.queue.task_runner import TaskRunner
-from torch_xlstm_ops.schedules.sequential import OP
-from torch_xlstm_ops.schedules.slicing import Kernels, Rows
-from torch_xlstm_ops.schedules.token_by_token import finite_state, step_through
+from torch_xlstm_ops.schedules.slicing import Rows, empty_state, write_band
+from torch_xlstm_ops.schedules.token_by_token import fall_back, finite_state
 
 
-def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
+def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State | None) -> tuple[Tensor, State]:
     """Return h (R, S, DHHV) and the last state; arguments as of `sequential.forward`."""
     if must_run_sequentially(streams[0].device):
         return sequential.forward(plan, kernels, streams, state)
     rows = Rows(plan, streams)
     h = rows.h  # allocated here, as tasks run on several threads
-    queues = [band_queue(plan, _segment_functions(plan, kernels, rows, band), band, state) for band in plan.bands]
+    whole = empty_state(streams, plan.rows)
+    queues = []
+    for band in plan.bands:
+        first = None if state is None else [t[band] for t in state]
+        queues.append(band_queue(plan, _segment_functions(plan, kernels, rows, band), first, band, whole))
     TaskRunner(plan, queues, h.device, OP, "forward").run()
-    return h, state
+    return h, whole
 
 
 def backward(
@@ -71,18 +74,24 @@ def _segment_functions(plan: Plan, kernels: Kernels, rows: Rows, band: slice) ->
     )
 
 
-def band_queue(plan: Plan, functions: SegmentFunctions, band: slice, whole: State) -> BandQueue:
-    """Return the tasks of a band; they write its final state into `whole`, the state of all rows."""
-    count = len(plan.segments)
+def band_queue(
+    plan: Plan, functions: SegmentFunctions, first: State | None, band: slice, whole: State
+) -> BandQueue:
+    """Return the tasks of a band.
+
+    first: the state before them, None for zeros. whole: the state of all rows, into which they write the final state.
+    """
+    count, write = len(plan.segments), partial(write_band, whole, band)
     if plan.scan_width > 1 and count > 1:
-        first = [t[band].clone() for t in whole]  # the last state may be written while the first is still read
-        return ScanQueue(count, plan.scan_width, first, functions, partial(_write_state, whole, band))
-    current = [[t[band] for t in whole]]
+        zeros = [torch.zeros_like(t[band]) for t in whole]
+        return ScanQueue(count, plan.scan_width, zeros if first is None else first, functions, write)
+    current = [first]
 
     def work(number: int) -> None:
-        current[0] = functions.forward(number, current[0])
+        after = functions.forward(number, current[0])
+        current[0] = after
         if number == count - 1:
-            _write_state(whole, band, current[0])
+            write(after)
 
     return SequentialQueue((number, partial(work, number)) for number in range(count))
 
@@ -99,13 +108,10 @@ def _forward_summarised(
     kernels: Kernels, rows: Rows, band: slice, segment: Segment, summary: Summary, state: State
 ) -> None:
     """Write the h of a segment whose summary is known."""
-    if not finite_state(state):
-        step_through(kernels, rows, band, segment, state)
-        return
-    q, k, v, igate, fgate = rows.take_all(band, segment)
-    (M, dC, dn), (c, n, m) = summary[4:], state
-    P, q_gated, W = kernels.answers([q, k, igate, fgate, M, dn, n, m])
-    sequential.emit(kernels, rows, band, segment, (P, q_gated, kernels.stand(W, dC, c), v))
+    if finite_state(state):
+        kernels.forward_from_summary(rows.take_all(band, segment), summary, state, rows.output(band, segment))
+    else:
+        fall_back(kernels, rows, band, segment, state)
 
 
 def _backward_queue(
@@ -117,15 +123,10 @@ def _backward_queue(
     count = len(plan.segments)
     forth = [(number, partial(found.advance, number)) for number in range(count - 1)]
     back: list[tuple[int, Callable[[], None]]] = [(n, partial(found.retreat, n)) for n in reversed(range(count))]
-    return SequentialQueue([*forth, *back, (0, lambda: _write_state(whole, band, found.dstate))])
+    return SequentialQueue([*forth, *back, (0, lambda: write_band(whole, band, found.dstate))])
 
 
 def finite_or_none(summary: Summary) -> Summary | None:
     """Return the summary, or None if it is not finite: a sum over tokens spreads NaN too far (used on the CPU)."""
     _, _, dC, dn, *_ = summary
     return summary if math.isfinite((dC.sum() + dn.sum()).item()) else None
-
-
-def _write_state(whole: State, band: slice, state: State) -> None:
-    for all_rows, part in zip(whole, state, strict=True):
-        all_rows[band] = part

@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-State = list[Tensor]
+from torch_xlstm_ops.schedules.kernels import State
+
 Summary = Sequence[Tensor]
 OnDone = Callable[[], None]
 
@@ -60,7 +61,7 @@ class SequentialQueue:
 class SegmentFunctions(NamedTuple):
     """The functions of one segment that a `ScanQueue` calls; an int is the segment's number."""
 
-    forward: Callable[[int, State], State]  # write h, return the state after the segment
+    forward: Callable[[int, State | None], State]  # write h, return the state after the segment; None for zeros
     summarize: Callable[[int], Summary | None]  # None: not finite, so `forward` must be used
     absorb: Callable[[Summary, State], State]  # return the state after the segment
     forward_from_summary: Callable[[int, Summary, State], None]  # write h

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from torch_xlstm_ops.config import Config, Schedule
 from torch_xlstm_ops.schedules import queue, sequential
+from torch_xlstm_ops.schedules.kernels import OP, Kernels, Run, State
 from torch_xlstm_ops.schedules.plan import Machine, Plan, Shape, make
-from torch_xlstm_ops.schedules.queue.band_queues import SegmentFunctions, State, Summary
+from torch_xlstm_ops.schedules.queue.band_queues import SegmentFunctions, Summary
 from torch_xlstm_ops.schedules.queue.task_runner import TaskRunner
 from torch_xlstm_ops.schedules.ray import actor_pool
-from torch_xlstm_ops.schedules.sequential import OP
-from torch_xlstm_ops.schedules.slicing import Kernels, Rows, Run
+from torch_xlstm_ops.schedules.slicing import Rows, empty_state
 
 HOST = torch.device("cpu")
 
 
-def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
+def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State | None) -> tuple[Tensor, State]:
     """Return h (R, S, DHHV) and the last state; arguments as of `sequential.forward`."""
     if queue.must_run_sequentially(streams[0].device):
         return sequential.forward(plan, kernels, streams, state)
@@ -35,13 +35,16 @@ def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: Stat
     pool = actor_pool.get(device.type, plan.workers)
     forward_task = pool.remote(partial(_forward_task, plan.chunk_size, kernels))
     summarize = pool.remote(partial(_summarize, kernels))
-    streams, state = _to(streams, HOST), _to(state, HOST)
-    rows = Rows(plan, streams)
+    streams = _to(streams, HOST)
+    state = empty_state(streams, plan.rows, zero=True) if state is None else _to(state, HOST)
+    rows, whole = Rows(plan, streams), empty_state(streams, plan.rows)
     h = streams[2].new_empty(plan.rows, plan.tokens, streams[2].shape[-1])
-    functions = [_segment_functions(plan, kernels, rows, h, band, forward_task, summarize) for band in plan.bands]
-    queues = [queue.band_queue(plan, *one, state) for one in zip(functions, plan.bands, strict=True)]
+    queues = []
+    for band in plan.bands:
+        functions = _segment_functions(plan, kernels, rows, h, band, forward_task, summarize)
+        queues.append(queue.band_queue(plan, functions, [t[band] for t in state], band, whole))
     TaskRunner(plan, queues, HOST, OP, "forward", pool.close).run()
-    return h.to(device), _to(state, device)
+    return h.to(device), _to(whole, device)
 
 
 def backward(
@@ -54,7 +57,9 @@ def backward(
         return sequential.backward(plan, kernels, streams, state, dh, dstate)
     device = dh.device
     pool = actor_pool.get(device.type, plan.workers)
-    remote = kernels._replace(after=_owned(pool.remote(kernels.after)), backward=_owned(pool.remote(kernels.backward)))
+    remote = kernels._replace(
+        final_state=_owned(pool.remote(kernels.final_state)), backward=_owned(pool.remote(kernels.backward))
+    )
     gradients, first = queue.backward(plan, remote, _to(streams, HOST), _to(state, HOST), dh.to(HOST),
                                        _to(dstate, HOST), pool.close)
     return _to(gradients, device), _to(first, device)
@@ -67,7 +72,8 @@ def _segment_functions(
         segment = plan.segments[number]
         return [t[band, segment.start:segment.stop] for t in rows.streams]
 
-    def forward(number: int, state: State) -> State:
+    def forward(number: int, state: State | None) -> State:
+        assert state is not None  # the caller fills in zeros
         h_part, *new = forward_task([*streams(number), *state])
         segment = plan.segments[number]
         h[band, segment.start:segment.stop] = h_part
@@ -98,7 +104,7 @@ def _forward_task(chunk_size: int, kernels: Kernels, args: list[Tensor]) -> list
     settings = Config(Schedule.INDUCTOR, chunk_size=chunk_size)
     (G, T, DHQK), DHHV = q.shape, v.shape[-1]
     plan = make(Shape(G, T, DHQK, DHHV), q.device.type, settings, Machine(torch.get_num_threads()))
-    h, state = sequential.forward(plan, kernels, [t[None] for t in (q, k, v, igate, fgate)], [t.clone() for t in state])
+    h, state = sequential.forward(plan, kernels, [t[None] for t in (q, k, v, igate, fgate)], state)
     return [h, *state]
 
 

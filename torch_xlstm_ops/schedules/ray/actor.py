@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from torch_xlstm_ops.config import SETTINGS
+from torch_xlstm_ops.schedules.kernels import Run
 from torch_xlstm_ops.schedules.ray import serialization
-from torch_xlstm_ops.schedules.slicing import Run
 
 
 class Actor:

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from torch_xlstm_ops import trace
+from torch_xlstm_ops.schedules.kernels import Run
 from torch_xlstm_ops.schedules.queue import task_runner
 from torch_xlstm_ops.schedules.ray import cluster, serialization
 from torch_xlstm_ops.schedules.ray.actor import ActorHandle
-from torch_xlstm_ops.schedules.slicing import Run
 
 START_SECONDS = 120.0  # in which a cluster must start an actor
 HEARTBEAT_SECONDS = 5.0  # between two heartbeats of an actor that works, and the timeout of each

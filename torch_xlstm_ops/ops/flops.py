@@ -8,16 +8,12 @@ nor the causal half of a chunk's scores is taken off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from torch_xlstm_ops import config
-from torch_xlstm_ops.runtime.import_hook import when_imported
 from torch_xlstm_ops.schedules import plan
-
-from .dispatch import packet
 
 
 def mlstm_step(q: Tensor, k: Tensor, v: Tensor, *args: Any, **how: Any) -> int:
@@ -75,29 +71,3 @@ def slstm_sequence(x: Tensor, *args: Any, **how: Any) -> int:
 def slstm_sequence_backward(dh: Tensor, *args: Any, **how: Any) -> int:
     """Count the gradient: for each token ``R y`` again, and the product's gradients of y and of R."""
     return 3 * 2 * 4 * math.prod(dh.shape) * dh.shape[-1]
-
-
-FORMULAS: dict[str, Callable[..., int]] = {
-    "mlstm_step": mlstm_step,
-    "mlstm_step_": mlstm_step,
-    "mlstm_chunkwise": mlstm_chunkwise,
-    "mlstm_chunkwise_backward": mlstm_chunkwise_backward,
-    "slstm_step": slstm_step,
-    "slstm_sequence": slstm_sequence,
-    "slstm_sequence_backward": slstm_sequence_backward,
-}
-
-
-def _raw(formula: Callable[..., int]) -> Callable[..., int]:
-    """Return a formula as torch calls it, with the result too."""
-    return lambda *args, out_val=None, **how: formula(*args, **how)
-
-
-def _register() -> None:
-    from torch.utils.flop_counter import register_flop_formula
-
-    for name, formula in FORMULAS.items():
-        register_flop_formula(packet(name), get_raw=True)(_raw(formula))
-
-
-when_imported("torch.utils.flop_counter", _register)  # which takes longer to import than all of this package

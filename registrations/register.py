@@ -1,0 +1,25 @@
+"""Give each operator to the dispatcher, and to the parts of torch that ask for more than it knows."""
+
+from __future__ import annotations
+
+import functools
+
+from torch_xlstm_ops.maths import mlstm
+from torch_xlstm_ops.maths.shapes import EPS
+from torch_xlstm_ops.ops.operator import overload
+from torch_xlstm_ops.ops.table import OPERATORS
+from torch_xlstm_ops.runtime import compiler
+from torch_xlstm_ops.runtime.import_hook import when_imported
+
+from . import autocast, decompositions, derivatives, devices, flop_counter, sharding, vmap
+
+for operator in OPERATORS.values():
+    devices.register(operator)
+    derivatives.register(operator)
+    autocast.register(operator)
+    vmap.register(operator)
+    decompositions.register(operator)
+compiler.INLINED[overload("mlstm_step")] = functools.partial(mlstm.step, eps=EPS)
+# Each takes longer to import than all of this package.
+when_imported("torch.utils.flop_counter", lambda: flop_counter.register(OPERATORS.values()))
+when_imported("torch.distributed.tensor", lambda: sharding.register(OPERATORS.values()))

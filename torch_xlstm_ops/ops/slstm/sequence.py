@@ -1,0 +1,136 @@
+"""The sLSTM over a sequence, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops import trace
+from torch_xlstm_ops.maths import slstm
+from torch_xlstm_ops.maths.shapes import state_dtype
+from torch_xlstm_ops.ops.slstm.arguments import check_gradients, check_sequence
+from torch_xlstm_ops.ops.slstm.kernels import DEFAULTS, block_dtype, kernels, product_dtype, product_of
+from torch_xlstm_ops.runtime import compiler, devices
+from torch_xlstm_ops.schedules.slstm import blocks
+from torch_xlstm_ops.schedules.slstm.cuda_graphs import CudaGraphs
+
+OP = "slstm_sequence"  # its name in traces
+Results = tuple[Tensor, ...]
+
+graphs = CudaGraphs()
+compiler.forget_with(graphs.clear)
+
+
+def run(
+    x: Tensor, r: Tensor, b: Tensor, y: Tensor | None = None, c: Tensor | None = None, n: Tensor | None = None,
+    m: Tensor | None = None, reset: Tensor | None = None, *, floor: float = 0.0,
+) -> Results:
+    """Return h and the state y, c, n, m after a sequence."""
+    check_sequence(x, r, b, (y, c, n, m), reset, floor)
+    with devices.submission(x.device):
+        state = _initial_state(x, (y, c, n, m))
+        if x.numel() == 0:
+            return x.new_empty(x[:, :, 0].shape), *state
+        if not trace.active():
+            return _forward(x, r, b, state, reset, floor)
+        with trace.span(OP, device=x.device):
+            return _forward(x, r, b, state, reset, floor)
+
+
+def fake(
+    x: Tensor, r: Tensor, b: Tensor, y: Tensor | None = None, c: Tensor | None = None, n: Tensor | None = None,
+    m: Tensor | None = None, reset: Tensor | None = None, *, floor: float = 0.0,
+) -> Results:
+    """Check the arguments of a sequence and allocate its results."""
+    check_sequence(x, r, b, (y, c, n, m), reset, floor)
+    B, S, _, NH, DH = x.shape
+    wide = state_dtype(x.dtype)
+    return x.new_empty((B, S, NH, DH)), *[x.new_empty((B, NH, DH), dtype=wide) for _ in range(4)]
+
+
+def run_backward(*tensors: Any, floor: float = 0.0) -> Results:
+    """Return the gradients of x r b y c n m; tensors: dh dy dc dn dm x r b y? c? n? m? h reset?."""
+    _check_backward(tensors, floor)
+    dh, *given = tensors[:5]
+    x, r, b, *before = tensors[5:12]
+    h, *mask = tensors[12:]
+    reset = mask[0] if mask else None
+    with devices.submission(x.device):
+        dstate = [t.clone(memory_format=torch.contiguous_format) for t in given]
+        if x.numel() == 0:
+            return *[torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, r, b)], *dstate
+        state = _initial_state(x, before)
+        if not trace.active():
+            return _backward(dh, dstate, x, r, b, state, h, reset, floor)
+        with trace.span(OP, phase="backward", device=x.device):
+            return _backward(dh, dstate, x, r, b, state, h, reset, floor)
+
+
+def fake_backward(*tensors: Any, floor: float = 0.0) -> Results:
+    """Check the arguments of a gradient and allocate its results."""
+    _check_backward(tensors, floor)
+    return tuple(t.new_empty(t.shape) for t in (*tensors[5:8], *tensors[1:5]))
+
+
+def save(args: Sequence[Any], results: Results) -> Sequence[Any]:
+    """Return what the gradient reads: the arguments, None for those left out, with h before the reset mask."""
+    *given, reset = [*args, *[None] * (8 - len(args))]
+    return *given, results[0], reset
+
+
+def _check_backward(tensors: Sequence[Any], floor: float) -> None:
+    x, r, b, y, c, n, m, h, *reset = tensors[5:]
+    check_sequence(x, r, b, (y, c, n, m), reset[0] if reset else None, floor)
+    check_gradients(tensors[0], tuple(tensors[1:5]), x, h)
+
+
+def _forward(x: Tensor, r: Tensor, b: Tensor, state: list[Tensor], reset: Tensor | None, floor: float) -> Results:
+    product = product_of(x, r)
+    functions = kernels(x, product, reset is not None, floor)
+    laid_out = slstm.weights(r, product, block_dtype(x, product))
+    h = x.new_empty(x[:, :, 0].shape)
+    piece = DEFAULTS[x.device.type].piece
+    for start in range(0, x.shape[1], piece):
+        at = slice(start, start + piece)
+        args = [x[:, at].transpose(0, 1), laid_out, b, *state, *_time_first(reset, at)]
+        h_piece, *state = graphs.run(
+            ("forward", product, floor), lambda contiguous: blocks.forward(functions, *contiguous), args
+        )
+        h[:, at] = h_piece.transpose(0, 1)
+    return h, *state
+
+
+def _backward(
+    dh: Tensor, dstate: list[Tensor], x: Tensor, r: Tensor, b: Tensor, state: list[Tensor], h: Tensor,
+    reset: Tensor | None, floor: float,
+) -> Results:
+    product, dense = product_of(x, r), product_dtype(x)
+    functions = kernels(x, product, reset is not None, floor)
+    laid_out = slstm.weights_backward(r, product, block_dtype(x, product))
+    h_before = torch.cat([state[0].to(x.dtype)[:, None], h[:, :-1]], 1)
+    if reset is not None:
+        h_before = torch.where(reset[:, :, None, None], 0.0, h_before)
+    args = [
+        dh.to(dstate[0].dtype).transpose(0, 1), *dstate, x.transpose(0, 1), h_before.transpose(0, 1), laid_out,
+        r.to(dense), b, *state[1:], *_time_first(reset, slice(None)),
+    ]
+    dgates, dr, db, *dstate = graphs.run(
+        ("backward", product, floor), lambda ready: blocks.backward(functions, ready[:5], *ready[5:]), args
+    )
+    return dgates.permute(2, 1, 0, 3, 4).contiguous(), dr.to(r.dtype), db.to(b.dtype), *dstate
+
+
+def _initial_state(x: Tensor, state: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return y, c, n, m (B, NH, DH), contiguous and fresh: copies of `state`, or zeros."""
+    size = (x.shape[0], *x.shape[3:])
+    return [
+        x.new_zeros(size, dtype=state_dtype(x.dtype)) if t is None else t.clone(memory_format=torch.contiguous_format)
+        for t in state
+    ]
+
+
+def _time_first(reset: Tensor | None, at: slice) -> tuple[Tensor, ...]:
+    return () if reset is None else (reset[:, at].t(),)

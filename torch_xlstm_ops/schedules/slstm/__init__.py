@@ -1,0 +1,1 @@
+"""How an sLSTM sequence runs: in blocks of steps, replayed as CUDA graphs."""
