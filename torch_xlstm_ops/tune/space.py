@@ -94,7 +94,7 @@ class Space:
         return values
 
     def distance(self, one: Candidate, other: Candidate) -> tuple[int, int]:
-        """Return the number of respects in which two plans differ (a size, or any other setting), and of steps between."""
+        """Return the number of respects (sizes, and all other settings) in which two plans differ, and of steps."""
         sizes = [field for field in self.choices if field in SIZES]
         steps = [abs(self.choices[f].index(one.params[f]) - self.choices[f].index(other.params[f])) for f in sizes]
         steps.append(int(any(one.params[f] != other.params[f] for f in self.choices if f not in SIZES)))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torch_xlstm_ops import trace
 from torch_xlstm_ops.config import SETTINGS
+from torch_xlstm_ops.runtime.state import on_reset
 from torch_xlstm_ops.schedules.queue import job
 from torch_xlstm_ops.schedules.ray import cluster, serialization
 from torch_xlstm_ops.schedules.slicing import Run
@@ -243,6 +244,7 @@ def free(device: str) -> int:
     return held + cluster.room("CPU" if device == "cpu" else "GPU")
 
 
+@on_reset
 def release() -> None:
     """End the pool's actors; the next call starts new ones."""
     global _pool
