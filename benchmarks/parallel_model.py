@@ -1,10 +1,11 @@
-"""Predict how long several workers take to read a prompt, hold that to measurements here, and carry it to a cluster.
+"""Predict the time of several workers for a prompt, compare it with measurements, and extrapolate to a cluster.
 
     python -m benchmarks.parallel_model --json result.json      # one process against 1 to 3 workers, one thread each
     python -m benchmarks.parallel_model --paper                 # no measurement: xLSTM-7B on 2 to 1,024 workers
 
-The prediction adds up what each worker does, layer by layer, and when the state of the worker before arrives. It knows
-a token's cost in an mLSTM, in a sum ahead and in the rest of a layer, and that of handing a state on, all measured.
+The prediction adds the work of each worker, layer by layer, and the arrival of the state from the worker before it. Its
+inputs are measured: the cost of a token in an mLSTM, in a summary computed ahead, and in the rest of a layer, and the
+cost of sending a state.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from torch_xlstm_ops.registrations import mlstm as operators
 
 CPU = torch.device("cpu")
 # xLSTM-7B: 32 layers, 6.5 G parameters in them, states of 8 heads (256, 512). An mLSTM took 3.98 ms for 65,536 tokens
-# on an H100 (README), a sum ahead is a third of it; the rest is taken to run at 400 TFLOP/s.
+# on an H100 (README), a summary ahead is a third of it; the rest is assumed to run at 400 TFLOP/s.
 LAYERS_7B, PARAMETERS_7B, STATE_7B = 32, 6.5e9, 8 * (256 * 512 + 256 + 1) * 4
 CELL_7B, FLOPS = 3.98e-3 / 65_536, 400e12
-LATENCY = 3e-3  # of a hop through the object store, as measured on a busy CPU; the bytes come on top
+LATENCY = 3e-3  # of a hop through the object store, measured on a loaded CPU; plus the time of the bytes
 LINKS = (10, 100, 400)  # Gb/s
 PROMPTS = (32_768, 1_000_000, 10_000_000, 100_000_000)
 WORKERS = (1, 2, 4, 8, 16, 64, 256, 1024)
@@ -43,12 +44,12 @@ class Costs(NamedTuple):
 
     rest: float  # projections, norms, feed-forward
     cell: float  # the mLSTM
-    ahead: float  # a sum ahead
+    ahead: float  # a summary ahead
     hop: float  # from one worker to the next
 
 
 def simulate(costs: Costs, tokens: Sequence[int], layers: int, ahead: bool) -> float:
-    """Return the seconds until the last of the workers, which read so many tokens each, has passed all layers."""
+    """Return the seconds until the last worker has finished all layers; each reads its number of tokens."""
     done = [0.0] * len(tokens)
     for _ in range(layers):
         sent = 0.0
@@ -65,13 +66,13 @@ def simulate(costs: Costs, tokens: Sequence[int], layers: int, ahead: bool) -> f
 
 
 def seconds(costs: Costs, tokens: int, workers: int, layers: int) -> float:
-    """Return what `simulate` says of equal stretches, in the way that workers would choose."""
+    """Return the result of `simulate` for equal shards, in the mode that workers would choose."""
     cuts = stretches.cut(tokens, [1.0] * workers)
     return simulate(costs, [cut.stop - cut.start for cut in cuts], layers, stretches.ahead(workers, layers))
 
 
 def paper() -> list[dict[str, Any]]:
-    """Print and return what the model says of xLSTM-7B."""
+    """Print and return the prediction for xLSTM-7B."""
     rows = []
     print(f"{'tokens':>11} {'workers':>7} " + "".join(f"{f'{link} Gb/s':>20}" for link in LINKS))
     for tokens in PROMPTS:
@@ -112,7 +113,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def cell_costs(args: argparse.Namespace, rounds: int) -> tuple[float, float]:
-    """Return the seconds of a token in an mLSTM and in a sum ahead, in this process."""
+    """Return the seconds of a token in an mLSTM and in a summary ahead, in this process."""
     S = min(args.tokens, 8192)
     q, k = torch.randn(2, 1, args.heads, S, args.dhqk)
     v = torch.randn(1, args.heads, S, args.dhhv)
@@ -127,7 +128,7 @@ def cell_costs(args: argparse.Namespace, rounds: int) -> tuple[float, float]:
 
 
 def hop_cost(args: argparse.Namespace) -> float:
-    """Return the seconds from one worker's leaving a state until the next has it, on this host."""
+    """Return the seconds to send a state from one worker to the next on this host."""
     import ray
 
     keeper = ray.remote(Keeper).options(num_cpus=0).remote()
@@ -177,7 +178,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ray.shutdown()
     predicted = {}
     for count in range(1, args.workers + 1):
-        crowd = max(1.0, count / cores)  # workers that share cores slow each other down
+        crowd = max(1.0, count / cores)  # workers that share cores are slower
         costs = Costs(rest * crowd, cell * crowd, ahead * crowd, hop)
         predicted[f"{count} workers"] = seconds(costs, args.tokens, count, args.layers)
     return {
