@@ -1,13 +1,13 @@
-"""Time a transformers xLSTM under the backend `xlstm`, beside the same model eager, patched, and under Inductor alone.
+"""Time a transformers xLSTM under the backend `xlstm`, and compare it with eager, patched, and plain Inductor.
 
     python -m benchmarks.compiled_model --json result.json      # CPU, float32, hidden 512, 8 layers
     python -m benchmarks.compiled_model --preset 7b --device cuda --kernel limit_chunk --json result.json
 
 The preset `7b` is xLSTM-7B's shape with 4 blocks, in bfloat16.
 
-The contenders take turns in one process, call by call, so that whatever else the machine does meets all of them. Each
-is first held to the eager model, at this dtype's tolerance. `linear` times the model's Linear layers alone: what no
-backend can avoid. Compile time is that of the first call with an empty Inductor cache.
+The contenders take turns in one process, call by call, so that other load of the machine affects all of them. Each is
+first compared with the eager model, at this dtype's tolerance. `linear` times only the model's Linear layers, a lower
+bound for every backend. Compile time is that of the first call with an empty Inductor cache.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def build(args: argparse.Namespace) -> Any:
 
 
 class Runner:
-    """A contender's way to call the model, and the cache that it keeps."""
+    """A contender: its call of the model, and its cache."""
 
     def __init__(self, model: Any, contender: Contender, ids: Tensor) -> None:
         self.ids, self.contender = ids, contender
@@ -93,11 +93,11 @@ class Runner:
         return self._last(adapter.run(self.run, self.ids))
 
     def fill(self, eager: Any) -> None:
-        """Fill the cache by the eager model, at addresses that stay."""
+        """Fill the cache by the eager model, at fixed addresses."""
         self.cache = adapter.run(eager, self.ids).cache
         if self.contender.backend == "inductor" and self.contender.mode is not None:
             for t in adapter.tensors(self.cache):
-                torch._dynamo.mark_static_address(t)  # or it records no CUDA graph; the backend xlstm does so itself
+                torch._dynamo.mark_static_address(t)  # needed for CUDA graphs; the backend xlstm does so itself
 
     def decode(self) -> Tensor:
         """Advance the cache by a token; return its logits."""
@@ -105,7 +105,7 @@ class Runner:
         return self._last(adapter.run(self.run, self.ids[:, -1:], self.cache))
 
     def first(self, phase: str) -> Tensor:
-        """Make a phase's first call, compilation from an empty Inductor cache included, and note its seconds."""
+        """Run a phase's first call with an empty Inductor cache, and store its seconds."""
         from torch._inductor.utils import fresh_cache
 
         found: list[Tensor] = []
@@ -124,7 +124,7 @@ class Runner:
 
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return medians and ratios; raise SystemExit if a contender's logits are not those of the eager model."""
+    """Return medians and ratios; raise SystemExit if a contender's logits differ from the eager model's."""
     torch._dynamo.config.recompile_limit = 64  # contenders share the model's code
     model = build(args)
     patched = copy.deepcopy(model)
@@ -153,7 +153,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def _phase(
     phase: str, runners: Mapping[str, Runner], model: Any, device: torch.device, seconds: float
 ) -> dict[str, Any]:
-    """Hold every contender to the eager model, then let them take turns."""
+    """Compare every contender with the eager model, then time them in turns."""
     differences: dict[str, float] = {}
     wanted: Tensor | None = None
     for name, runner in runners.items():
@@ -182,7 +182,7 @@ def _phase(
 
 
 def _linears(model: Any, tokens: int, device: torch.device) -> Callable[[], None]:
-    """Return a call of the model's Linear layers alone, for that many tokens: what no backend can avoid."""
+    """Return a call of only the model's Linear layers for `tokens` tokens, a lower bound for every backend."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     inputs = {
         width: torch.randn(1, tokens, width, device=device, dtype=model.dtype)

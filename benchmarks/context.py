@@ -1,10 +1,10 @@
-"""Measure what extended context promises, with the embedded model: a long prompt, and resuming a kept one.
+"""Measure extended context with the embedded model: a long prompt, and resuming from a stored state.
 
     python -m benchmarks.context --json result.json
 
 long: tokens of Python's own library in one stream, in a process of its own, whose memory and speed are compared with
-those of 16,384; and the second half again in another process, from the state that was saved in the middle, bit for bit.
-pool: the first token after a prefix of 32,768 and a question, read again, and from a state in memory and on disk.
+those of 16,384; and the second half again in another process, from the state saved in the middle, bitwise equal.
+pool: the first token after a prefix of 32,768 and a question, without a pool, from a state in memory, and from disk.
 About 7 minutes on two cores; Linux, as it reads the peak of memory from /proc.
 """
 
@@ -43,7 +43,7 @@ def load() -> Any:
 
 
 def library() -> Iterator[int]:
-    """Yield the bytes of Python's library, over and over."""
+    """Yield the bytes of Python's library repeatedly."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     while True:
         for file in files:
@@ -51,32 +51,32 @@ def library() -> Iterator[int]:
 
 
 def equal(a: Snapshot, b: Snapshot) -> bool:
-    """Say whether two snapshots hold the same bits."""
+    """Return whether two snapshots are bitwise equal."""
     tensors = zip(itertools.chain([a.logits], *a.layers), itertools.chain([b.logits], *b.layers), strict=True)
     return a.position == b.position and all(torch.equal(x, y) for x, y in tensors)
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Return how long a call took, and what it returned."""
+    """Return the seconds of a call, and its result."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
 
 
 def peak(call: Callable[[], Any]) -> tuple[int, float]:
-    """Return the most bytes resident during a call, and its seconds."""
+    """Return the peak of resident bytes during a call, and its seconds."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # the peak starts again
+        file.write("5")  # restarts the measurement of the peak
     taken, _ = seconds(call)
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")), taken
 
 
-# Each in a process of its own
+# Parts, each in its own process
 
 
 def long_prompt(model: Any, folder: Path, tokens: int) -> dict[str, Any]:
-    """Read the stream, saving its state in the middle; a short one before and after it."""
+    """Read the stream and save its state in the middle; read a short one before and after it."""
     middle = tokens // 2
 
     def keep(step: Progress) -> None:
@@ -100,7 +100,7 @@ def long_prompt(model: Any, folder: Path, tokens: int) -> dict[str, Any]:
 
 
 def second_half(model: Any, folder: Path, tokens: int) -> dict[str, Any]:
-    """Go on from the middle, and compare with the state after the whole."""
+    """Continue from the middle, and compare with the state after the whole stream."""
     found = prefill(model, itertools.islice(library(), tokens), file=folder / "middle")
     whole = storage.unpack(storage.from_file(folder / "whole"))
     return {"in_pieces_bit_identical": equal(found, whole)}
@@ -150,7 +150,7 @@ def part(name: str, folder: Path, number: int) -> dict[str, Any]:
 
 
 def work(name: str, folder: Path, number: int) -> None:
-    """Be the process of a part."""
+    """Run a part in this process."""
     model = load()
     with patch("transformers"):
         prefill(model, itertools.islice(library(), 2 * 2048 + 16))  # compiles

@@ -1,10 +1,10 @@
-"""Time the packages people run xLSTM with, as they are and with `patch()`, each in a process of its own, turn by turn.
+"""Time upstream packages unpatched and with `patch()`, each in its own process, in turns.
 
     python -m benchmarks.drop_ins                       # every package that is installed
     python -m benchmarks.drop_ins tirex2 --seconds 30 --json result.json
 
-Models have random weights and the packages' own default sizes. Where a package has a compile option of its own, that
-takes turns too. Results are held to the unpatched ones before anything is timed.
+Models have random weights and the packages' default sizes. A package's own compile option is timed as well. Results are
+compared with the unpatched ones before anything is timed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Case(NamedTuple):
     """A model and its input, built in the process that runs it."""
 
     package: str
-    build: Callable[[int, bool], Call]  # from the batch, and whether to use the package's own compile option
+    build: Callable[[int, bool], Call]  # (batch, use the package's compile option)
     batch: int
     tolerance: float  # relative error of patched against unpatched, Euclidean
-    compiles: bool  # has an option of its own
+    compiles: bool  # has a compile option
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """Give every parameter that has more than one axis small random values, from one seed."""
+    """Fill every parameter with more than one axis with small random values of a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -116,7 +116,7 @@ def flashrnn(batch: int, compiled: bool) -> Call:
 
 
 def xlstm(batch: int, compiled: bool) -> Call:
-    """A stack of mLSTM and sLSTM blocks at the package's defaults, but for the sLSTM's backend, which must run here."""
+    """A stack of mLSTM and sLSTM blocks with the package's defaults, except an sLSTM backend that can run here."""
     model, ids = block_stack("vanilla"), torch.randn(batch, 256, 128, generator=torch.Generator().manual_seed(1))
     return lambda: model(ids)
 
@@ -156,7 +156,7 @@ CASES = {
 
 
 def work(name: str, mode: str, result: Path) -> None:
-    """Build a case, write its result to a file, and then time it once for every line that comes in."""
+    """Build a case, write its result to a file, then time it once for each line of standard input."""
     case = CASES[name]
     torch.manual_seed(0)
     with ExitStack() as stack, torch.inference_mode():
@@ -174,7 +174,7 @@ def work(name: str, mode: str, result: Path) -> None:
 
 @contextmanager
 def worker(name: str, mode: str, threads: int, result: Path) -> Iterator[Callable[[], float]]:
-    """Start a process for one contender, and yield what takes its turn."""
+    """Start a process for one contender, and yield a function that times one call."""
     command = [sys.executable, "-m", "benchmarks.drop_ins", name, "--threads", str(threads)]
     command += ["--worker", mode, str(result)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -183,7 +183,7 @@ def worker(name: str, mode: str, threads: int, result: Path) -> Iterator[Callabl
     stdin, stdout = process.stdin, process.stdout
     try:
         line = ""
-        while line != "ready":  # what the packages print comes first
+        while line != "ready":  # skip what the packages print
             text = stdout.readline()
             if not text:
                 raise SystemExit(f"{name}, {mode}: ended with status {process.wait()} before it was ready")
@@ -220,7 +220,7 @@ def measure(name: str, seconds: float, threads: int) -> dict[str, Any]:
 
 
 def parity(steps: int, backend: str) -> list[float]:
-    """Train a stack with an sLSTM block on the parity of bits, and return the loss of every step."""
+    """Train a stack with an sLSTM block on bit parity, and return the loss of every step."""
     torch.manual_seed(0)
     stack = block_stack(backend, context=16).train()
     embed, head = torch.nn.Embedding(2, 128), torch.nn.Linear(128, 2)

@@ -1,4 +1,4 @@
-"""What no mLSTM can beat here: its bytes at the rate this machine copies, its products at the rate it multiplies."""
+"""Lower bounds of an mLSTM's time: its bytes at the rate of a copy, its products at the rate of a matrix product."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROUNDS = 12
 
 
 class Rates(NamedTuple):
-    """What the machine does at best."""
+    """The best rates of the machine."""
 
     bytes_per_ms: float  # read and written
     flops_per_ms: float
@@ -39,7 +39,7 @@ class Sizes(Protocol):
 
 @functools.cache
 def rates(device: torch.device, dtype: torch.dtype, threads: int) -> Rates:
-    """Measure a copy and a square matrix product, the best of several; `threads` tells one measurement from another."""
+    """Measure a copy and a square matrix product, the best of several; `threads` is part of the cache key."""
     source = torch.ones(_COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     side = _SIDE[device.type]
@@ -51,7 +51,7 @@ def rates(device: torch.device, dtype: torch.dtype, threads: int) -> Rates:
 
 
 def step_ms(sizes: Sizes, dtype: torch.dtype, at: Rates) -> float:
-    """Return the time in which the state is read and written once, and q, k, v, h besides."""
+    """Return the time to read and write the state once, and q, k, v, h."""
     rows = sizes.B * sizes.NH
     state = rows * (sizes.DHQK * sizes.DHHV + sizes.DHQK + 1) * state_dtype(dtype).itemsize
     streams = rows * (2 * sizes.DHQK + 2 * sizes.DHHV) * dtype.itemsize

@@ -1,14 +1,14 @@
-"""Predict what the ops cost on an Apple GPU, by counting what the generated Metal and the ATen calls do.
+"""Predict the cost of the operators on an Apple GPU, by counting the work of the generated Metal and the ATen calls.
 
     python benchmarks/metal_cost.py               # xLSTM-7B's mLSTM: B 1, NH 8, DHQK 256, DHHV 512, S 2048
     python benchmarks/metal_cost.py --tokens 4096 --dtype float32 --json cost.json --detail
 
-THIS IS A PREDICTION: nothing here has run on an Apple GPU. `metal_counter` says what is counted and what is assumed.
-The floor is what any method must do: read the inputs and write the results once, and multiply each token with the state
-twice (one product in, one out).
+THIS IS A PREDICTION: nothing here has run on an Apple GPU. `metal_counter` documents counts and assumptions. The floor
+is the work of every method: read the inputs and write the results once, and multiply each token with the state twice
+(one product in, one out).
 
-Beside ours stand the ancestor's scheme (one compiled step a token) and transformers' eager code, through the same
-counter. Eager elementwise ops are charged as Metal launches, which flatters them.
+The former scheme (one compiled step a token) and transformers' eager code are counted in the same way. Eager
+elementwise operators are charged as Metal launches, which underestimates them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A way to do the work; `times` is how often what was counted happens in it, `tokens` how many that covers."""
+    """A method; the counted work is repeated `times` times, and covers `tokens` tokens."""
 
     name: str
     work: str
@@ -57,16 +57,13 @@ class Contender(NamedTuple):
 
 
 def floor(shape: Shape, dtype: torch.dtype, chip: Chip) -> float:
-    """Return the seconds of the traffic or the arithmetic that no method can avoid, whichever is longer."""
+    """Return the seconds of the minimal traffic or arithmetic, whichever is longer."""
     B, NH, S, DHQK, DHHV = shape
     width = torch.finfo(dtype).bits // 8
     streams = B * NH * S * (2 * DHQK + 2 * DHHV + 2) * width
     states = B * NH * (DHQK * DHHV + DHQK + 1) * 4 * (2 if S == 1 else 1)  # a step also reads its state
     flops = 4 * B * NH * S * DHQK * DHHV
     return max((streams + states) / chip.bandwidth, flops / chip.flops)
-
-
-# --- what is counted ---
 
 
 def draw(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
@@ -80,7 +77,7 @@ def draw(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
 def textbook_step(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor
 ) -> tuple[Tensor, ...]:
-    """Advance one token as the ancestor's compiled step does: float32 inside, the output by a matrix product."""
+    """Run one token as the former compiled step: float32 inside, the output by a matrix product."""
     q, k, v, igate, fgate = (t.float() for t in (q, k, v, igate, fgate))
     log_f = F.logsigmoid(fgate)
     m_new = torch.maximum(log_f + m, igate)
@@ -94,7 +91,7 @@ def textbook_step(
 
 
 def contenders(shape: Shape, dtype: torch.dtype, chunk_size: int | None) -> list[Contender]:
-    """Return everything to count at a shape. chunk_size: ours; None takes the device's habit."""
+    """Return everything to count at a shape. chunk_size: ours; None takes the device's default."""
     args = draw(shape, dtype)
     token = [t[:, :, 0].clone() for t in args[:3]] + [t[:, :, :1].clone() for t in args[3:5]] + args[5:]
     prefill = functools.partial(torch.ops.xlstm.mlstm_chunkwise, chunk_size=chunk_size)
@@ -137,11 +134,8 @@ def _peers(args: list[Tensor], token: list[Tensor], S: int) -> list[Contender]:
     ]
 
 
-# --- reporting ---
-
-
 def measure(shape: Shape, dtype: torch.dtype, chunk_size: int | None) -> list[dict[str, Any]]:
-    """Return one row a contender."""
+    """Return one row for each contender."""
     rows = []
     for contender in contenders(shape, dtype, chunk_size):
         submissions = count(contender.run)
@@ -179,7 +173,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def detail(rows: Sequence[dict[str, Any]]) -> str:
-    """Return what each submission of ours costs on the first chip, in order."""
+    """Return the cost of each of our submissions on the first chip, in order."""
     name, chip = next(iter(CHIPS.items()))
     lines = []
     for row in rows:

@@ -1,9 +1,10 @@
-"""Count what the generated Metal and the ATen calls of a computation do, and predict its time on an Apple GPU.
+"""Count the work of the generated Metal and the ATen calls of a computation, and predict its time on an Apple GPU.
 
 Launches are counted exactly, on the emulated device of tests/mps. A submission is charged its launch plus the longer of
-its memory traffic and its arithmetic at the chip's published rates. Traffic is every buffer once, or what its threads
-can touch of it if that is less: as if caches were perfect inside a launch and empty between launches. Arithmetic is
-2 M N K for a product, and for a generated kernel the operators in its source, a transcendental function counting eight.
+its memory traffic and its arithmetic at the chip's published rates. Traffic is every buffer once, or the part that its
+threads can access if that is less: caches are assumed perfect inside a launch and empty between launches. Arithmetic is
+2 M N K for a product, and the operators in the source of a generated kernel, where a transcendental function counts
+eight.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CHIPS = {
 
 
 class Submission(NamedTuple):
-    """What one launch or ATen call costs."""
+    """The cost of one launch or ATen call."""
 
     name: str
     is_product: bool
@@ -67,7 +68,7 @@ def _launch(launch: Launch) -> Submission:
 
 
 def _accesses(body: str, operand: Operand) -> float:
-    """Return the most bytes of a buffer that one thread can touch: it may use a corner of a large one only."""
+    """Return an upper bound of the bytes of a buffer that one thread accesses."""
     elements = max(1, math.prod(operand.sizes))
     width = max(1, operand.nbytes // elements)
     return width * sum(n * len(re.findall(rf"\b{operand.name}\b", line)) for n, line in _repeated(body))
@@ -105,7 +106,7 @@ def _operations(body: str) -> float:
 
 
 def _repeated(body: str) -> Iterator[tuple[float, str]]:
-    """Yield each line of a kernel with how often a thread runs it."""
+    """Yield each line of a kernel with the number of times that a thread runs it."""
     repeats = [1.0]
     for line in body.splitlines():
         if loop := re.search(r"\bfor\s*\(auto (\w+) = 0; \1 < (\d+)", line):

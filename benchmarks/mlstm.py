@@ -1,16 +1,15 @@
-"""Time our mLSTM against that of mlstm_kernels and transformers, native and Triton, and against the machine's floor.
+"""Time our mLSTM against that of mlstm_kernels and transformers, native and Triton, and the lower bound of the machine.
 
     python -m benchmarks.mlstm --json result.json
     python -m benchmarks.mlstm prefill --shapes 1,8,256,512,2048      # B,NH,DHQK,DHHV,S
 
-Kinds: prefill, train (forward and backward), step, called (a step by the clock on the wall, submission and all),
-captured (a step in a CUDA graph), scaling (ours alone, at lengths up to 131,072), and compile (seconds of a first
-call). Every contender is held to the float64 recurrence before it is timed (a gradient to that of the pure segments,
-which the tests hold to the recurrence's), in the first and last heads of the first and last batch entries; one that is
-not there, or wrong, is named with the reason; the others take turns call by call. Hand-written backward kernels take
-the normaliser as a constant: their gradients are held to that, they count as peers, and the result names them. The
-peers run at each of their chunk sizes, and the best one counts. A reference computes less than an mLSTM, and counts as
-no peer.
+Kinds: prefill, train (forward and backward), step, called (a step in wall time, including submission), captured (a step
+in a CUDA graph), scaling (only ours, at lengths up to 131,072), and compile (seconds of a first call). Every contender
+is compared with the float64 recurrence before it is timed (gradients with those of the pure segments, which the tests
+compare with the recurrence's), in the first and last heads of the first and last batch entries. One that is missing or
+wrong is reported with the reason; the others take turns call by call. Hand-written backward kernels treat the
+normaliser as a constant: their gradients are compared with such ones, and the result names them. The other packages
+run at each of their chunk sizes, and the best one counts. A reference computes less than an mLSTM, and is not ranked.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from benchmarks.peers import Contenders, Run
 from benchmarks.timing import device_timed, machine, peak_bytes, save, spread, timed, turns
 from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step
 from torch_xlstm_ops.maths import mlstm
+from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules import plan
 
@@ -52,10 +52,10 @@ SHAPES = {
     "compile": ["1,4,128,128,2048", "1,4,64,64,1000"],
 }
 _STEPS = ("step", "called", "captured")
-_CUDA_ONLY = ("called", "captured")  # on others a step is timed by the clock on the wall
+_CUDA_ONLY = ("called", "captured")  # elsewhere a step is timed in wall time
 OURS = "ours"
 LEFT_OUT = "left out"
-CHECKED_TOKENS = 2048  # of a longer sequence, by the recurrence
+CHECKED_TOKENS = 2048  # of a longer sequence, compared with the recurrence
 
 
 class Shape(NamedTuple):
@@ -69,7 +69,7 @@ class Shape(NamedTuple):
 
 
 def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Return q, k, v, igate, fgate as a trained model has them: most of the past is kept.
+    """Draw q, k, v, igate, fgate as in a trained model, with mostly open forget gates.
 
     All are of `dtype`, but on CUDA the gates are what its peers want, float32.
     """
@@ -85,7 +85,7 @@ def admitted(
     contenders: Contenders, args: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float,
     without: Sequence[str] = (),
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Return the contenders whose results are right, and why the others take no part."""
+    """Return the contenders with correct results, and the reasons against the others."""
     usable, out = {}, {}
     for name, run in contenders.items():
         if name.startswith(tuple(without)):
@@ -108,15 +108,15 @@ def _rejected(run: Run, args: Sequence[Tensor], wanted: Sequence[Tensor], tolera
 
 
 def _tried(call: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Return what a call returns, or why it returns nothing, in a line."""
+    """Return the result of a call, or its error in one line."""
     try:
         return call(), None
-    except Exception as error:  # Triton's, as OutOfResources, share no class but this, and one must not end the others
+    except Exception as error:  # Triton's errors have no other common class; the other contenders go on
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def checked(t: Tensor) -> Tensor:
-    """Return what of a tensor (B, NH, ...) is held to the recurrence: its first and last rows, in float64."""
+    """Return the part of a tensor (B, NH, ...) to compare with the recurrence: its first and last rows, in float64."""
     B, NH = t.shape[:2]
     rows = t[::max(1, B - 1), ::max(1, NH - 1)]
     return (rows.cpu() if t.device.type == "mps" else rows).double()
@@ -133,7 +133,7 @@ def measure(
     kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float,
     without: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the medians of one case, our ratios to the best peer and to the floor, and who took no part."""
+    """Return the medians of one case, our ratios to the best package and to the floor, and who was excluded."""
     args = draw(shape, dtype, device)
     rows = [checked(t) for t in args]
     zeros = [torch.zeros(size, device=device) for size in (
@@ -178,7 +178,7 @@ def measure(
     medians = {name: round(statistics.median(times), 4) for name, times in taken.items()}
     best = min((name for name in usable if name != OURS), key=medians.__getitem__, default=None)
     return {
-        "kind": kind, "shape": shape._asdict(), "dtype": str(dtype).removeprefix("torch."), "ms": medians,
+        "kind": kind, "shape": shape._asdict(), "dtype": dtype_name(dtype), "ms": medians,
         "spread": {name: spread(times) for name, times in taken.items()}, "peak_bytes": memory,
         "best_peer": best, "ratio": None if best is None else round(medians[OURS] / medians[best], 3),
         "floor_ms": round(floor, 4), "to_floor": round(medians[OURS] / floor, 2),
@@ -190,7 +190,7 @@ def measure(
 def _references(
     args: Sequence[Tensor], device: torch.device, without: Sequence[str], *, train: bool
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """Return the references, called once, and why others take no part."""
+    """Return the references, called once, and the reasons against the others."""
     calls, out = {}, {}
     for name, reference in peers.references(device, args, train=train).items():
         if isinstance(reference, str) or name.startswith(tuple(without)):
@@ -205,7 +205,7 @@ def _references(
 
 
 def _segments(*streams: Tensor) -> tuple[Tensor]:
-    """Return h (B, NH, S, DHHV) by pure segments of 16 chunks, for autograd to differentiate."""
+    """Return h (B, NH, S, DHHV) by pure segments of 16 chunks, to be differentiated by autograd."""
     B, NH, S, DHQK = streams[0].shape
     state = [streams[0].new_zeros(B * NH, *sizes) for sizes in ((DHQK, streams[2].shape[-1]), (DHQK,), (1,))]
     h = []
@@ -217,7 +217,7 @@ def _segments(*streams: Tensor) -> tuple[Tensor]:
 
 
 def _constant_normaliser(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tensor]:
-    """Return h, all tokens against all, whose gradient leaves out the denominator and the maximum in it."""
+    """Return h by the parallel form; its gradient omits the denominator and the maximum in it."""
     decay = torch.nn.functional.logsigmoid(fgate).cumsum(-1)
     weights = decay[..., :, None] - decay[..., None, :] + igate[..., None, :]
     seen = torch.ones(weights.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -236,7 +236,7 @@ def _captured(run: Run, args: Sequence[Tensor]) -> Callable[[], None]:
 
 
 def _train(run: Run, *args: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of all arguments, for a gradient of h that is all ones."""
+    """Return the gradients of all arguments for a gradient of ones."""
     leaves = [t.detach().requires_grad_() for t in args]
     h = run(*leaves)[0]
     return torch.autograd.grad(h, leaves, torch.ones_like(h))
@@ -256,7 +256,7 @@ print(time.perf_counter() - start)
 
 
 def compile_seconds(shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Return the seconds of a first call with an empty cache on disk, and in a second process that finds it filled."""
+    """Return the seconds of a first call with an empty disk cache, and in a second process with a filled one."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         code = _COMPILE.format(shape=tuple(shape), device=device)
@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 cases.append(measure(kind, shape, dtype, device, given.seconds, given.without))
             print(json.dumps(cases[-1], indent=1), flush=True)
-            save({"machine": machine(device), "cases": cases}, given.json)  # now: a later case may end the process
+            save({"machine": machine(device), "cases": cases}, given.json)  # a later case may crash
 
 
 if __name__ == "__main__":

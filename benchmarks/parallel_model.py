@@ -1,4 +1,4 @@
-"""Predict how long several workers take to read a prompt, hold that to measurements here, and carry it to a cluster.
+"""Predict the time of several workers for a prompt, compare it with measurements, and extrapolate to a cluster.
 
     python -m benchmarks.parallel_model --json result.json      # one process against 1 to 3 workers, one thread each
     python -m benchmarks.parallel_model --paper                 # no measurement: xLSTM-7B on 2 to 1,024 workers
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 # on an H100 (README), a summary is a third of it; the rest is taken to run at 400 TFLOP/s.
 LAYERS_7B, PARAMETERS_7B, STATE_7B = 32, 6.5e9, 8 * (256 * 512 + 256 + 1) * 4
 CELL_7B, FLOPS = 3.98e-3 / 65_536, 400e12
-LATENCY = 3e-3  # of a hop through the object store, as measured on a busy CPU; the bytes come on top
+LATENCY = 3e-3  # of a hop through the object store, measured on a loaded CPU; plus the time of the bytes
 LINKS = (10, 100, 400)  # Gb/s
 PROMPTS = (32_768, 1_000_000, 10_000_000, 100_000_000)
 WORKERS = (1, 2, 4, 8, 16, 64, 256, 1024)
@@ -71,7 +71,7 @@ def seconds(costs: Costs, tokens: int, workers: int, layers: int) -> float:
 
 
 def paper() -> list[dict[str, Any]]:
-    """Print and return what the model says of xLSTM-7B."""
+    """Print and return the prediction for xLSTM-7B."""
     rows = []
     print(f"{'tokens':>11} {'workers':>7} " + "".join(f"{f'{link} Gb/s':>20}" for link in LINKS))
     for tokens in PROMPTS:
@@ -127,7 +127,7 @@ def cell_costs(args: argparse.Namespace, rounds: int) -> tuple[float, float]:
 
 
 def hop_cost(args: argparse.Namespace) -> float:
-    """Return the seconds from one worker's leaving a state until the next has it, on this host."""
+    """Return the seconds to send a state from one worker to the next on this host."""
     import ray
 
     directory = ray.remote(StateDirectory).options(num_cpus=0).remote()

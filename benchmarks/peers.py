@@ -1,4 +1,4 @@
-"""The mLSTM of other packages, by name: each a function, or the reason why it takes no part here."""
+"""The mLSTM functions of other packages by name, or the reason why one cannot run here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sequences(device: torch.device, dtype: torch.dtype) -> Contenders:
             found[name] = run
         else:
             how: dict[str, Any] = {"autocast_kernel_dtype": dtype} if name in _TRITON else {}
-            if name != "mlstm_kernels xl_chunk":  # never seen to compile with it, in Triton 3.6
+            if name != "mlstm_kernels xl_chunk":  # does not compile with it in Triton 3.6
                 how["return_last_states"] = True
             # Native code multiplies gates with the streams; with bfloat16 ones Triton 3.6 aborts on xl_chunk's kernels,
             # chunks of 64 and more.
@@ -49,9 +49,9 @@ def sequences(device: torch.device, dtype: torch.dtype) -> Contenders:
 
 
 def references(device: torch.device, args: Sequence[Tensor], *, train: bool) -> dict[str, Callable[[], Any] | str]:
-    """Return calls on q k v igate fgate that show how fast a simpler layer is: the same products, no normaliser.
+    """Return calls on q k v igate fgate of a simpler layer: the same products, no normaliser.
 
-    They get their layout (B, S, NH, D) for nothing. train: with the gradients of all of their arguments.
+    The conversion to their layout (B, S, NH, D) is not timed. train: with the gradients of all of their arguments.
     """
     name = "fla simple_gla (no normaliser, no input gate)"
     run = _find("fla.ops.simple_gla", "chunk_simple_gla") if device.type == "cuda" else _NO_CUDA

@@ -1,4 +1,4 @@
-"""What the suites found, as a table on the terminal, and as RESULTS.md with a plot for each suite."""
+"""Show results of the suites on the terminal, and in RESULTS.md with a plot for each suite."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Kept = Mapping[str, Any]
 
 
 def keep(found: Kept) -> None:
-    """Write one suite's result where the report finds it."""
+    """Write one suite's result to the folder of the report."""
     FOLDER.mkdir(exist_ok=True)
     _place(found).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -47,7 +47,7 @@ def show(found: Kept) -> None:
 
 
 def write() -> None:
-    """Write RESULTS.md, and the plots, from all that is kept."""
+    """Write RESULTS.md and the plots from all stored results."""
     check_plots()
     lines = [INTRODUCTION]
     for path in sorted(FOLDER.glob("*.json"), key=lambda path: [*SUITES].index(path.stem.split(".")[0])):
@@ -82,14 +82,14 @@ def _cells(row: Row) -> list[str]:
 
 
 def _absent(found: Kept) -> list[str]:
-    """Return who took no part, and why, each reason once."""
+    """Return who was excluded, grouped by reason."""
     reasons = {f"{name}: {why}": None for row in _rows(found) for name, why in row.no_part.items()}
     errors = [f"{part['module']}: {part['error']}" for part in found["parts"] if "error" in part]
     return [*errors, *reasons]
 
 
 def _plot(found: Kept, path: Path) -> bool:
-    """Draw the ratios to the best peer, where there are any."""
+    """Plot the ratios to the best other package, if there are any."""
     rows = [row for row in _rows(found) if row.ratio is not None]
     if not rows:
         return False

@@ -1,11 +1,11 @@
-"""Run a suite of benchmarks, and write what they found: a table here, JSON, a plot, and RESULTS.md.
+"""Run a suite of benchmarks, and write the results: a table, JSON, a plot, and RESULTS.md.
 
     python -m benchmarks.run mlstm_prefill                # or mlstm_train, mlstm_step, slstm, model, scaling, all
-    python -m benchmarks.run all --quick                  # small shapes, a look at whether everything runs
+    python -m benchmarks.run all --quick                  # small shapes, to check that everything runs
 
-Each part runs in a process of its own and is kept in benchmarks/results/, by suite and device, with the versions and
-the commit it measured; RESULTS.md is written from all that is kept there. A quick look is only shown, unless --json
-names a file. Peers take part where they are installed: pip install -e ".[peers]".
+Each part runs in its own process. Its result is stored in benchmarks/results/, by suite and device, with the versions
+and the commit; RESULTS.md is written from all stored results. A quick run is only shown, unless --json names a file.
+Other packages are included if they are installed: pip install -e ".[peers]".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(part: Part, device: str, quick: bool) -> dict[str, Any]:
-    """Return a part's result, and where it ended early, why."""
+    """Return a part's result, and its error if it failed."""
     arguments = [*part.arguments[device], *(part.quick if quick else [])]
     if "--device" not in arguments:
         arguments += ["--device", device]
@@ -44,7 +44,7 @@ def run(part: Part, device: str, quick: bool) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit that is measured, with a + where files differ from it; empty outside a checkout."""
+    """Return the measured commit, with a + if files differ from it; empty outside a checkout."""
     done = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=ROOT)
     return done.stdout.strip()
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where to write the result too")
     given = parser.parse_args(arguments)
     device = devices.resolve_device(given.device).type
-    found, measured = [], commit()  # now: what is kept changes files
+    found, measured = [], commit()  # before the results change files
     for suite in SUITES if given.suite == "all" else [given.suite]:
         parts = [run(part, device, given.quick) for part in on(suite, device)]
         kept = {"suite": suite, "device": device, "commit": measured, "quick": given.quick, "parts": parts}

@@ -1,11 +1,11 @@
 """Time the queued schedule against the inductor schedule on one mLSTM prefill, and print their plans.
 
     python -m benchmarks.schedules --json result.json                 # this machine's first device
-    python -m benchmarks.schedules --schedules inductor queued ray --sweep    # at which lengths each pays
+    python -m benchmarks.schedules --schedules inductor queued ray --sweep    # at which lengths each is faster
     python -m benchmarks.schedules --cases 1,2,256,512,4096:segment=1024,heads_per_band=2   # B,NH,DHQK,DHHV,S:settings
 
-A schedule is held to the other one, and on a short sequence to the recurrence, before it is timed; then they take
-turns call by call, so that whatever else the machine does meets both.
+Each schedule is compared with the other one, and on a short sequence with the recurrence, before it is timed; then they
+take turns call by call, so that other load of the machine affects both.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from benchmarks.timing import machine, save, timed
 from torch_xlstm_ops import config
 from torch_xlstm_ops.api import mlstm_chunkwise
 from torch_xlstm_ops.config import Schedule
+from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules import plan
 from torch_xlstm_ops.schedules.machine import machine as machine_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, in the Euclidean norm
 SCHEDULES = ("inductor", "queued")
-# The shape of a 7B model; one band that two workers share by summaries; and two heads, a band each.
+# The shape of a 7B model; one band, whose summaries two workers compute; and two bands of one head.
 CASES = ["1,8,256,512,8192", "1,2,256,512,4096:segment=1024,heads_per_band=2", "1,2,256,512,4096:segment=1024"]
 SWEEP = [f"1,8,256,512,{S}" for S in (512, 2048, 8192, 32_768, 65_536)]
-CHECKED_TOKENS = 96  # by the recurrence
+CHECKED_TOKENS = 96  # compared with the recurrence
 
 
 class Case(NamedTuple):
-    """The sizes of one call, and the settings that both schedules run under."""
+    """The sizes of one call, and the settings of both schedules."""
 
     B: int
     NH: int
@@ -51,7 +52,7 @@ class Case(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """Read ``B,NH,DHQK,DHHV,S`` and maybe ``:field=value,...``."""
+        """Parse ``B,NH,DHQK,DHHV,S`` with optional ``:field=value,...``."""
         sizes, _, settings = text.partition(":")
         pairs = (pair.split("=") for pair in settings.split(",") if pair)
         B, NH, DHQK, DHHV, S = map(int, sizes.split(","))
@@ -59,7 +60,7 @@ class Case(NamedTuple):
 
 
 def draw(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Return q, k, v, igate, fgate; forget gates mostly open, as trained ones are."""
+    """Return q, k, v, igate, fgate; forget gates are mostly open, as in trained models."""
     g = torch.Generator().manual_seed(0)
     B, NH, DHQK, DHHV, S, _ = case
     streams = [torch.randn(B, NH, S, D, generator=g).to(device, dtype) for D in (DHQK, DHQK, DHHV)]
@@ -110,7 +111,7 @@ def measure(
                 taken[name].append(timed(lambda name=name: call(name), device))  # type: ignore[misc]
     medians = {name: round(statistics.median(times), 2) for name, times in taken.items()}
     return {
-        "case": case._asdict(), "dtype": str(dtype).removeprefix("torch."), "backward": learning, "median_ms": medians,
+        "case": case._asdict(), "dtype": dtype_name(dtype), "backward": learning, "median_ms": medians,
         "fastest_ms": {name: round(min(times), 2) for name, times in taken.items()},
         "ratio": {name: round(ms / medians["inductor"], 4) for name, ms in medians.items()},
         "first_call_s": {name: round(seconds, 1) for name, seconds in first.items()},
@@ -120,7 +121,7 @@ def measure(
 
 
 def table(cases: Sequence[dict[str, Any]]) -> str:
-    """Return a line a case, and at which of them each schedule was faster than each other."""
+    """Return a line for each case, and the cases in which each schedule was faster than each other."""
     names = list(cases[0]["median_ms"])
     lines = ["  ".join(["B,NH,DHQK,DHHV,S".ljust(40), *(f"{name + ' ms':>12}" for name in names)])]
     for case in cases:

@@ -3,9 +3,9 @@
     python -m benchmarks.slstm --json result.json                                # this machine's first device
     python -m benchmarks.slstm --device cuda --shapes 8,4,64,1024 8,4,128,1024   # B,NH,DH,S
 
-Every contender is held to the float64 recurrence before it is timed, one that is not there or not right is named with
-the reason, and the others take turns call by call, so that whatever else the machine does meets all of them. On CUDA
-we also run without graphs and with the other way of multiplying by R, to show what each is worth.
+Every contender is compared with the float64 recurrence before it is timed; one that is missing or wrong is reported
+with the reason. The others take turns call by call, so that other load of the machine affects all of them. On CUDA ours
+also runs without graphs and with the other product by R, to show the effect of each.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.timing import alternate, machine, save, timed
 from torch_xlstm_ops.api import slstm_sequence, slstm_step
 from torch_xlstm_ops.maths import slstm
+from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.ops.slstm import sequence
 from torch_xlstm_ops.ops.slstm.kernels import DEFAULTS
 from torch_xlstm_ops.runtime import devices
@@ -50,13 +51,10 @@ class Shape(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A way to run a sequence, and what has to hold meanwhile, forward and backward."""
+    """A way to run a sequence, and a context manager for its forward and backward pass."""
 
     forward: Forward
     during: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
-# --- contenders ---
 
 
 def ours(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
@@ -91,7 +89,7 @@ def flashrnn(backend: str) -> Forward:
     def forward(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
         import flashrnn
 
-        dtype = str(x.dtype).removeprefix("torch.")
+        dtype = dtype_name(x.dtype)
         bias = b.to(x.dtype)
         h, _ = flashrnn.flashrnn(x, r, bias, function="slstm", backend=backend, dtype=dtype)
         return h[0]  # type: ignore[no-any-return]
@@ -100,7 +98,7 @@ def flashrnn(backend: str) -> Forward:
 
 
 def contenders(device: torch.device) -> dict[str, Contender]:
-    """Return what may take part on a kind of device."""
+    """Return the contenders for a type of device."""
     some = {"xlstm vanilla": Contender(xlstm_vanilla), "flashrnn vanilla": Contender(flashrnn("vanilla"))}
     if device.type == "cuda":
         without, by_matmul = CudaGraphs(capacity=0), CudaGraphs()
@@ -110,11 +108,8 @@ def contenders(device: torch.device) -> dict[str, Contender]:
     return {OURS: Contender(ours), **some}
 
 
-# --- correctness ---
-
-
 def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x, r, b; forget gates mostly open, as trained ones are."""
+    """Return x, r, b; forget gates are mostly open, as in trained models."""
     g = torch.Generator().manual_seed(0)
     B, NH, DH, S = shape
     x = torch.randn(B, S, 4, NH, DH, generator=g)
@@ -125,7 +120,7 @@ def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor
 
 
 def wide(t: Tensor) -> Tensor:
-    """Return `t` in float64; MPS has none, so there on the CPU."""
+    """Return `t` in float64, on the CPU for MPS, which has none."""
     return (t.cpu() if t.device.type == "mps" else t).detach().double()
 
 
@@ -134,7 +129,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def reference(args: Sequence[Tensor], dh: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return h and the gradients of x, r, b by the float64 recurrence, where there is float64."""
+    """Return h and the gradients of x, r, b by the recurrence in float64."""
     leaves = [wide(t).requires_grad_() for t in args]
     x, r, b = leaves
     zeros = x.new_zeros(x.shape[0], *x.shape[3:])
@@ -145,7 +140,7 @@ def reference(args: Sequence[Tensor], dh: Tensor) -> tuple[Tensor, Sequence[Tens
 def rejected(
     name: str, contender: Contender, args: Sequence[Tensor], dh: Tensor, wanted: tuple[Tensor, Sequence[Tensor]]
 ) -> str:
-    """Return why a contender may not take part, or nothing; calls it three times, which also warms it up."""
+    """Call a contender three times, and return why it is excluded, or None."""
     leaves = [t.detach().requires_grad_() for t in args]
     try:
         with contender.during():
@@ -154,7 +149,7 @@ def rejected(
                 gradients = torch.autograd.grad(h, leaves, dh)
             for _ in range(3):
                 inference(contender, args)
-    except Exception as error:  # a peer that does not build, or does not take this shape
+    except Exception as error:  # a package that cannot be built, or does not take this shape
         if name == OURS:
             raise
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
@@ -166,9 +161,6 @@ def rejected(
     if name == OURS:
         raise SystemExit(f"ours is wrong: {reason}")
     return reason
-
-
-# --- time ---
 
 
 def inference(contender: Contender, args: Sequence[Tensor]) -> None:
@@ -184,7 +176,7 @@ def training(contender: Contender, leaves: Sequence[Tensor], dh: Tensor) -> None
 def measure(
     shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float, without: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the medians of one case, the step's microseconds, and who took no part."""
+    """Return the medians of one case, the step's microseconds, and who was excluded."""
     args = draw(shape, dtype, device)
     dh = torch.randn(shape.B, shape.S, shape.NH, shape.DH, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     wanted = reference(args, dh)
@@ -199,7 +191,7 @@ def measure(
     both_ms = alternate({name: partial(training, one, leaves, dh) for name, one in usable.items()}, device, seconds)
     return {
         "shape": shape._asdict(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "ours_first_calls_s": round(first_seconds, 1),
         "forward_ms": forward_ms,
         "forward_backward_ms": both_ms,
@@ -212,12 +204,12 @@ def measure(
 
 
 def ratios(medians: dict[str, float]) -> dict[str, float]:
-    """Return our time over each other's."""
+    """Return the ratios of our time to the others'."""
     return {name: round(medians[OURS] / ms, 4) for name, ms in medians.items() if name != OURS}
 
 
 def step_us(args: Sequence[Tensor], device: torch.device, calls: int = 200) -> float:
-    """Return the microseconds of one step at batch 1, overhead included; the device may run behind the host."""
+    """Return the microseconds of one step at batch 1, with overhead; the device may run asynchronously."""
     x, r, b = args
     zeros = torch.zeros(1, *x.shape[3:], device=device)
     token = x[:1, 0].contiguous()

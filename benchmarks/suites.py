@@ -1,4 +1,4 @@
-"""The named suites: which module measures what, in full and quickly, and how its result reads as rows of a table."""
+"""The suites: the modules and arguments of each, in full and quick, and the table rows of their results."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ Result = Mapping[str, Any]
 
 
 class Row(NamedTuple):
-    """One figure: what was timed, our median, and what it is held against."""
+    """One figure: what was timed, our median, and the one to compare it with."""
 
     what: str
     ours: str  # with its unit
-    peer: str  # the best one, with its unit; empty where there is none
-    ratio: float | None  # ours to the best peer's; lower is better
+    peer: str  # of the best other package, with its unit; empty if there is none
+    ratio: float | None  # ours to the best other's; lower is better
     spread: float | None = None  # of ours: half the distance of the quartiles over the median
-    to_floor: float | None = None  # ours to what the machine's bytes and products take
-    no_part: Mapping[str, str] = {}  # who could not run, or was wrong, and why
+    to_floor: float | None = None  # ours to the lower bound of the machine
+    no_part: Mapping[str, str] = {}  # excluded packages with the reasons
 
 
 class Part(NamedTuple):
     """One benchmark of a suite."""
 
     module: str  # in benchmarks
-    arguments: dict[str, list[str]]  # by device type, in full; what is absent is not measured there
-    quick: list[str]  # added to them for a quick look
+    arguments: dict[str, list[str]]  # by device type; no entry: not measured there
+    quick: list[str]  # added for a quick run
     rows: Callable[[Result], Iterable[Row]]
 
 
-_HOLDING = ("prefill", "train")  # what holds memory of note
+_HOLDING = ("prefill", "train")  # kinds whose memory is shown
 
 
 def _mlstm(result: Result) -> Iterator[Row]:
@@ -89,19 +89,19 @@ def _schedules(result: Result) -> Iterator[Row]:
         yield Row(what, f"{ms['queued']:.1f} ms", f"{ms['inductor']:.1f} ms, inductor", case["ratio"]["queued"])
 
 
-# 65,536 tokens, as the peers publish theirs.
+# 65,536 tokens, as in the published figures of the other packages.
 _PUBLISHED = ["32,8,256,512,2048", "8,8,256,512,8192", "1,8,256,512,65536",
               "32,16,128,256,2048", "8,16,128,256,8192", "1,16,128,256,65536"]
 _TRAINED = ["8,8,256,512,8192", "8,16,128,256,8192"]
 _STEPPED = ["64,8,256,512,1", "64,16,128,256,1", "1,8,256,512,1", "1,16,128,256,1"]
 _BF16 = ["--dtype", "bfloat16"]
 _ON_CUDA = [*_BF16, "--seconds", "4"]
-# Loops over chunks, which take long there; chunks of 32, whose states at 65,536 tokens exceed 2^31 elements: a run with
-# them ended in an illegal memory access, which ends every contender; and what takes 3 and 9 times as long as the best.
+# Left out: loops over chunks, which are slow there; chunks of 32, whose states at 65,536 tokens exceed 2^31 elements,
+# which caused an illegal memory access and stopped all contenders; and kernels 3 and 9 times as slow as the best.
 _LEFT_OUT = ["--without", "transformers native", "mlstm_kernels native",
              *(f"mlstm_kernels {name}" for name in ("xl_chunk 32", "limit_chunk 32", "limit_chunk 128",
                                                     "limit_chunk 256"))]
-_NO_LOOPS = ["--without", "xlstm vanilla", "flashrnn vanilla", "--seconds", "3"]  # which take seconds a call there
+_NO_LOOPS = ["--without", "xlstm vanilla", "flashrnn vanilla", "--seconds", "3"]  # loops take seconds a call there
 
 
 def _mlstm_part(kind: str, cuda: list[str], quick: str) -> Part:

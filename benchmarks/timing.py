@@ -1,4 +1,4 @@
-"""What every measurement shares: clocks, turns taken call by call, the machine's name."""
+"""Timing for all benchmarks: clocks, calls in turns, memory, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BUSY_BYTES = 1 << 30  # written in 0.4 ms on an H100: longer than a call takes 
 
 
 def alternate(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
-    """Return the median milliseconds of each call, all taking turns until the time is up, five times at least."""
+    """Run the calls in turns until the time is over, at least five times; return the median milliseconds of each."""
     return {name: round(statistics.median(times), 4) for name, times in turns(calls, device, seconds).items()}
 
 
@@ -32,7 +32,7 @@ def turns(
     calls: Mapping[str, Call], device: torch.device, seconds: float,
     clock: Callable[[Call, torch.device], float] = timed,
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of each call in each of its turns, as of `alternate`."""
+    """Return the milliseconds of every run of each call, in turns as in `alternate`."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, taken.values())) < 5:
@@ -42,7 +42,7 @@ def turns(
 
 
 def device_timed(call: Call, device: torch.device) -> float:
-    """Return the milliseconds that a call keeps `device`, its submission left out on CUDA.
+    """Return the milliseconds of a call on `device`, on CUDA without its submission.
 
     As within a model, and as `triton.testing.do_bench` has it: the device has other work until the call is submitted,
     and that work leaves nothing of the call's in its caches.
@@ -59,13 +59,13 @@ def device_timed(call: Call, device: torch.device) -> float:
 
 
 @functools.cache
-@torch.inference_mode(mode=False)  # for whatever mode the next caller is in
+@torch.inference_mode(mode=False)  # independent of the mode of the next caller
 def _busy(device: torch.device) -> torch.Tensor:
     return torch.empty(_BUSY_BYTES, dtype=torch.int8, device=device)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Return the most bytes that a call holds at once on CUDA, its arguments left out; None where nobody counts."""
+    """Return the peak of bytes that a call allocates on CUDA, without its arguments; None elsewhere."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -81,7 +81,7 @@ def spread(times: Sequence[float]) -> float:
 
 
 def machine(device: torch.device, *packages: str) -> dict[str, Any]:
-    """Return what a figure depends on: the device, its threads, and versions."""
+    """Return the device, its threads, and versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {
@@ -91,6 +91,6 @@ def machine(device: torch.device, *packages: str) -> dict[str, Any]:
 
 
 def save(result: Mapping[str, Any], path: Path | None) -> None:
-    """Write a result as JSON where one was asked for."""
+    """Write a result as JSON if a path is given."""
     if path is not None:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Train the embedded demo model: a byte-level xLSTM that has read the Python standard library.
+"""Train the embedded demo model: a byte-level xLSTM trained on the Python standard library.
 
     python -m benchmarks.train_demo_model --minutes 8
 
@@ -44,7 +44,7 @@ class Source(NamedTuple):
 
 
 class Clock:
-    """Where training stands between its start (0) and its end (1), by steps or by time, whichever is further."""
+    """Progress of training from 0 to 1, by steps or by time, whichever is further."""
 
     def __init__(self, steps: int, minutes: float) -> None:
         self.born = self.started = time.perf_counter()
@@ -55,7 +55,7 @@ class Clock:
         return time.perf_counter() - self.born
 
     def start(self) -> None:
-        """Leave what came before, compilation above all, out of the schedule."""
+        """Exclude the time so far, mostly compilation, from the schedule."""
         self.started = time.perf_counter()
 
     def progress(self, step: int) -> float:
@@ -64,7 +64,7 @@ class Clock:
 
 
 def split_of(path: str) -> str:
-    """Name the split that a library file belongs to."""
+    """Return the split of a library file."""
     bucket = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") % 100
     edge = 0
     for split, percent in SPLITS.items():
@@ -98,7 +98,7 @@ def tokenizer() -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in ByteLevel
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that ByteLevel does not map
     hidden = [b for b in range(256) if b not in shown]
     letters = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
     codec = Tokenizer(models.BPE(vocab={letters[b]: b for b in range(256)}, merges=[]))
@@ -146,14 +146,14 @@ def advance(model: Any, block: Callable[..., Any], ids: Tensor, states: States) 
 
 
 def nats(model: Any, x: Tensor, targets: Tensor) -> Tensor:
-    """Return the negative log-likelihood (B * S,) of targets (B, S); a target of -1 costs nothing."""
+    """Return the negative log-likelihood (B * S,) of targets (B, S); a target of -1 counts 0."""
     cap = model.config.output_logit_soft_cap
     logits = cap * torch.tanh(model.lm_head(model.backbone.out_norm(x)).float() / cap)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
 
 
 def call(layer: Any, x: Tensor, state: tuple[Tensor, Tensor, Tensor]) -> Any:
-    """Run one block; a function of its own for torch.compile."""
+    """Run one block; a separate function for torch.compile."""
     return layer(x, state)
 
 
@@ -163,7 +163,7 @@ def autocast(device: str) -> Any:
 
 @torch.no_grad()
 def bits_per_byte(model: Any, sources: Sequence[Source], rows: int, length: int) -> float:
-    """Return the cost of whole files, each read from its start with the states carried to its end."""
+    """Return the cost of whole files, each read from its start to its end with the states kept."""
     was_training = model.training
     model.eval()
     device, total = model.device, torch.zeros((), dtype=torch.float64, device=model.device)
@@ -179,13 +179,13 @@ def bits_per_byte(model: Any, sources: Sequence[Source], rows: int, length: int)
 
 
 def evaluate(model: Any, sources: Sequence[Source], args: argparse.Namespace) -> float:
-    """Return the bits a byte of the first sources, as many as asked for; few long rows, as files are long."""
+    """Return the bits a byte of the first `count` sources, in few long rows, as files are long."""
     sources = sources[: args.evaluate_files]
     return bits_per_byte(model, sources, max(1, args.batch * args.length // EVALUATION_WINDOW), EVALUATION_WINDOW)
 
 
 def rows_of_files(sources: Sequence[Source], rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay whole files out over rows of equal work, each from the start of a window on; the rest is -1 in the targets.
+    """Arrange whole files in rows of similar length, each file at the start of a window; fill the targets with -1.
 
     Returns inputs and targets (rows, NW * length), and which windows begin a file (rows, NW).
     """
@@ -208,7 +208,7 @@ def rows_of_files(sources: Sequence[Source], rows: int, length: int) -> tuple[Te
 
 
 def windows(sources: Sequence[Source], args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and targets (B, S) for ever: every lane reads on where it stopped, files shuffled each epoch."""
+    """Yield inputs and targets (B, S) without end: every lane continues its files, which are shuffled each epoch."""
     generator = torch.Generator().manual_seed(args.seed)
     end = torch.tensor([END], dtype=torch.int16)
     while True:
@@ -224,7 +224,7 @@ def windows(sources: Sequence[Source], args: argparse.Namespace) -> Iterator[tup
 
 
 def clear(states: States, lanes: Tensor) -> States:
-    """Return the states with those of some lanes (B,) bool back at zero."""
+    """Return the states with those of the lanes (B,) bool set to zero."""
     keep = (~lanes).float()
     return [(c * keep[:, None, None, None], n * keep[:, None, None], m * keep[:, None, None]) for c, n, m in states]
 
@@ -240,7 +240,7 @@ def optimizer(model: Any, args: argparse.Namespace) -> torch.optim.AdamW:
 
 
 def add_dropout(model: Any, probability: float) -> None:
-    """Drop units of what each residual branch adds, in training."""
+    """Apply dropout to the output of each residual branch in training."""
     def drop(module: torch.nn.Module, _: Any, output: Tensor) -> Tensor:
         return F.dropout(output, probability, module.training)
 
@@ -253,7 +253,7 @@ def add_dropout(model: Any, probability: float) -> None:
 def train(
     model: Any, sources: dict[str, list[Source]], args: argparse.Namespace, clock: Clock
 ) -> list[dict[str, float]]:
-    """Train `model`, leave the best weights in it, and return the curve."""
+    """Train `model`, load the best weights into it, and return the curve."""
     block = torch.compile(call, dynamic=False) if args.compile else call
     add_dropout(model, args.dropout)
     adam, states = optimizer(model.train(), args), zero_states(model, args.batch)
@@ -274,7 +274,7 @@ def train(
         adam.step()
         adam.zero_grad(set_to_none=True)
         recent = loss.detach() if step == 0 else torch.lerp(recent, loss.detach(), 0.05)
-        if step % 8 == 0 and not math.isfinite(recent.item()):  # reading it also keeps the queue, and the clock, honest
+        if step % 8 == 0 and not math.isfinite(recent.item()):  # which also waits for the device
             raise SystemExit(f"the loss is {recent.item()} at step {step}: try a lower --lr")
         if step == 1:
             clock.start()
@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     files = [file for file in args.out.iterdir() if file.is_file()]
     for file in files:
-        file.chmod(0o644)  # package data: everybody may read it
+        file.chmod(0o644)  # package data: readable for everybody
     size = sum(file.stat().st_size for file in files)
     print(f"test: {test:.4f} bits a byte; {args.out}: {size:,} bytes", flush=True)
     if size > LIMIT:

@@ -37,12 +37,12 @@ LIMIT = 4 * 2**20  # bytes that a file of weights may take
 
 
 def stages(args: argparse.Namespace) -> list[int]:
-    """Return the numbers of pairs, from few to all, doubling."""
+    """Return the numbers of pairs, doubling up to all."""
     return [args.pairs >> shift for shift in range(int(math.log2(args.pairs / args.first)), -1, -1)]
 
 
 def one_step(model: Recall, adam: torch.optim.Optimizer, rows: Any, device: str) -> tuple[float, float]:
-    """Learn from one batch; return its loss and accuracy."""
+    """Train on one batch; return its loss and accuracy."""
     ids, answers = rows.ids.to(device), rows.answers.to(device)
     logits, _ = model(ids, last=answers.shape[1])
     loss, accuracy = loss_and_accuracy(logits, answers)
@@ -54,7 +54,7 @@ def one_step(model: Recall, adam: torch.optim.Optimizer, rows: Any, device: str)
 
 
 def train(model: Recall, args: argparse.Namespace) -> list[dict[str, float]]:
-    """Train stage by stage, then at a falling rate on the last; return the curve."""
+    """Train in stages, then with a decaying rate on the last one; return the curve."""
     generator = torch.Generator().manual_seed(args.seed)
     adam = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
     curve: list[dict[str, float]] = []
@@ -89,7 +89,7 @@ def train(model: Recall, args: argparse.Namespace) -> list[dict[str, float]]:
 
 
 def save(model: Recall, curve: Sequence[dict[str, float]], args: argparse.Namespace) -> None:
-    """Write the weights in bfloat16, with the sizes beside them, and how they came to be."""
+    """Write the weights in bfloat16, and a file with the sizes and the training settings."""
     from safetensors.torch import save_file
 
     weights: dict[str, Tensor] = {n: t.detach().cpu().to(torch.bfloat16) for n, t in model.state_dict().items()}

@@ -2,7 +2,7 @@
 
     python -m benchmarks.transformers_model --json result.json
 
-The two take turns in one process, call by call, so that whatever else the machine does meets both.
+The two take turns in one process, call by call, so that other load of the machine affects both.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def one_round(model: Any, ids: Tensor, tokens: int) -> tuple[float, list[float],
 
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return medians and ratios; raise SystemExit if the two do not agree."""
+    """Return medians and ratios; raise SystemExit if the two differ."""
     model = build(args)
     ids = torch.randint(256, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).to(args.device)
     agreed = {}
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.rounds):
         for name, active in CONTENDERS.items():
             with active():
-                one_round(model, ids, 2)  # switching must not count
+                one_round(model, ids, 2)  # exclude the cost of switching
                 first, steps, _ = one_round(model, ids, args.tokens)
             prefill[name].append(first)
             decode[name] += steps

@@ -3,8 +3,8 @@
     python -m benchmarks.tuner --out tuner-figures            # two shapes on this CPU, about 6 minutes
 
 Every plan of a shape is measured once beside the best so far (the method `grid`), and the fastest once more beside the
-default. Each other method is then replayed on what that found, with each seed; and one is run live, its winner taking
-turns with the best of all.
+default. Each other method is then replayed on these measurements, with each seed. One is run live, and its result is
+timed in turns with the best of all.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from torch_xlstm_ops.tune.search import Goal, Result, Search
 from torch_xlstm_ops.tune.space import Candidate, Key
 
 CASES = ["1,4,64,64,2048", "2,8,64,64,512"]  # one set of compiled kernels
-FINALISTS, MOST_FINALISTS = 8, 24  # measured again: the best of many is also the luckiest
-PART = 5  # of all plans, one in so many is tried
+FINALISTS, MOST_FINALISTS = 8, 24  # measured again: the maximum of many noisy values is too high
+PART = 5  # a search tries one plan of this many
 REPLAYED = tuple(method for method in samplers.METHODS if method != "grid")
 
 
 class Replay:
-    """A bench that answers from what was measured."""
+    """A bench that returns recorded measurements."""
 
     def __init__(self, rewards: dict[Key, float]) -> None:
         self._rewards = rewards

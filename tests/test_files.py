@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from torch_xlstm_ops.runtime import file_lock, files
-from torch_xlstm_ops.runtime.file_lock import locked
-from torch_xlstm_ops.runtime.files import replacing
+from torch_xlstm_ops.runtime import files
+from torch_xlstm_ops.runtime.files import locked, replacing
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -50,8 +49,8 @@ def test_a_link_for_the_whole_file_is_kept(tmp_path: Path) -> None:
 def test_a_link_planted_at_the_partial_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = tmp_path / "victim"
     victim.write_text("kept")
-    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "known")
-    planted = tmp_path / f".file.known{files.PARTIAL}"
+    monkeypatch.setattr(files.os, "urandom", lambda size: b"\1" * size)
+    planted = tmp_path / f".file.{'01' * 8}{files.PARTIAL}"
     planted.symlink_to(victim)
     with pytest.raises(FileExistsError), replacing(tmp_path / "file"):
         raise AssertionError("the block must not run")
@@ -85,7 +84,7 @@ def test_one_thread_at_a_time_holds_a_lock(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from torch_xlstm_ops.runtime.file_lock import locked
+from torch_xlstm_ops.runtime.files import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -110,6 +109,6 @@ def test_a_lock_of_a_process_is_waited_for_and_released_when_it_is_killed(tmp_pa
 @pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="the system cannot refuse links")
 def test_a_link_planted_at_the_lock_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError, match="lock"), file_lock.locked(tmp_path / "lock"):
+    with pytest.raises(OSError, match="lock"), locked(tmp_path / "lock"):
         raise AssertionError("the block must not run")
     assert not (tmp_path / "victim").exists()

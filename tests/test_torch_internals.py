@@ -1,4 +1,4 @@
-"""Private torch APIs: a canary for each, and everything works where they are gone."""
+"""Laws of private torch APIs: each is tested, one package uses them, and every fallback works."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from torch_xlstm_ops.runtime import torch_internals
 
 ROOT = Path(__file__).parent.parent
-ROOM = ROOT / "torch_xlstm_ops/torch_internals"
+ROOM = ROOT / "torch_xlstm_ops/runtime/torch_internals"
 TOPS = ("torch_xlstm_ops", "registrations")
 SOURCES = [path for top in TOPS for path in (ROOT / top).rglob("*.py") if ROOM not in path.parents]
 PUBLIC = {"torch._check"}  # documented by torch, whatever its name says
@@ -21,14 +21,14 @@ PUBLIC = {"torch._check"}  # documented by torch, whatever its name says
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("status", torch_internals.status(), ids=lambda status: status.name)
-def test_what_is_needed_is_where_this_torch_has_it(status):
+def test_every_private_api_exists_in_this_torch(status):
     assert status.moved is None, f"{status.name}: {status.moved}. Without it {status.without}"
     assert status.what
     assert status.without
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_private_names_of_torch_are_used_in_one_room(path):
+def test_private_names_of_torch_are_used_in_one_package(path):
     found = {name for name in dotted_names(ast.parse(path.read_text())) if is_private(name)} - PUBLIC
     assert not found
 
@@ -52,7 +52,7 @@ def is_private(name):
     return parts[0] == "torch" and any(p.startswith("_") and not p.startswith("__") for p in parts)
 
 
-def test_a_moved_name_is_told_once_and_the_fallback_serves(recwarn):
+def test_a_moved_name_warns_once_and_the_fallback_is_used(recwarn):
     def native(x):
         """Return x."""
         raise AttributeError("gone")
@@ -69,10 +69,11 @@ warnings.filterwarnings("error")
 warnings.filterwarnings("ignore", "torch .* has moved one of", RuntimeWarning)
 warnings.filterwarnings("ignore", "backend xlstm found no xLSTM", UserWarning)  # without Dynamo.s frame it finds none
 warnings.filterwarnings("ignore", category=DeprecationWarning)
-from torch_xlstm_ops.torch_internals.need import NEEDS  # the operators are registered by now
+from torch_xlstm_ops.runtime.torch_internals.need import NEEDS  # the operators are registered by now
 import torch
 from tests import oracle
-from torch_xlstm_ops import explain, mlstm_chunkwise, mlstm_step, mlstm_step_, slstm_sequence, torch_internals
+from torch_xlstm_ops import explain, mlstm_chunkwise, mlstm_step, mlstm_step_, slstm_sequence
+from torch_xlstm_ops.runtime import torch_internals
 
 error = {"ImportError": ImportError, "AttributeError": AttributeError, "TypeError": TypeError}[sys.argv[1]]
 gone = sys.argv[2:] or list(NEEDS)

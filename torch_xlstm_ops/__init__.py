@@ -1,11 +1,12 @@
 """xLSTM operators for PyTorch, compiled by Inductor."""
 
+import os
+
 from torch_xlstm_ops import checkout as checkout
 from torch_xlstm_ops import registrations as registrations
 from torch_xlstm_ops.api import mlstm_chunkwise, mlstm_step, mlstm_step_, slstm_sequence, slstm_step
 from torch_xlstm_ops.explain import explain
 from torch_xlstm_ops.maths.shapes import MLSTMState, SLSTMState
-from torch_xlstm_ops.patch.on_import import patch_from_environment
 
 __version__ = "0.1.0"
 
@@ -21,5 +22,8 @@ __all__ = [
     "slstm_step",
 ]
 
-patch_from_environment()
-del patch_from_environment
+if os.environ.get("XLSTM_OPS_PATCH"):
+    from torch_xlstm_ops.patch import on_import
+
+    on_import.patch_from_environment()
+    del on_import

@@ -1,5 +1,5 @@
-"""What the models still can: recall, perplexity against length, text, and speed; one report of all four.
+"""Quality of the models: recall, perplexity against length, text, and speed, in one report.
 
     python -m benchmarks.quality                     # every part, then benchmarks/QUALITY.md
-    python -m benchmarks.quality mqar --quick        # one part in small, written under build/quality
+    python -m benchmarks.quality mqar --quick        # one small part, written to build/quality
 """

@@ -1,4 +1,4 @@
-"""Run parts of the quality benchmark, keep each part's result, and write the report of all that is kept."""
+"""Run parts of the quality benchmark, store each result, and write the report of all stored results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FULL, QUICK = ROOT / "benchmarks", ROOT / "build" / "quality"
 
 
 def measure(part: str, conditions: Conditions) -> dict[str, Any]:
-    """Run one part; return its result with what it depends on."""
+    """Run one part; return its result with machine and versions."""
     started = time.perf_counter()
     result = PARTS[part](conditions)
     load = os.getloadavg() if hasattr(os, "getloadavg") else None

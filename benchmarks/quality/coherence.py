@@ -1,4 +1,4 @@
-"""Coherence: what the embedded model writes, whether every way to run it writes the same, and how good it is."""
+"""Coherence: the text of the embedded model, whether every way to run it writes the same, and its quality."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from benchmarks.quality.prompts import PROMPTS
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, encode, load
 from torch_xlstm_ops.cli.sampling import chooser
 
-UNEVEN = (63, 1, 200)  # cuts of a prompt that meet no chunk's edge
+UNEVEN = (63, 1, 200)  # pieces of a prompt, not aligned with chunks
 TEMPERATURE, TOP_P = 0.7, 0.95
 
 
 class Written(NamedTuple):
-    """What followed a prompt."""
+    """The continuation of a prompt."""
 
     tokens: list[int]
     logits: Tensor  # (tokens, V) float32 on the CPU, from which each token was chosen
@@ -52,7 +52,7 @@ def write(
 
 
 def reread(loaded: Loaded, prompts: Sequence[str], written: Sequence[Written]) -> list[Written]:
-    """Return what the model would have chosen at each token of texts, each read with its prompt as one prefill."""
+    """Return the likeliest token at each position of texts, each read with its prompt as one prefill."""
     before = encoded(loaded, prompts)
     after = torch.tensor([text.tokens[:-1] for text in written], device=loaded.device, dtype=before.dtype)
     ids = torch.cat([before, after], 1)
@@ -67,7 +67,7 @@ def encoded(loaded: Loaded, prompts: Sequence[str]) -> Tensor:
 
 
 def divergence(found: Sequence[Written], reference: Sequence[Written]) -> dict[str, Any]:
-    """Return how many texts are the reference's, and for those that are not where they part and by what margin.
+    """Return the number of texts equal to the reference, and where and by what margin the others differ.
 
     The margin is the reference's: the logit of its token less that of the token that was found there.
     """
@@ -81,7 +81,7 @@ def divergence(found: Sequence[Written], reference: Sequence[Written]) -> dict[s
 
 
 def smallest_margin(reference: Sequence[Written]) -> float:
-    """Return the least lead of a chosen token over the next one, in logits: what rounding would have to overcome."""
+    """Return the minimal margin of a chosen token over the second one, in logits."""
     best = torch.cat([written.logits for written in reference]).topk(2).values
     return float((best[:, 0] - best[:, 1]).min())
 
@@ -91,19 +91,19 @@ def words(text: str) -> list[str]:
 
 
 def distinct(text: str, n: int) -> float:
-    """Return the share of different ones among a text's n-grams of words and signs."""
+    """Return the share of distinct n-grams of words and signs in a text."""
     grams = list(zip(*(words(text)[i:] for i in range(n)), strict=False))
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def repeated_lines(text: str) -> float:
-    """Return the share of a text's lines, blank ones aside, that stood in it before."""
+    """Return the share of a text's lines, except blank ones, that repeat an earlier line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return 1 - len(set(lines)) / len(lines) if lines else 0.0
 
 
 def function(text: str) -> tuple[str, bool]:
-    """Return the function that a text begins with, and whether it ended: a line stands at the margin after it.
+    """Return the function at the start of a text, and whether it ends: a line without indent follows.
 
     The rest of a function that did not end is cut after its last whole line.
     """
@@ -125,7 +125,7 @@ def parses(source: str) -> bool:
 
 
 def judge(prompts: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
-    """Return how varied texts are, and which share of the functions that the prompts began parse."""
+    """Return the variety of texts, and the share of the prompts' functions that parse."""
     functions = [function(prompt + text) for prompt, text in zip(prompts, texts, strict=True)]
     ended = [parses(source) for source, whole in functions if whole]
     return {
@@ -138,7 +138,7 @@ def judge(prompts: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
 
 
 class _Bench(NamedTuple):
-    """What one run of this part shares."""
+    """Settings of one run of this part."""
 
     conditions: Conditions
     models: dict[str, Loaded]  # by dtype
@@ -149,7 +149,7 @@ class _Bench(NamedTuple):
         self, name: str, contender: Contender, reference: Sequence[Written] | None,
         produce: Callable[[Loaded], list[Written]],
     ) -> tuple[dict[str, Any], list[Written]]:
-        """Return how far the texts of a contender are from the reference's, and the texts."""
+        """Return the differences of a contender's texts from the reference, and the texts."""
         with torch.inference_mode(), contender.active():
             texts = produce(self.models[contender.dtype])
         found = divergence(texts, texts if reference is None else reference)
@@ -157,7 +157,7 @@ class _Bench(NamedTuple):
         return {"schedule": contender.schedule, "dtype": contender.dtype, **found}, texts
 
     def greedy(self) -> tuple[dict[str, Any], list[Written]]:
-        """Write the likeliest tokens in every way; return what is found, and the texts of the reference."""
+        """Generate the likeliest tokens in every way; return the results, and the texts of the reference."""
         schedules = [Contender(name, name) for name in self.conditions.schedules]
         ours, whole = schedules[0], lambda length: [length]
         ways: list[tuple[str, Contender, Callable[[int], Sequence[int]]]] = [
@@ -182,7 +182,7 @@ class _Bench(NamedTuple):
         return results, reference
 
     def sampled(self) -> tuple[dict[str, Any], list[Written]]:
-        """Draw tokens from fixed seeds under every schedule; return what is found, and the first one's texts."""
+        """Sample tokens with fixed seeds under every schedule; return the results, and the texts of the first one."""
         results: dict[str, Any] = {}
         reference: list[Written] | None = None
         produce = partial(write, prompts=self.prompts, limit=self.limit, pieces=lambda length: [length], drawn=True)
@@ -194,7 +194,7 @@ class _Bench(NamedTuple):
 
 
 def run(conditions: Conditions) -> dict[str, Any]:
-    """Return what was written, how it differs between ways to run the model, and how it is judged."""
+    """Return the texts, their differences between ways to run the model, and their quality."""
     prompts, limit = (PROMPTS[:4], 64) if conditions.quick else (PROMPTS, 256)
     models = {dtype: load(DEMO_MODEL, conditions.device, dtype) for dtype in ("float32", "bfloat16")}
     bench = _Bench(conditions, models, prompts, limit)

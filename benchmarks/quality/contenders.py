@@ -1,4 +1,4 @@
-"""The ways to run the same weights that every part compares: a schedule, a dtype, patched or the package's own."""
+"""The ways to run the same weights: a schedule, a dtype, patched or the package's own code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Contender(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """What every part is told: where and how much to run, under which schedules, and who hears of progress."""
+    """Settings of all parts: device, amount of work, schedules, and the function that shows progress."""
 
     device: torch.device
     schedules: Sequence[str]  # the first is the reference
@@ -44,13 +44,13 @@ class Conditions(NamedTuple):
 
 
 def usable(device: torch.device) -> list[str]:
-    """Return the schedules that can run here, but `auto`, which is a choice of one of them; the reference is first."""
+    """Return the schedules that can run here except `auto`, which chooses one of them; the reference is first."""
     names = [str(s) for s in Schedule if s is not Schedule.AUTO and schedules.unavailable(s, device) is None]
     return sorted(names, key=lambda name: name != "inductor")
 
 
 def cut(length: int, sizes: Sequence[int]) -> list[int]:
-    """Return pieces of the given sizes, over and over, that make up `length`."""
+    """Return pieces of the given sizes, repeated up to `length`."""
     pieces: list[int] = []
     while length > 0:
         pieces.append(min(length, sizes[len(pieces) % len(sizes)]))

@@ -15,22 +15,23 @@ from torch import Tensor
 from benchmarks.quality.contenders import THEIRS, Conditions, cut
 from benchmarks.quality.recall import Batch, Mix, Recall, Size, draw
 from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step
+from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.patch import patch
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = ("mlstm", "slstm")
-SPLIT = (1, 63, 64, 200, 17)  # tokens a piece, over and over
+SPLIT = (1, 63, 64, 200, 17)  # tokens a piece, repeated
 SEED = 1  # of the rows; training has another
 
 
 class Way(NamedTuple):
-    """One way to answer: what runs the mLSTM, the dtype of weights and activations, and the pieces that are read."""
+    """One way to run a model: the mLSTM function, the dtype of weights and activations, and the pieces of the input."""
 
     name: str
     schedule: str | None = "inductor"
     dtype: torch.dtype = torch.float32
     mix: Mix = mlstm_chunkwise
-    pieces: tuple[int, ...] = ()  # none: each row at once
+    pieces: tuple[int, ...] = ()  # empty: the whole row at once
     patched: bool = False  # only for transformers' own code
 
     @contextmanager
@@ -61,13 +62,13 @@ def weights(name: str) -> Path:
 
 
 def by_steps(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, *state: Tensor) -> Any:
-    """Stand in for `mlstm_chunkwise` where there is one token: run `mlstm_step`."""
+    """Run `mlstm_step` with the arguments of `mlstm_chunkwise`, for one token."""
     h, after = mlstm_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], igate, fgate, *state)
     return h[:, :, None], after
 
 
 def theirs(size: Size) -> Mix | str:
-    """Return transformers' own mLSTM, or ours where its classes are patched, as a stand-in for `mlstm_chunkwise`.
+    """Return transformers' mLSTM, or ours if its classes are patched, with the arguments of `mlstm_chunkwise`.
 
     Returns why where there is none.
     """
@@ -90,9 +91,9 @@ def theirs(size: Size) -> Mix | str:
 
 
 def ways(size: Size, schedules: Sequence[str]) -> tuple[list[Way], dict[str, str]]:
-    """Return every way to answer that can run here, the reference first, and why others cannot."""
+    """Return every way that can run here, the reference first, and the reasons against the others."""
     own = theirs(size)
-    half = [Way(str(d).removeprefix("torch."), dtype=d) for d in (torch.bfloat16, torch.float16, torch.float64)]
+    half = [Way(dtype_name(d), dtype=d) for d in (torch.bfloat16, torch.float16, torch.float64)]
     found = [
         *(Way(name, name) for name in schedules),
         Way("step by step", mix=by_steps, pieces=(1,)),
@@ -106,7 +107,7 @@ def ways(size: Size, schedules: Sequence[str]) -> tuple[list[Way], dict[str, str
 
 @torch.inference_mode()
 def answer(model: Recall, rows: Batch, way: Way, device: torch.device) -> Tensor:
-    """Return the values (B, P) that the model takes for most likely."""
+    """Return the likeliest values (B, P)."""
     ids, P = rows.ids.to(device), rows.answers.shape[1]
     S = ids.shape[1]
     if not way.pieces:
@@ -123,7 +124,7 @@ def answer(model: Recall, rows: Batch, way: Way, device: torch.device) -> Tensor
 
 
 def by_distance(rows: Sequence[Batch], answers: Sequence[Tensor]) -> dict[str, dict[str, float]]:
-    """Return the share of right answers, and how many there were, by distance, which doubles from bucket to bucket."""
+    """Return the share of right answers and their number by distance, in buckets that double."""
     distance = torch.cat([batch.distance.flatten() for batch in rows])
     right = torch.cat([(batch.answers == found).flatten() for batch, found in zip(rows, answers, strict=True)])
     bucket = distance.double().log2().floor().int()
@@ -136,7 +137,7 @@ def by_distance(rows: Sequence[Batch], answers: Sequence[Tensor]) -> dict[str, d
 
 
 def evaluate(model: Recall, pairs: Sequence[int], answers: int, conditions: Conditions) -> dict[str, Any]:
-    """Return one model's accuracy for each way and number of pairs, over `answers` answers or a few more."""
+    """Return one model's accuracy for each way and number of pairs, over at least `answers` answers."""
     generator = torch.Generator().manual_seed(SEED)
     rows = {P: draw(model.size, -(-answers // P), P, generator) for P in pairs}
     accuracy: dict[str, dict[str, float]] = {}

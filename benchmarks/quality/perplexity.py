@@ -1,4 +1,4 @@
-"""Perplexity against length: what a byte of held-out Python costs the embedded model, by its position."""
+"""Perplexity against length: the cost of a byte of held-out Python for the embedded model, by position."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from benchmarks.quality.contenders import THEIRS, Conditions, Contender, cut, re
 from benchmarks.train_demo_model import END, standard_library
 from torch_xlstm_ops.cli.loading import DEMO_MODEL, load
 
-FIRST = 256  # tokens of the first bucket; each further one ends at twice the position
+FIRST = 256  # tokens of the first bucket; each further one doubles the position
 PIECE = 4096  # tokens a forward of the reference
-UNEVEN = (1, 63, 1000, 4097, 64, 8191)  # cuts that meet no chunk's edge
-STEPS = 512  # tokens that are read one by one, at the row's beginning or at its end
+UNEVEN = (1, 63, 1000, 4097, 64, 8191)  # pieces that are not aligned with chunks
+STEPS = 512  # tokens that are read one by one, at the start or the end of a row
 
 
 class Run(NamedTuple):
-    """One way to run the model, and one way to cut the text."""
+    """One way to run the model, with the pieces of the text."""
 
     contender: Contender
     pieces: tuple[int, ...]
@@ -92,7 +92,7 @@ def runs(length: int, conditions: Conditions) -> list[Run]:
 
 
 def compare(nats: Tensor, reference: Tensor) -> dict[str, Any]:
-    """Return the buckets of a run, and how far they are from the reference's, in nats."""
+    """Return the buckets of a run, and their differences from the reference, in nats."""
     buckets, wanted = by_bucket(nats), by_bucket(reference)
     return {
         "nats": buckets, "mean": nats.mean().item(),
@@ -103,7 +103,7 @@ def compare(nats: Tensor, reference: Tensor) -> dict[str, Any]:
 
 
 def run(conditions: Conditions) -> dict[str, Any]:
-    """Return the curve of every run, and its largest differences from the first one's."""
+    """Return the curve of every run, and its largest differences from the first one."""
     rows, length = (1, 2048) if conditions.quick else (2, 65536)
     text, files = held_out(rows, length)
     results: dict[str, Any] = {}

@@ -8,12 +8,12 @@ from typing import Any
 
 from benchmarks.quality.contenders import THEIRS
 
-FEWEST = 30  # answers; a share of fewer says little
-LEAST = 1e-9  # nats; a difference of zero is drawn here
+FEWEST = 30  # answers; shares of fewer are not shown
+LEAST = 1e-9  # nats; a difference of 0 is drawn at this value
 
 
 def mqar(result: Mapping[str, Any], axes: Sequence[Any]) -> None:
-    """Draw accuracy by pairs, and by distance for the row lengths at which there are errors to see."""
+    """Plot accuracy by pairs, and by distance for the row lengths with errors."""
     by_pairs, by_distance = axes
     for model, marker in zip(result["models"], "os", strict=False):
         found = result["models"][model]
@@ -35,12 +35,12 @@ def mqar(result: Mapping[str, Any], axes: Sequence[Any]) -> None:
 
 
 def _shown(ways: Mapping[str, Any]) -> list[str]:
-    """Return the ways that a plot shows: the reference, bfloat16, and transformers' own code, where they were run."""
+    """Return the ways to plot: the reference, bfloat16, and transformers' own code, if they were run."""
     return [next(iter(ways)), *(name for name in ("bfloat16", THEIRS) if name in ways)]
 
 
 def perplexity(result: Mapping[str, Any], axes: Sequence[Any]) -> None:
-    """Draw nats by position, and every run's distance from the reference."""
+    """Plot nats by position, and every run's difference from the reference."""
     curve, distance = axes
     ends, runs = result["edges"], result["runs"]
     reference = next(iter(runs.values()))["nats"]
@@ -59,7 +59,7 @@ def perplexity(result: Mapping[str, Any], axes: Sequence[Any]) -> None:
 
 
 def throughput(result: Mapping[str, Any], axes: Sequence[Any]) -> None:
-    """Draw the rate of prefill, and the time to the first token."""
+    """Plot the rate of prefill, and the time to the first token."""
     lengths = [int(length) for length in result["lengths"]]
     for name in next(iter(result["lengths"].values())):
         rows = [by_name[name] for by_name in result["lengths"].values()]

@@ -1,4 +1,4 @@
-"""The prompts of the coherence part: the beginnings of twenty functions, each below the same head of a module.
+"""The prompts of the coherence part: the beginnings of twenty functions, each after the same module header.
 
 A rule of dashes above the head makes all of one length, so that they are read and continued as one batch.
 """

@@ -1,4 +1,4 @@
-"""Multi-query associative recall: the task, and the small models that solve it on our operators.
+"""Multi-query associative recall: the task, and small models that solve it with our operators.
 
 A row is P pairs of a key and a value, then every key once more, in any order; the answer to a key is its value:
 
@@ -34,7 +34,7 @@ class Size(NamedTuple):
     DHQK: int = 128
     DHHV: int = 128
     conv: int = 4  # taps of the causal convolutions before q and k; 0 is none
-    slstm_heads: int = 0  # of an sLSTM in the place of the convolutions; 0 is none
+    slstm_heads: int = 0  # of an sLSTM instead of the convolutions; 0 is none
 
 
 class Batch(NamedTuple):
@@ -58,14 +58,14 @@ def draw(size: Size, B: int, P: int, generator: torch.Generator) -> Batch:
 
 
 class States(NamedTuple):
-    """What a model has kept of the tokens before."""
+    """The states of a model."""
 
     mlstm: tuple[Tensor, ...]  # c (B, NH, DHQK, DHHV), n (B, NH, DHQK), m (B, NH, 1)
     before: tuple[Tensor, ...]  # the convolutions' last inputs (B, conv - 1, hidden), or the sLSTM's y, c, n, m
 
 
 class MLSTMBlock(nn.Module):
-    """x + W_o(sigmoid(o) * norm(mLSTM(q, k, v, i, f))), with q and k of what mixes the last few tokens."""
+    """x + W_o(sigmoid(o) * norm(mLSTM(q, k, v, i, f))), with q and k from a mix of the last few tokens."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -116,12 +116,12 @@ class ShortConvolutions(nn.Module):
         u_with_past = torch.cat([*state, u], 1)  # (B, W - 1 + S, hidden)
         u_q, u_k = (
             sum((u_with_past[:, w : w + S] * taps[:, w] for w in range(1, W)), u_with_past[:, :S] * taps[:, 0])
-            for taps in self.taps  # the last tap meets the token itself
+            for taps in self.taps  # the last tap is for the token itself
         )
         return (u_q, u_k), (u_with_past[:, S:],)
 
     def zero_state(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the inputs that are still seen at the first token of x."""
+        """Return the past inputs of the convolutions before the first token of x."""
         return (x.new_zeros(len(x), self.taps.shape[-1] - 1, x.shape[-1]),)
 
 

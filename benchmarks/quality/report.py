@@ -1,4 +1,4 @@
-"""The report: one Markdown file of every part's kept result, with the plots beside it."""
+"""The report: one Markdown file of every part's stored result, with plots as files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def perplexity(result: Result) -> list[str]:
 
 
 def coherence(result: Result) -> list[str]:
-    """Return the section on what is written."""
+    """Return the section on coherence."""
     def row(name: str, found: Result) -> list[object]:
         first = min(found["parted"], key=lambda one: one["token"], default=None)
         widest = max(found["parted"], key=lambda one: one["margin"], default=None)
@@ -152,7 +152,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
 
 
 def summary(kept: Sequence[Result]) -> list[str]:
-    """Return the table of what was wanted and what was found."""
+    """Return the table of requirements and results."""
     rows: list[Sequence[object]] = []
     for entry in kept:
         result, device = entry["result"], entry["machine"]["device"]
@@ -206,7 +206,7 @@ def machines(entry: Result) -> str:
 
 
 def write(kept: Sequence[Result], out: Path, *, plots: bool) -> Path:
-    """Write QUALITY.md from the kept results of parts, in the order of the sections, and return its path.
+    """Write QUALITY.md from the stored results of parts, in the order of the sections, and return its path.
 
     plots: whether to draw; a plot that was drawn before is shown either way.
     """

@@ -15,11 +15,11 @@ from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, load
 from torch_xlstm_ops.cli.meter import Meter
 from torch_xlstm_ops.cli.sampling import chooser
 
-WARM_UP = 8  # tokens written before the clock counts
+WARM_UP = 8  # tokens written before timing
 
 
 def one(loaded: Loaded, prompt: Sequence[int], tokens: int) -> dict[str, float]:
-    """Read a prompt and write tokens; return the rates and the time to the first token, held to what was asked for."""
+    """Read a prompt and write tokens; return the rates and the time to the first token, for exactly `tokens`."""
     meter = Meter(loaded.device)
     with prepared(loaded):
         written = list(stream(loaded, prompt, chooser(), tokens, meter))
@@ -35,7 +35,7 @@ def one(loaded: Loaded, prompt: Sequence[int], tokens: int) -> dict[str, float]:
 
 
 def contend(device: torch.device, schedules: Sequence[str]) -> list[Contender]:
-    """Return every schedule, in the dtype that is usual on the device, and transformers' own code beside it.
+    """Return every schedule in the usual dtype of the device, and transformers' own code.
 
     In bfloat16 that code mixes dtypes and raises, so there the first schedule and it also run in float32.
     """
@@ -48,7 +48,7 @@ def contend(device: torch.device, schedules: Sequence[str]) -> list[Contender]:
 def measure(
     loaded: Mapping[str, Loaded], contenders: Sequence[Contender], length: int, tokens: int, rounds: int
 ) -> dict[str, Any]:
-    """Return the medians of each contender, all taking turns, on one prompt of `length` tokens; models by dtype."""
+    """Time the contenders in turns on one prompt of `length` tokens; return the medians of each; models by dtype."""
     text, _ = held_out(1, length)
     prompt = text[0].tolist()
     if len(prompt) != length:
@@ -58,7 +58,7 @@ def measure(
         for contender in contenders:
             with contender.active():
                 model = loaded[contender.dtype]
-                one(model, prompt[-min(length, 4096) :], WARM_UP)  # patching forgets what was compiled
+                one(model, prompt[-min(length, 4096) :], WARM_UP)  # patching drops compiled code
                 taken[contender.name].append(one(model, prompt, tokens))
     return {
         name: {key: round(statistics.median(row[key] for row in rows), 2) for key in rows[0]}

@@ -9,7 +9,6 @@ them again. An unknown name or a value that cannot be used is an error that says
 """
 
 from torch_xlstm_ops.config.active import current, for_call, on_load, reload, sources, use
-from torch_xlstm_ops.config.flags import add_flags, given_flags
 from torch_xlstm_ops.config.layers import FILE_VARIABLE, PATCH_VARIABLE, Source
 from torch_xlstm_ops.config.settings import (
     FRACTION,
@@ -20,7 +19,9 @@ from torch_xlstm_ops.config.settings import (
     Kind,
     Schedule,
     Setting,
+    add_flags,
     check,
+    given_flags,
     markdown,
 )
 

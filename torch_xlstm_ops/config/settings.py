@@ -1,4 +1,4 @@
-"""The settings: the frozen `Config`, the kinds of values, and the one table of settings."""
+"""The settings: the frozen `Config`, the kinds of values, and the one table, with its flags and its README table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import argparse
 
 PREFIX = "XLSTM_OPS_"
 
@@ -161,3 +164,16 @@ def markdown() -> str:
         rows.append(f"| `{setting.variable}` | `{setting.flag}` | `{setting.field}` | {setting.kind.expects} "
                     f"| {setting.help} | {also} |")
     return "\n".join(rows)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each setting to `parser`; `reload` checks the text, with the same errors as for other sources."""
+    group = parser.add_argument_group("schedule")
+    for setting in SETTINGS.values():
+        group.add_argument(setting.flag, dest=setting.field, metavar=setting.metavar,
+                           help=f"{setting.help}: {setting.kind.expects}")
+
+
+def given_flags(parsed: argparse.Namespace) -> dict[str, str]:
+    """Return the text of the flags of `add_flags` that the user gave, by field, for `reload`."""
+    return {field: text for field in SETTINGS if (text := getattr(parsed, field)) is not None}

@@ -23,7 +23,7 @@ import torch
 
 from torch_xlstm_ops import config
 from torch_xlstm_ops.maths.shapes import dtype_name
-from torch_xlstm_ops.runtime import file_lock, files
+from torch_xlstm_ops.runtime import files
 from torch_xlstm_ops.runtime.state import on_reset
 
 VERSION = 1
@@ -188,7 +188,7 @@ def store(path: Path, changes: Mapping[str, Any], *, replace_damaged: bool = Fal
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     target = path.resolve()
-    with file_lock.locked(target.with_name(f".{target.name}.lock")):
+    with files.locked(target.with_name(f".{target.name}.lock")):
         merged = {**_existing(target, replace_damaged), **changes}
         kept = {key: entry for key, entry in sorted(merged.items()) if entry is not None}
         with files.replacing(target) as file:

@@ -1,8 +1,8 @@
-"""The one room for private torch APIs: each need is a small function with a fallback that is slower but right.
+"""The only package that uses private names of torch: one function for each use, with a correct, slower fallback.
 
-Nothing outside this package imports or touches a private name of torch; a test holds that. Each function tries what
-torch has today. When that has moved or changed (ImportError, AttributeError, TypeError), it warns once, uses its
-fallback from then on, and `xlstm-ops info` says so. Nothing here is imported from torch before it is needed.
+A test ensures that no other file uses a private name of torch. Each function calls the private API. If that was moved
+or changed (ImportError, AttributeError, TypeError), the function warns once, uses its fallback from then on, and
+`xlstm-ops info` reports it. Private modules are imported when they are used, not before.
 """
 
 from torch_xlstm_ops.runtime.torch_internals.compile import (

@@ -1,4 +1,4 @@
-"""Compile a pure function by Inductor to a callable without guards, for sizes that are left free."""
+"""Compile a pure function by Inductor to a callable without guards, with symbolic sizes."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def compile_raw(
     fn: Callable[..., Any], axes: Axes, args: Sequence[Tensor], free: Mapping[str, int], options: Mapping[str, Any],
     table: Mapping[Any, Any],
 ) -> tuple[Raw, Admits]:
-    """Compile a pure function to a callable without guards; return it, and for which sizes of free axes it is valid.
+    """Compile a pure function to a callable without guards; return it, and a test for sizes of its free axes.
 
     axes: the names of each argument's axes. free: the axes that stay symbolic, with the size to trace them at.
-    options: Inductor's. table: decompositions beside Inductor's.
+    options: of Inductor. table: decompositions in addition to Inductor's.
     """
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
@@ -70,8 +70,8 @@ def compile_raw(
     conditions = {guard.expr for guard in env.guards}
 
     def admits(sizes: dict[str, int]) -> bool:
-        # The compiler records size != 1 where it decides not to broadcast or to trust strides. Arguments are contiguous
-        # and a free axis never meets a literal 1, so index arithmetic is the same at 1: judge it as 2.
+        # The compiler records size != 1 where it excludes broadcasting or relies on strides. Arguments are contiguous
+        # and no free axis is broadcast against a literal 1, so that index arithmetic for 1 is the same as for 2.
         values = {symbol: max(2, sizes[axis]) for axis, symbol in symbols.items()}
         return all(bool(condition.subs(values)) for condition in conditions)
 
@@ -92,10 +92,10 @@ def _symbols(env: Any, free: Mapping[str, int], axes: Axes) -> tuple[dict[str, A
 
 
 def _read_sizes(graph: fx.GraphModule, axes: Axes, symbols: Mapping[str, Any]) -> None:
-    """Read each symbol from an argument at the head of the graph.
+    """Read each symbol from an argument's size at the start of the graph.
 
-    torch 2.14 binds a symbol in the generated wrapper only where the graph reads it, or where `size_asserts`, which
-    cost time at each call, have it checked.
+    torch 2.14 defines a symbol in the generated wrapper only if the graph reads it, or if `size_asserts`, which take
+    time at each call, check it.
     """
     inputs = graph.graph.find_nodes(op="placeholder")
     places = {
@@ -109,33 +109,33 @@ def _read_sizes(graph: fx.GraphModule, axes: Axes, symbols: Mapping[str, Any]) -
     graph.recompile()
 
 
-def _all_of_them(options: Mapping[str, Any]) -> dict[str, Any]:
+def _all_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
-@need(_all_of_them, where=("torch._inductor.config.get_config_copy",),
+@need(_all_options, where=("torch._inductor.config.get_config_copy",),
       without="options of Inductor that this torch lacks raise an error")
 def supported_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of Inductor that this torch has; the others only make kernels faster."""
+    """Return the options that this torch has; the missing ones would only make kernels faster."""
     from torch._inductor import config
 
     known = config.get_config_copy()
     return {name: value for name, value in options.items() if name in known}
 
 
-PERSISTENT = 256  # elements of a row that a CUDA kernel keeps in registers, tokens of a chunk for one
+PERSISTENT = 256  # elements of a row that a CUDA kernel keeps in registers, such as the tokens of a chunk
 
 
-def _inductors_own() -> Any:
+def _default_choices() -> Any:
     from torch._inductor.choices import InductorChoices
 
     return InductorChoices()
 
 
-@need(_inductors_own, where=("torch._inductor.choices.InductorChoices.should_use_persistent_reduction",),
+@need(_default_choices, where=("torch._inductor.choices.InductorChoices.should_use_persistent_reduction",),
       without="CUDA kernels may read rows of scores once more")
 def reduction_choices() -> Any:
-    """Return Inductor's heuristics, with one changed: a CUDA kernel reads a row of scores once."""
+    """Return Inductor's heuristics with one change: a CUDA kernel reads a row of scores once."""
     return _choices()
 
 
@@ -143,8 +143,8 @@ def reduction_choices() -> Any:
 def _choices() -> Any:
     """Return the changed heuristics.
 
-    Rows that are computed from gates do not look contiguous to Inductor, so it loops over them and reads them again for
-    each of their sums: 0.76 ms in place of 0.51 of a forward pass of 4 (H100, chunks of 256).
+    Inductor does not recognise rows computed from gates as contiguous. It then loops over them, and reads them again
+    for each sum: 0.76 ms instead of 0.51 in a forward pass of 4 ms (H100, chunks of 256).
     """
     from torch._inductor.choices import InductorChoices
 

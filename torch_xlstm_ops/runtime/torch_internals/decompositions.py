@@ -1,4 +1,4 @@
-"""Decompose operators for exporters, and for nobody else."""
+"""Decompose operators for exporters only."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import torch
 from torch_xlstm_ops.runtime.torch_internals.need import need
 
 
-def _only_by_hand(op: Any, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _register_nothing(op: Any, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     pass
 
 
-@need(_only_by_hand, where=("torch._decomp.register_decomposition",),
+@need(_register_nothing, where=("torch._decomp.register_decomposition",),
       without="torch.onnx.export needs a program that was decomposed by registrations.decompositions.table()")
 def register_decomposition(op: Any, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register an operator's decomposition for exporters; fake tensors still use its fake.
 
-    FakeTensorMode prefers a decomposition to a fake where sizes are symbolic, unless it finds the operator in the table
-    of Python meta functions.
+    With symbolic sizes, FakeTensorMode prefers a decomposition to a fake, unless the operator is in the table of Python
+    meta functions.
     """
     torch._decomp.register_decomposition(op, type="meta")(fake)
     torch._decomp.register_decomposition(op)(function)
 
 
-def _as_it_is(op: Any) -> None:
+def _keep_default(op: Any) -> None:
     pass
 
 
-@need(_as_it_is, where=("torch._inductor.lowering.make_fallback", "torch._inductor.lowering.lowerings",
+@need(_keep_default, where=("torch._inductor.lowering.make_fallback", "torch._inductor.lowering.lowerings",
                         "torch._inductor.lowering.tag_to_layout_constraint",
                         "torch._inductor.graph.get_layout_constraint_tag"),
       without="with the environment variable CI set, Inductor refuses operators that have a decomposition")
 def keep_as_call(op: Any) -> None:
-    """Tell Inductor, if it is loaded, that an operator stays a call although it has a decomposition.
+    """Make Inductor, if it is loaded, keep an operator as a call although it has a decomposition.
 
-    Inductor does the same by itself, except where the environment variable CI is set: there it raises instead.
+    This is Inductor's default, except that it raises if the environment variable CI is set.
     """
     if "torch._inductor.lowering" not in sys.modules:
         return

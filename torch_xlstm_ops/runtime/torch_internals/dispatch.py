@@ -1,4 +1,4 @@
-"""Steps through the dispatcher that skip keys."""
+"""Calls that skip dispatch keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEVICES = ("CPU", "CUDA", "MPS")
 Below = Callable[[Any, Any, Sequence[Any], Mapping[str, Any]], Any]
 
 
-def _twice_through() -> Below:
+def _redispatch_again() -> Below:
     return _call_again
 
 
@@ -26,10 +26,10 @@ def _call_again(op: Any, keyset: Any, args: Sequence[Any], kwargs: Mapping[str, 
         return op(*args, **kwargs)
 
 
-@need(_twice_through, where=("torch._C._after_autograd_keyset", "torch._ops.OpOverload.redispatch"),
+@need(_redispatch_again, where=("torch._C._after_autograd_keyset", "torch._ops.OpOverload.redispatch"),
       without="a call passes the dispatcher twice")
 def below_autograd() -> Below:
-    """Return what calls an operator's kernel below autograd, given the key set that autograd's kernel was given."""
+    """Return a function that calls an operator below autograd, given the key set of autograd's kernel."""
     after = torch._C._after_autograd_keyset
     redispatch = torch._ops.OpOverload.redispatch
     return lambda op, keyset, args, kwargs: redispatch(op, keyset & after, *args, **kwargs)
@@ -44,7 +44,7 @@ def _assume_more(keyset: Any) -> bool:
     ),
       without="a call passes the dispatcher twice")
 def next_is_device(keyset: Any) -> bool:
-    """Return whether below autograd nothing but a device's key is left: no mode, no subclass, no fake tensor."""
+    """Return whether only a device key is left below autograd: no mode, no subclass, no fake tensor."""
     return _next_is_device(keyset.raw_repr())
 
 
@@ -61,7 +61,7 @@ def _never(keyset: Any) -> bool:
 @need(_never, where=("torch._C.DispatchKeySet.has", "torch._C.DispatchKey.Functionalize"),
       without="functional tensors refuse mlstm_step_")
 def functionalizes(keyset: Any) -> bool:
-    """Return whether a call is about to be functionalised by the dispatcher itself; AOTAutograd's does it in Python."""
+    """Return whether the dispatcher itself functionalises a call; AOTAutograd does it in Python."""
     return bool(keyset.has(torch._C.DispatchKey.Functionalize))
 
 
@@ -72,7 +72,7 @@ def _autocast_off(device: str) -> AbstractContextManager[object]:
 @need(_autocast_off, where=("torch._C._ExcludeDispatchKeyGuard", "torch._C.DispatchKeySet", "torch._C.DispatchKey"),
       without="autocast is switched off and on around each call")
 def without_autocast(device: str) -> AbstractContextManager[object]:
-    """Return what to hold so that a device's autocast rule of an operator is not applied again. device: lower case."""
+    """Return a context manager without the autocast rules of a device, such as "cuda"."""
     guard: Callable[[Any], AbstractContextManager[object]] = torch._C._ExcludeDispatchKeyGuard
     return guard(_autocast_keys(device))
 

@@ -1,4 +1,4 @@
-"""What Dynamo and Inductor tell a backend, and what a backend tells them."""
+"""The interface of a compiler backend to Dynamo and Inductor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _no_frame() -> Frame:
 @need(_no_frame, where=("torch._dynamo.symbolic_convert.InstructionTranslator.current_tx",),
       without='backend="xlstm" leaves functions of other packages to Inductor; operators are still spliced')
 def frame() -> Frame:
-    """Return for which backend Dynamo traces now, and what."""
+    """Return the frame that Dynamo traces now, and its backend."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     tracer = InstructionTranslator.current_tx()
@@ -35,7 +35,7 @@ def frame() -> Frame:
 
 
 class _OneGraph:
-    """Stands for the graph in the making where torch does not tell which it is."""
+    """Key of the graph that is being compiled, where torch does not identify it."""
 
 
 _ONE_GRAPH = _OneGraph()
@@ -48,7 +48,7 @@ def _no_key() -> object:
 @need(_no_key, where=("torch._guards.TracingContext.get",),
       without="explain() may count the calls of one graph with the next")
 def compile_key() -> object:
-    """Return an object that stands for the graph that is being compiled in this thread."""
+    """Return an object that identifies the graph that is being compiled in this thread."""
     from torch._guards import TracingContext
 
     return TracingContext.get()
@@ -73,7 +73,7 @@ def _no_breaks() -> Counter[str]:
 
 @need(_no_breaks, where=("torch._dynamo.utils.counters",), without="explain() does not count graph breaks")
 def graph_breaks() -> Counter[str]:
-    """Return how often Dynamo broke a graph so far, by reason."""
+    """Return the number of Dynamo's graph breaks so far, by reason."""
     from torch._dynamo.utils import counters
 
     return Counter(counters["graph_break"])
@@ -86,7 +86,7 @@ def _keep_limit() -> AbstractContextManager[object]:
 @need(_keep_limit, where=("torch._dynamo.config.recompile_limit", "torch._dynamo.config.accumulated_recompile_limit"),
       without="many explanations of one model reach Dynamo's limit of compilations")
 def no_recompile_limit() -> AbstractContextManager[object]:
-    """Return a ``with`` block in which Dynamo compiles the same code as often as it is asked."""
+    """Return a context manager without a limit on how often Dynamo compiles the same code."""
     from torch._dynamo import config
 
     many = 1 << 30
@@ -103,7 +103,7 @@ def _inductor_lists(mode: str | None) -> tuple[dict[str, Any], frozenset[str]]:
 @need(_inductor_lists, where=("torch._inductor.list_mode_options", "torch._inductor.config.get_config_copy"),
       without="options of Inductor are known by the names that list_options() gives")
 def inductor_options(mode: str | None) -> tuple[dict[str, Any], frozenset[str]]:
-    """Return what a mode of Inductor sets, and the names of all its options."""
+    """Return the options that a mode of Inductor sets, and the names of all options."""
     import torch._inductor as inductor
 
     known = frozenset(inductor.config.get_config_copy())
@@ -140,19 +140,19 @@ def compile_graph(
         compiled = compile_fx_inner(graph, inputs, **how)
         return as_boxed(lambda args: around(compiled, args))
 
-    # What the cache finds was compiled without `around`.
+    # Cached graphs were compiled without `around`.
     with torch._functorch.config.patch(enable_autograd_cache=False):
         return compile_fx(module, examples, inner_compile=compile_inner, config_patches=dict(patches))
 
 
 def as_boxed(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Tell AOTAutograd that a function takes its inputs as one list, which it may empty."""
+    """Mark a function for AOTAutograd as one that takes its inputs as one list, which it may clear."""
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
 
 
 def hold_address(node: fx.Node) -> None:
-    """Tell CUDA graphs that a graph's input stays where it is; a torch that does not know the mark ignores it."""
+    """Mark a graph's input as static for CUDA graphs; a torch that does not know the mark ignores it."""
     node.meta.setdefault("tensor_dict", {})["_dynamo_static_input_type"] = "unguarded"
 
 
@@ -180,7 +180,7 @@ def _no_trace(call: Callable[..., Any], examples: Sequence[Any]) -> fx.GraphModu
 @need(_no_trace, where=("torch.fx.experimental.proxy_tensor.make_fx",),
       without='backend="xlstm" keeps operators as calls and splices none')
 def traced(call: Callable[..., Any], examples: Sequence[Any]) -> fx.GraphModule | None:
-    """Return the graph of ATen calls that a function makes for fake tensors; None where this torch cannot say."""
+    """Trace a function on fake tensors to a graph of ATen calls; None if this torch cannot."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graph: fx.GraphModule = make_fx(call)(*examples)

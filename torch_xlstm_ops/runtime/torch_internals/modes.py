@@ -1,4 +1,4 @@
-"""Modes and transforms that see, or change, what a call computes."""
+"""Modes and transforms that observe or change a computation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _assume_watched() -> bool:
     ),
       without="a token runs a transformers block layer by layer, not as one compiled call")
 def watched() -> bool:
-    """Return whether a mode, a transform or a tracer sees what this thread computes."""
+    """Return whether a mode, a transform or a tracer observes the computation of this thread."""
     c = torch._C
     return bool(
         c._len_torch_dispatch_stack() or c._len_torch_function_stack()
@@ -51,9 +51,9 @@ def _ask_tensors() -> bool:
 @need(_ask_tensors, where=("torch.autograd.forward_ad._current_level", "torch._C._are_functorch_transforms_active"),
       without="each call asks its tensors for tangents, a few microseconds more")
 def forward_mode() -> bool:
-    """Return whether tensors may carry tangents in this thread; where that is not known, True.
+    """Return whether tensors may have tangents in this thread; True if unknown.
 
-    Code that Dynamo traced enters a level of forward mode without setting `_current_level`, within a transform.
+    Code that Dynamo traced enters forward mode inside a transform without setting `_current_level`.
     """
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
@@ -83,7 +83,7 @@ def _in_another_thread(call: Callable[[], Any]) -> Any:
 @need(_other_thread, where=("torch.utils._python_dispatch._disable_current_modes",),
       without="kernels are compiled in a thread of their own, where no mode of the caller is active")
 def outside_modes() -> Runner:
-    """Return a function that runs a call which no dispatch mode of the caller sees."""
+    """Return a function that runs a call outside the dispatch modes of the caller."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     def run(call: Callable[[], Any]) -> Any:
@@ -100,14 +100,14 @@ def _operator_mode() -> type:
 @need(_operator_mode, where=("torch.utils._python_dispatch.TorchDispatchMode",),
       without="operators are seen where Python calls them, not where the dispatcher does")
 def _mode_base() -> type:
-    """Return the base class of a mode that sees every operator call below autograd."""
+    """Return the base class of a mode that intercepts every operator call below autograd."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     return TorchDispatchMode
 
 
 class OperatorMode:
-    """A ``with`` block in which a function sees every operator call of this thread, and runs it.
+    """A context manager in which a function intercepts every operator call of this thread.
 
     see: called with the operator, its arguments and its keywords; returns the results.
     """

@@ -1,4 +1,4 @@
-"""Hooks of modules, which somebody watches a computation by."""
+"""Forward hooks of modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch_xlstm_ops.runtime.torch_internals.need import need
 
 
 class _Watched(dict[str, object]):
-    """Stands for hooks that cannot be read: it is never empty."""
+    """Placeholder for hooks that cannot be read; always true."""
 
     def __bool__(self) -> bool:
         return True
@@ -27,7 +27,7 @@ def _unknown_hooks(module: nn.Module) -> Sequence[Mapping[Any, Any]]:
 @need(_unknown_hooks, where=("torch.nn.Module.register_forward_hook",),
       without="a token runs a transformers block layer by layer, not as one compiled call")
 def hooks(module: nn.Module) -> Sequence[Mapping[Any, Any]]:
-    """Return the dictionaries of a module's forward hooks; they change in place when hooks come and go."""
+    """Return the dictionaries of a module's forward hooks; hooks are added and removed in place."""
     return module._forward_hooks, module._forward_pre_hooks
 
 

@@ -1,4 +1,4 @@
-"""A need: what torch has for it today, and what is done where torch has it no more."""
+"""A need: a private API of torch, and the fallback for a torch without it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-MOVED = (ImportError, AttributeError, TypeError)  # what a private name raises when it is gone or takes other arguments
+MOVED = (ImportError, AttributeError, TypeError)  # raised if a private name is missing or takes other arguments
 
 
 class Need(Generic[_P, _R]):
-    """Call `native`; from the first time that it turns out to have moved, call `fallback`.
+    """Call `native`; after its first failure because torch moved something, call `fallback`.
 
-    where: the full names that `native` uses. without: what is lost with the fallback, as a clause for the warning.
+    where: the full names that `native` uses. without: the effect of the fallback, as a clause for the warning.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Need(Generic[_P, _R]):
         self.native, self.fallback, self.where, self.without = native, fallback, where, without
         self.moved: str | None = None  # why the fallback is used; None while `native` works
         self.called = False
-        self.run: Callable[_P, _R] = self  # what a hot path calls: once it is known, what serves, without this class
+        self.run: Callable[_P, _R] = self  # for hot paths: after the first call, `native` or `fallback` itself
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         if self.moved is None:
@@ -45,7 +45,7 @@ class Need(Generic[_P, _R]):
 
     @property
     def what(self) -> str:
-        """Return the first line of the docstring: what is needed."""
+        """Return the first line of the docstring."""
         return (inspect.getdoc(self.native) or "").split("\n")[0]
 
     def _warn(self, error: BaseException) -> None:
@@ -62,7 +62,7 @@ NEEDS: dict[str, Need[..., object]] = {}
 def need(
     fallback: Callable[_P, _R], *, where: Sequence[str], without: str
 ) -> Callable[[Callable[_P, _R]], Need[_P, _R]]:
-    """Make a function that uses private names of torch a `Need`, and list it in `NEEDS`."""
+    """Turn a function that uses private names of torch into a `Need`, and add it to `NEEDS`."""
 
     def decorate(native: Callable[_P, _R]) -> Need[_P, _R]:
         made = Need(native, fallback, where, without)
@@ -73,28 +73,28 @@ def need(
 
 
 class Status(NamedTuple):
-    """How one need is met in this process."""
+    """Whether one need uses the private API or the fallback in this process."""
 
     name: str
-    what: str  # is needed
-    moved: str | None  # None: as this torch has it; else why the fallback is used
-    without: str  # what is lost with the fallback
+    what: str  # the first line of its docstring
+    moved: str | None  # why the fallback is used; None: the private API is
+    without: str  # the effect of the fallback
 
 
 def status() -> tuple[Status, ...]:
-    """Return how each need is met: by the calls so far, and for what was not called by whether its names are there."""
+    """Return the status of each need: by its calls, or, if it was not called, by whether its names exist."""
     return tuple(Status(one.name, one.what, one.moved or _missing(one), one.without) for one in NEEDS.values())
 
 
 def _missing(one: Need[..., object]) -> str | None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch warns of itself when Inductor is imported
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch warns when Inductor is imported
         gone = [] if one.called else [name for name in one.where if not _exists(name)]
     return f"there is no {', '.join(gone)}" if gone else None
 
 
 def _exists(name: str) -> bool:
-    """Return whether a full name can be resolved: modules as far as they go, attributes from there."""
+    """Return whether a full name can be resolved, by imports and attributes."""
     parts = name.split(".")
     found: object = importlib.import_module(parts[0])
     for at, part in enumerate(parts[1:], 2):

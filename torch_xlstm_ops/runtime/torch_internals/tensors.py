@@ -1,4 +1,4 @@
-"""Compare tensors with those of an earlier call, in a microsecond."""
+"""Compare tensors with those of an earlier call in a microsecond, and mark tensors as written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _is(t: object, facts: tuple[object, ...]) -> bool:
 @need(_compare, where=("torch._C._dynamo.guards.TensorGuards",),
       without="calls are recognised in Python, a few microseconds slower each")
 def like(tensors: Sequence[Tensor]) -> Alike:
-    """Return a function that says whether tensors have these types, sizes, strides, dtypes and devices."""
+    """Return a function that tests whether tensors have these types, sizes, strides, dtypes and devices."""
     from torch._C._dynamo.guards import TensorGuards
 
     guards: Alike = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
@@ -45,5 +45,5 @@ def _count_by_view(tensors: Sequence[Tensor]) -> None:
 @need(_count_by_view, where=("torch.autograd.graph.increment_version",),
       without="a write in place is announced by an empty write, which costs a few microseconds more")
 def written(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd that tensors were written by a kernel that it does not know."""
+    """Tell autograd that a kernel wrote to tensors in place."""
     torch.autograd.graph.increment_version(tensors)

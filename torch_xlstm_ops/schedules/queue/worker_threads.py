@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from torch_xlstm_ops.runtime.state import on_reset
+
 Work = Callable[[], None]  # must not raise
 NAME = "xlstm-ops"
 
@@ -115,5 +117,6 @@ def _reset_after_fork() -> None:
 
 
 atexit.register(close)
+on_reset(close)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_after_fork)

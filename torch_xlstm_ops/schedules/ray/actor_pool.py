@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_xlstm_ops import trace
+from torch_xlstm_ops.runtime.state import on_reset
 from torch_xlstm_ops.schedules.kernels import Run
 from torch_xlstm_ops.schedules.queue import task_runner
 from torch_xlstm_ops.schedules.ray import cluster, serialization
@@ -200,6 +201,7 @@ def free(device: str) -> int:
     return held + cluster.available("CPU" if device == "cpu" else "GPU")
 
 
+@on_reset
 def release() -> None:
     """End the pool's actors; the next call starts new ones."""
     global _pool

@@ -9,6 +9,7 @@ import sys
 import threading
 
 from torch_xlstm_ops import config
+from torch_xlstm_ops.runtime.state import on_reset
 
 SECONDS = 12.0  # in which a cluster must answer: `ray.init` itself waits for minutes
 _PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
@@ -40,6 +41,7 @@ def connect() -> bool:
         return True
 
 
+@on_reset
 def close() -> None:
     """Disconnect, and end a cluster that was started here; do nothing if we did not make the connection."""
     global _ours
