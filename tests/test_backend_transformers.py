@@ -21,7 +21,7 @@ from transformers.models.xlstm import modeling_xlstm as peer  # noqa: E402
 if peer.external_xlstm:
     pytest.skip("transformers' own xLSTM needs an environment without the package xlstm", allow_module_level=True)
 
-from torch_xlstm_ops.registrations.dynamo import backend, rules, splice  # noqa: E402
+from torch_xlstm_ops.registrations.dynamo import backend, rules, splice, substitution  # noqa: E402
 
 import torch_xlstm_ops  # noqa: E402
 from tests.oracle import GRADIENT_TOLERANCE, assert_close  # noqa: E402
@@ -112,11 +112,11 @@ def test_a_patched_model_is_spliced_too():
     with patch("transformers"):
         text = torch_xlstm_ops.explain(model, ids[:, :1])
         found = logits(compiled(model), ids[:, :1])
-    assert "mlstm_step, spliced into the graph" in text
+    assert "mlstm_step, inlined into the graph" in text
     torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE[torch.float32])
 
 
-# --- what stays as it is ---
+# --- calls that are not replaced ---
 
 
 def step_args(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ def test_a_call_that_the_operator_does_not_promise_stays_and_says_why(changed: d
     with pytest.warns(UserWarning, match=message):
         found = torch.compile(call, backend="xlstm", fullgraph=True)()
     torch.testing.assert_close(found, call())
-    assert re.search(f"stays as it is: {message}", torch_xlstm_ops.explain(call))
+    assert re.search(f"is not replaced: {message}", torch_xlstm_ops.explain(call))
 
 
 def test_states_come_back_in_the_dtype_that_was_asked_for():
@@ -206,8 +206,8 @@ fn = torch.compile(lambda run, ids: run(ids), backend="xlstm", fullgraph=True)
 assert importlib.util.find_spec("transformers.models.xlstm.modeling_xlstm")
 assert "transformers.models.xlstm.modeling_xlstm" not in sys.modules
 import transformers.models.xlstm.modeling_xlstm
-from torch_xlstm_ops.registrations.dynamo import rules
-assert "{WRAPPER}" in rules._installed
+from torch_xlstm_ops.registrations.dynamo import substitution
+assert "{WRAPPER}" in substitution._installed
 """
     child(check)
 
@@ -220,17 +220,17 @@ def test_a_function_that_takes_other_arguments_is_left_with_a_warning(monkeypatc
     setattr(module, rule.function, lambda query, key: query)
     monkeypatch.setitem(sys.modules, "made_up", module)
     monkeypatch.setattr(rules, "RULES", table)
-    message = r"the backend xlstm leaves it as it is: made_up.* must take value, .* to be replaced, got \(query, key\)"
+    message = r"backend xlstm does not replace a function: made_up.* must take value, .* got \(query, key\)"
     with pytest.warns(RuntimeWarning, match=message):
-        rules.install("made_up")
-    assert table[index].place not in rules._installed
+        substitution.install("made_up")
+    assert table[index].place not in substitution._installed
 
 
 @pytest.mark.smoke
 def test_every_rule_for_transformers_is_installed():
     ours = [rule for rule in rules.RULES if rule.module == peer.__name__]
     assert len(ours) == 4
-    assert {rule.place for rule in ours} <= rules._installed
+    assert {rule.place for rule in ours} <= substitution._installed
 
 
 # --- the explanation ---
@@ -291,15 +291,15 @@ def test_under_cuda_graphs_the_states_are_known_to_stay_where_they_are():
 
     def look(module: fx.GraphModule, examples: Any) -> Any:
         parameters = count(module)  # these are known to stay anyway
-        backend.prepare(module, backend.read(None, None))
-        backend.hold_states(module)
+        backend.prepare(module, backend.parse_options(None, None))
+        backend.mark_static_inputs(module)
         held.append(count(module) - parameters)
         return module
 
     look.wants_xlstm_rules = True  # type: ignore[attr-defined]
     decode(torch.compile(model, backend=look, fullgraph=True), ids[:, :1], cache)
     assert held == [3 * LAYERS + 1]  # and the count of tokens
-    assert backend.read(None, "reduce-overhead").inductor["triton.cudagraphs"] is True
+    assert backend.parse_options(None, "reduce-overhead").inductor["triton.cudagraphs"] is True
 
 
 @pytest.mark.slow
