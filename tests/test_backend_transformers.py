@@ -1,4 +1,4 @@
-"""Laws of the Dynamo backend on transformers' own xLSTM, which nobody patched."""
+"""Laws of the Dynamo backend on transformers' own xLSTM, not patched."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_gradients_equal_the_patched_models(inlined: bool):
     assert_close(found, wanted, GRADIENT_TOLERANCE[torch.float32])
 
 
-def test_a_patched_model_is_spliced_too():
+def test_a_patched_model_is_inlined():
     model, ids = build(**ONE_LAYER), prompt(3)
     wanted = logits(model, ids[:, :1])
     with patch("transformers"):
@@ -131,7 +131,7 @@ def step_args(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     ({"eps": -1e-6}, "eps must be a number of at least 0, got -1e-06"),
     ({"query": torch.ones(2, 3, 8).double()}, "query, key, value must share one of .* float64, float32, float32"),
 ])
-def test_a_call_that_the_operator_does_not_promise_stays_and_says_why(changed: dict[str, Any], message: str):
+def test_a_call_that_the_operator_cannot_replace_warns_with_the_reason(changed: dict[str, Any], message: str):
     given = step_args() | changed
 
     def call() -> Any:
@@ -143,7 +143,7 @@ def test_a_call_that_the_operator_does_not_promise_stays_and_says_why(changed: d
     assert re.search(f"is not replaced: {message}", torch_xlstm_ops.explain(call))
 
 
-def test_states_come_back_in_the_dtype_that_was_asked_for():
+def test_states_are_returned_in_dtype_state():
     given = step_args()
     fn = torch.compile(peer.mlstm_recurrent_step_native, backend="xlstm", fullgraph=True)
     h, state = fn(**given, dtype_state=torch.bfloat16)
@@ -177,7 +177,7 @@ torch.compile(peer.xLSTMBackend(config), backend=record, fullgraph=True)(*args)
 
 
 @pytest.mark.slow
-def test_other_backends_see_the_graph_they_always_saw():
+def test_other_backends_get_an_unchanged_graph():
     graphs = [child(TARGETS.format(loaded=loaded)) for loaded in (False, True)]
     assert graphs[0] == graphs[1] != ""
 
@@ -212,7 +212,7 @@ assert "{WRAPPER}" in substitution._installed
     child(check)
 
 
-def test_a_function_that_takes_other_arguments_is_left_with_a_warning(monkeypatch: pytest.MonkeyPatch):
+def test_a_function_with_other_arguments_is_not_replaced_and_warns(monkeypatch: pytest.MonkeyPatch):
     index, rule = next((i, r) for i, r in enumerate(rules.RULES) if r.place == WRAPPER)
     table = list(rules.RULES)
     table[index] = rule._replace(module="made_up")
@@ -271,7 +271,7 @@ def test_the_explanation_counts_graph_breaks():
 
 
 @pytest.mark.slow
-def test_an_explanation_can_be_had_any_number_of_times():
+def test_explain_can_be_called_any_number_of_times():
     model, ids = build(), prompt(1)
     texts = {torch_xlstm_ops.explain(model, ids) for _ in range(12)}
     assert len(texts) == 1
@@ -280,7 +280,7 @@ def test_an_explanation_can_be_had_any_number_of_times():
 # --- CUDA graphs, export ---
 
 
-def test_under_cuda_graphs_the_states_are_known_to_stay_where_they_are():
+def test_states_are_marked_static_for_cuda_graphs():
     model, ids = build(), prompt(3)
     cache = prefill(model, ids).cache
     held: list[int] = []
@@ -303,7 +303,7 @@ def test_under_cuda_graphs_the_states_are_known_to_stay_where_they_are():
 
 
 @pytest.mark.slow
-def test_a_mode_is_inductors_and_decodes_alike():
+def test_a_mode_is_passed_to_inductor_and_keeps_the_tokens():
     model, ids = build(), prompt(12)
     cache, twin = prefill(model, ids).cache, prefill(model, ids).cache
     fast = torch.compile(model, backend="xlstm", mode="reduce-overhead", fullgraph=True)
