@@ -1,4 +1,4 @@
-"""The judge: the float64 recurrence, drawn inputs, and one tolerance a dtype."""
+"""The reference of the tests: the float64 recurrence, drawn inputs, and one tolerance per dtype."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw(
     sizes: Sizes, dtype: torch.dtype = torch.float32, *, seed: int = 0, state: bool = True,
     gates: torch.dtype | None = None, shift: float = 2.0, spread: float = 2.0,
 ) -> list[Tensor]:
-    """Return q, k, v, igate, fgate and, if asked, c, n, m. Forget gates are around `shift`, give or take `spread`."""
+    """Return q, k, v, igate, fgate and, if `state`, c, n, m. Forget gates have mean `shift` and deviation `spread`."""
     g = torch.Generator().manual_seed(seed)
     B, NH, S, DHQK, DHHV = sizes
 
@@ -44,7 +44,7 @@ def draw(
 
 
 def exact(args: Sequence[Tensor], eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return h, c, n, m of the float64 recurrence for `args`, whose states may be missing (zeros)."""
+    """Return h, c, n, m of the float64 recurrence for `args`; a missing state is zero."""
     wide = [t.double() for t in args]
     q, v = wide[0], wide[2]
     if len(wide) == 5:
@@ -65,7 +65,7 @@ def error(found: Tensor, wanted: Tensor, scale: float = 0.0) -> float:
 
 
 def assert_close(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> None:
-    """Hold each of several results to a relative error; one that nearly cancels, to a thousandth of the largest."""
+    """Assert the relative error of each result; one of small norm is relative to a thousandth of the largest."""
     scale = 1e-3 * max(_size(t.detach()) for t in wanted)
     errors = [error(a, b, scale) for a, b in zip(found, wanted, strict=True)]
     assert max(errors) <= tolerance, f"relative errors {errors}, tolerance {tolerance}"
@@ -76,7 +76,9 @@ def _size(t: Tensor) -> float:
 
 
 def float32_tolerance(args: Sequence[Tensor], wanted: Tensor) -> float:
-    """Return what a drawn call is held to: where a denominator nearly cancels, inputs rounded once more change h most.
+    """Return the tolerance of a drawn call: twice the change of h when its inputs are rounded, if that is larger.
+
+    Where a denominator nearly cancels, rounding the inputs changes h more than TOLERANCE.
     """
     generator = torch.Generator().manual_seed(0)
 

@@ -76,7 +76,7 @@ def test_a_compiled_sequence_equals_the_recurrence(inlined: bool, dtype: torch.d
 
 
 @pytest.mark.slow
-def test_segments_beyond_the_first_carry_the_state_when_spliced():
+def test_inlined_segments_pass_the_state_on():
     args = draw(Sizes(B=1, NH=1, S=70 * 2 + 1))
     assert_close(compiled(chunkwise, inline=True, chunk_size=2)(*args), exact(args), TOLERANCE[torch.float32])
 
@@ -91,7 +91,7 @@ def test_a_sequence_without_a_state_starts_from_zeros(inlined: bool):
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.slow
 @pytest.mark.parametrize("fn", [chunkwise, step])
-def test_gradients_of_spliced_mathematics_equal_the_operators(fn: Callable[..., tuple[Tensor, ...]]):
+def test_gradients_of_inlined_mathematics_equal_the_operators(fn: Callable[..., tuple[Tensor, ...]]):
     args = step_args() if fn is step else draw(Sizes())
     spliced = gradients(compiled(fn, inline=True), args)
     assert_close(spliced, gradients(fn, args), GRADIENT_TOLERANCE[torch.float32])
@@ -99,7 +99,7 @@ def test_gradients_of_spliced_mathematics_equal_the_operators(fn: Callable[..., 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.smoke
-def test_gradients_of_unspliced_calls_equal_the_operators():
+def test_gradients_of_calls_equal_the_operators():
     args = draw(Sizes())
     assert_close(gradients(compiled(chunkwise, inline=False), args), gradients(chunkwise, args), 1e-6)
 
@@ -108,11 +108,11 @@ def slstm_step(*args: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch_xlstm_ops.slstm_step(*args))
 
 
-def test_an_slstm_step_is_spliced_with_its_gradients():
+def test_an_slstm_step_is_inlined_with_its_gradients():
     B, NH, DH = 2, 2, 4
     args = [torch.randn(B, 4, NH, DH), torch.randn(4, NH, DH, DH), torch.randn(4, NH, DH), torch.randn(B, NH, DH),
             torch.randn(B, NH, DH), torch.rand(B, NH, DH) + 0.5, torch.randn(B, NH, DH)]
-    assert "spliced" in torch_xlstm_ops.explain(slstm_step, *args)
+    assert "inlined" in torch_xlstm_ops.explain(slstm_step, *args)
     assert_close(compiled(slstm_step)(*args), slstm_step(*args), TOLERANCE[torch.float32])
     assert_close(gradients(compiled(slstm_step), args), gradients(slstm_step, args), GRADIENT_TOLERANCE[torch.float32])
 
@@ -137,7 +137,7 @@ def test_a_step_in_place_is_refused_where_autograd_records():
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.slow
-def test_a_call_by_keywords_is_spliced_too():
+def test_a_call_by_keywords_is_inlined():
     names = ("q", "k", "v", "igate", "fgate", "c", "n", "m")
 
     def call(*args: Tensor) -> Any:
@@ -149,7 +149,7 @@ def test_a_call_by_keywords_is_spliced_too():
 
 
 @pytest.mark.smoke
-def test_any_batch_is_served_by_one_spliced_graph():
+def test_one_inlined_graph_serves_any_batch():
     fn = torch.compile(step, backend="xlstm", fullgraph=True, dynamic=True)
     for B in (2, 3, 5):
         q, k, v, igate, fgate, *state = draw(Sizes(B=B, S=1))
@@ -171,7 +171,8 @@ def operators(fn: Callable[..., Any], args: list[Tensor], **options: Any) -> lis
     stay: list[str] = []
 
     def look(module: fx.GraphModule, examples: Any) -> Any:
-        stay.extend(str(splice.operator_of(node)) for node in backend.prepare(module, backend.read(options, None)))
+        calls = backend.prepare(module, backend.parse_options(options, None))
+        stay.extend(str(splice.operator_of(node)) for node in calls)
         return module
 
     torch.compile(fn, backend=look, fullgraph=True)(*args)
@@ -180,7 +181,7 @@ def operators(fn: Callable[..., Any], args: list[Tensor], **options: Any) -> lis
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_chunks")
-def test_by_default_steps_are_spliced_and_so_are_short_sequences_that_nobody_differentiates():
+def test_by_default_steps_and_short_sequences_without_gradients_are_inlined():
     short, long = draw(Sizes()), draw(Sizes(B=1, NH=4, S=1100, DHQK=128, DHHV=128), state=False)
     assert operators(step, step_args()) == []
     assert operators(chunkwise, short) == []
@@ -190,7 +191,7 @@ def test_by_default_steps_are_spliced_and_so_are_short_sequences_that_nobody_dif
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_inline_splices_all_or_nothing():
+def test_the_option_inline_inlines_all_calls_or_none():
     learning = [t.requires_grad_() for t in draw(Sizes())]
     assert operators(chunkwise, learning, inline=True) == []
     assert operators(chunkwise, draw(Sizes()), inline=False) == ["mlstm_chunkwise"]
@@ -232,10 +233,10 @@ def test_bad_options_are_refused_at_once_by_name(options: dict[str, Any], messag
 @pytest.mark.slow
 def test_options_are_not_changed_and_the_rest_go_to_inductor():
     options = {"inline": True, "epilogue_fusion": False, "chunk_size": 32}
-    asked = backend.read(options, None)
+    asked = backend.parse_options(options, None)
     assert asked == ({"chunk_size": 32}, True, {"epilogue_fusion": False})
     assert options == {"inline": True, "epilogue_fusion": False, "chunk_size": 32}
-    assert backend.read(None, "max-autotune-no-cudagraphs").inductor["max_autotune"] is True
+    assert backend.parse_options(None, "max-autotune-no-cudagraphs").inductor["max_autotune"] is True
     args = draw(Sizes())
     assert_close(compiled(chunkwise, **options)(*args), exact(args), TOLERANCE[torch.float32])
 
@@ -250,13 +251,13 @@ def test_mode_and_options_together_are_refused_by_torch():
         torch.compile(chunkwise, backend="xlstm", mode="default", options={"inline": True})
 
 
-def test_a_model_without_xlstm_is_inductors_with_one_warning():
+def test_a_model_without_xlstm_is_compiled_with_one_warning():
     model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.randn(3, 4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = torch.compile(model, backend="xlstm")(x)
     (warning,) = [w for w in caught if "xlstm" in str(w.message)]
-    assert "found no xLSTM here and leaves all to Inductor" in str(warning.message)
+    assert "found no xLSTM in this graph" in str(warning.message)
     torch.testing.assert_close(found, model(x))
 
 

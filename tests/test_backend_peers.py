@@ -1,4 +1,4 @@
-"""Laws of the Dynamo backend on the functions of mlstm_kernels, xlstm and flashrnn, which nobody patched."""
+"""Laws of the Dynamo backend on the functions of mlstm_kernels, xlstm and flashrnn, not patched."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def taken(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Return the explanation of a call, which must have been taken whole."""
     text = torch_xlstm_ops.explain(fn, *args, **kwargs)
     assert "0 graph breaks" in text
-    assert "stays as it is" not in text
+    assert "is not replaced" not in text
     assert "-> torch.ops.xlstm" in text
     return text
 
@@ -91,7 +91,7 @@ def test_the_backend_module_is_one_operator_for_any_length(S: int):
     assert taken(layer, **given).count("-> torch.ops.xlstm") == 1
 
 
-def test_a_sigmoid_input_gate_stays_as_it_is():
+def test_a_sigmoid_input_gate_is_not_replaced():
     function("mlstm_kernels.torch.kernel_wrappers", "wrap_chunkwise__arbitrary_sequence_length")
     wrappers = importlib.import_module("mlstm_kernels.torch.kernel_wrappers")
 
@@ -124,7 +124,7 @@ def test_xlstms_parallel_mlstm_becomes_an_operator():
 
 
 @pytest.mark.slow
-def test_xlstms_parallel_mlstm_stays_where_it_is_stabilised_otherwise():
+def test_xlstms_parallel_mlstm_with_another_stabilisation_is_not_replaced():
     fn = function(MLSTM, "parallel_stabilized_simple")
     q, k, v, igate, fgate = draw(Sizes(S=30, DHHV=8), state=False)
     args = (q, k, v, igate[..., None], fgate[..., None])
@@ -133,7 +133,7 @@ def test_xlstms_parallel_mlstm_stays_where_it_is_stabilised_otherwise():
     assert_close([found], [fn(*args, stabilize_rowwise=False)], PEER_TOLERANCE)
 
 
-def test_xlstms_mlstm_step_leaves_its_inputs_alone():
+def test_xlstms_mlstm_step_does_not_modify_its_inputs():
     fn = function(MLSTM, "recurrent_step_stabilized_simple")
     q, k, v, igate, fgate, c, n, m = draw(Sizes(S=1, DHHV=8))
     args = (c, n[..., None], m[..., None], q, k, v, igate[..., None], fgate[..., None])
@@ -169,7 +169,7 @@ def test_xlstms_vanilla_slstm_is_one_operator_without_a_break():
 
 
 @pytest.mark.slow
-def test_xlstms_vanilla_slstm_learns_as_it_did():
+def test_xlstms_vanilla_slstm_keeps_its_gradients():
     layer, x = slstm_layer(), torch.randn(3, 6, 4 * 32)
 
     def gradients(run: Callable[..., Any]) -> list[Tensor]:
@@ -180,11 +180,11 @@ def test_xlstms_vanilla_slstm_learns_as_it_did():
     assert_close(gradients(compiled(layer)), gradients(layer), 1e-4)
 
 
-def test_xlstms_vanilla_slstm_step_is_spliced():
+def test_xlstms_vanilla_slstm_step_is_inlined():
     layer = slstm_layer()
     x, state = torch.randn(3, 1, 4 * 32), torch.cat([torch.randn(2, 3, 32), torch.rand(2, 3, 32) + 0.5])
     assert_close(flat(compiled(layer.step)(x, state)), flat(layer.step(x, state)), PEER_TOLERANCE)
-    assert "xlstm.slstm_step, spliced" in taken(layer.step, x, state)
+    assert "xlstm.slstm_step, inlined" in taken(layer.step, x, state)
 
 
 # --- flashrnn ---
@@ -209,7 +209,7 @@ def test_flashrnns_vanilla_slstm_becomes_an_operator():
 
 
 @pytest.mark.smoke
-def test_flashrnns_other_cells_stay_as_they_are():
+def test_flashrnns_other_cells_are_not_replaced():
     forward = function("flashrnn.flashrnn.vanilla", "flashrnn_forward")
     pointwise = importlib.import_module("flashrnn.flashrnn.vanilla").flashrnn_pointwise_function_registry["lstm"]
     args = (torch.randn(3, 2, 4, 2, 8), torch.zeros(1, 2, 2, 2, 8), torch.randn(2, 8, 4, 8), torch.randn(4, 2, 8))

@@ -1,4 +1,4 @@
-"""Laws of the Dynamo backend on transformers' own xLSTM, which nobody patched."""
+"""Laws of the Dynamo backend on transformers' own xLSTM, not patched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers.models.xlstm import modeling_xlstm as peer  # noqa: E402
 if peer.external_xlstm:
     pytest.skip("transformers' own xLSTM needs an environment without the package xlstm", allow_module_level=True)
 
-from torch_xlstm_ops.registrations.dynamo import backend, rules, splice  # noqa: E402
+from torch_xlstm_ops.registrations.dynamo import backend, rules, splice, substitution  # noqa: E402
 
 import torch_xlstm_ops  # noqa: E402
 from tests.oracle import GRADIENT_TOLERANCE, assert_close  # noqa: E402
@@ -106,17 +106,17 @@ def test_gradients_equal_the_patched_models(inlined: bool):
     assert_close(found, wanted, GRADIENT_TOLERANCE[torch.float32])
 
 
-def test_a_patched_model_is_spliced_too():
+def test_a_patched_model_is_inlined():
     model, ids = build(**ONE_LAYER), prompt(3)
     wanted = logits(model, ids[:, :1])
     with patch("transformers"):
         text = torch_xlstm_ops.explain(model, ids[:, :1])
         found = logits(compiled(model), ids[:, :1])
-    assert "mlstm_step, spliced into the graph" in text
+    assert "mlstm_step, inlined into the graph" in text
     torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE[torch.float32])
 
 
-# --- what stays as it is ---
+# --- calls that are not replaced ---
 
 
 def step_args(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ def step_args(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     ({"eps": -1e-6}, "eps must be a number of at least 0, got -1e-06"),
     ({"query": torch.ones(2, 3, 8).double()}, "query, key, value must share one of .* float64, float32, float32"),
 ])
-def test_a_call_that_the_operator_does_not_promise_stays_and_says_why(changed: dict[str, Any], message: str):
+def test_a_call_that_the_operator_cannot_replace_warns_with_the_reason(changed: dict[str, Any], message: str):
     given = step_args() | changed
 
     def call() -> Any:
@@ -140,10 +140,10 @@ def test_a_call_that_the_operator_does_not_promise_stays_and_says_why(changed: d
     with pytest.warns(UserWarning, match=message):
         found = torch.compile(call, backend="xlstm", fullgraph=True)()
     torch.testing.assert_close(found, call())
-    assert re.search(f"stays as it is: {message}", torch_xlstm_ops.explain(call))
+    assert re.search(f"is not replaced: {message}", torch_xlstm_ops.explain(call))
 
 
-def test_states_come_back_in_the_dtype_that_was_asked_for():
+def test_states_are_returned_in_dtype_state():
     given = step_args()
     fn = torch.compile(peer.mlstm_recurrent_step_native, backend="xlstm", fullgraph=True)
     h, state = fn(**given, dtype_state=torch.bfloat16)
@@ -177,7 +177,7 @@ torch.compile(peer.xLSTMBackend(config), backend=record, fullgraph=True)(*args)
 
 
 @pytest.mark.slow
-def test_other_backends_see_the_graph_they_always_saw():
+def test_other_backends_get_an_unchanged_graph():
     graphs = [child(TARGETS.format(loaded=loaded)) for loaded in (False, True)]
     assert graphs[0] == graphs[1] != ""
 
@@ -206,13 +206,13 @@ fn = torch.compile(lambda run, ids: run(ids), backend="xlstm", fullgraph=True)
 assert importlib.util.find_spec("transformers.models.xlstm.modeling_xlstm")
 assert "transformers.models.xlstm.modeling_xlstm" not in sys.modules
 import transformers.models.xlstm.modeling_xlstm
-from torch_xlstm_ops.registrations.dynamo import rules
-assert "{WRAPPER}" in rules._installed
+from torch_xlstm_ops.registrations.dynamo import substitution
+assert "{WRAPPER}" in substitution._installed
 """
     child(check)
 
 
-def test_a_function_that_takes_other_arguments_is_left_with_a_warning(monkeypatch: pytest.MonkeyPatch):
+def test_a_function_with_other_arguments_is_not_replaced_and_warns(monkeypatch: pytest.MonkeyPatch):
     index, rule = next((i, r) for i, r in enumerate(rules.RULES) if r.place == WRAPPER)
     table = list(rules.RULES)
     table[index] = rule._replace(module="made_up")
@@ -220,17 +220,17 @@ def test_a_function_that_takes_other_arguments_is_left_with_a_warning(monkeypatc
     setattr(module, rule.function, lambda query, key: query)
     monkeypatch.setitem(sys.modules, "made_up", module)
     monkeypatch.setattr(rules, "RULES", table)
-    message = r"the backend xlstm leaves it as it is: made_up.* must take value, .* to be replaced, got \(query, key\)"
+    message = r"backend xlstm does not replace a function: made_up.* must take value, .* got \(query, key\)"
     with pytest.warns(RuntimeWarning, match=message):
-        rules.install("made_up")
-    assert table[index].place not in rules._installed
+        substitution.install("made_up")
+    assert table[index].place not in substitution._installed
 
 
 @pytest.mark.smoke
 def test_every_rule_for_transformers_is_installed():
     ours = [rule for rule in rules.RULES if rule.module == peer.__name__]
     assert len(ours) == 4
-    assert {rule.place for rule in ours} <= rules._installed
+    assert {rule.place for rule in ours} <= substitution._installed
 
 
 # --- the explanation ---
@@ -271,7 +271,7 @@ def test_the_explanation_counts_graph_breaks():
 
 
 @pytest.mark.slow
-def test_an_explanation_can_be_had_any_number_of_times():
+def test_explain_can_be_called_any_number_of_times():
     model, ids = build(), prompt(1)
     texts = {torch_xlstm_ops.explain(model, ids) for _ in range(12)}
     assert len(texts) == 1
@@ -280,7 +280,7 @@ def test_an_explanation_can_be_had_any_number_of_times():
 # --- CUDA graphs, export ---
 
 
-def test_under_cuda_graphs_the_states_are_known_to_stay_where_they_are():
+def test_states_are_marked_static_for_cuda_graphs():
     model, ids = build(), prompt(3)
     cache = prefill(model, ids).cache
     held: list[int] = []
@@ -291,19 +291,19 @@ def test_under_cuda_graphs_the_states_are_known_to_stay_where_they_are():
 
     def look(module: fx.GraphModule, examples: Any) -> Any:
         parameters = count(module)  # these are known to stay anyway
-        backend.prepare(module, backend.read(None, None))
-        backend.hold_states(module)
+        backend.prepare(module, backend.parse_options(None, None))
+        backend.mark_static_inputs(module)
         held.append(count(module) - parameters)
         return module
 
     look.wants_xlstm_rules = True  # type: ignore[attr-defined]
     decode(torch.compile(model, backend=look, fullgraph=True), ids[:, :1], cache)
     assert held == [3 * LAYERS + 1]  # and the count of tokens
-    assert backend.read(None, "reduce-overhead").inductor["triton.cudagraphs"] is True
+    assert backend.parse_options(None, "reduce-overhead").inductor["triton.cudagraphs"] is True
 
 
 @pytest.mark.slow
-def test_a_mode_is_inductors_and_decodes_alike():
+def test_a_mode_is_passed_to_inductor_and_keeps_the_tokens():
     model, ids = build(), prompt(12)
     cache, twin = prefill(model, ids).cache, prefill(model, ids).cache
     fast = torch.compile(model, backend="xlstm", mode="reduce-overhead", fullgraph=True)

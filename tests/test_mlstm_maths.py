@@ -15,7 +15,7 @@ EPS = 1e-6
 
 
 def chunked(args: list[torch.Tensor], L: int) -> list[torch.Tensor]:
-    """Join batch and heads and part tokens into chunks, as a task holds them."""
+    """Join batch and heads, and split tokens into chunks, as in a task."""
     streams, state = args[:5], args[5:]
     return [t.flatten(0, 1).unflatten(1, (-1, L)) for t in streams] + [t.flatten(0, 1) for t in state]
 
@@ -41,7 +41,7 @@ def test_segment_equals_recurrence(shape, gate, seed):
 
 
 def emitted(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Do a segment as a device does."""
+    """Compute a segment as a device does."""
     q, k, v, igate, fgate, c, n, m = args
     P, q_gated, W, dC, *state = mlstm.segment_factors(q, k, v, igate, fgate, mlstm.scores(q, k), c, n, m, eps=EPS)
     h = torch.empty_like(v)
@@ -50,7 +50,7 @@ def emitted(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def opened(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Do a segment as CUDA does from an empty state."""
+    """Compute a segment from a zero state as CUDA does."""
     q, k, v, igate, fgate = args[:5]
     found = mlstm.segment_factors_zero_state(q, k, v, igate, fgate, mlstm.scores(q, k), eps=EPS)
     P, q_gated, W, dC, n, m, keep, add = found
@@ -62,7 +62,7 @@ def opened(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def single(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Do a segment of one chunk from an empty state."""
+    """Compute a segment of one chunk from a zero state."""
     q, k, v, igate, fgate = args[:5]
     P, *state = mlstm.segment_factors_single_chunk(q, k, v, igate, fgate, mlstm.scores(q, k), eps=EPS)
     h = torch.empty_like(v)
@@ -71,7 +71,7 @@ def single(args: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 @given(sizes_and_chunk, gates, st.integers(0, 2**16), st.booleans())
-def test_what_is_emitted_equals_recurrence(shape, gate, seed, fresh):
+def test_the_compiled_form_of_a_segment_equals_recurrence(shape, gate, seed, fresh):
     sizes, L = shape
     args = draw(sizes, torch.float64, seed=seed, shift=gate[0], spread=gate[1])
     for state in args[5:] if fresh else []:
@@ -84,7 +84,7 @@ def test_what_is_emitted_equals_recurrence(shape, gate, seed, fresh):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("segments", [8, 32])
-def test_a_state_holds_over_many_segments_that_forget_nothing(dtype, segments):
+def test_states_stay_exact_over_many_segments_with_open_gates(dtype, segments):
     sizes = Sizes(B=1, NH=2, S=64 * segments, DHQK=16, DHHV=16)
     args = draw(sizes, dtype, gates=torch.float32, state=False)
     args[3][:], args[4][:] = 0.0, 40.0
@@ -127,8 +127,8 @@ def test_gradients_equal_those_of_the_recurrence(shape, gate, seed):
     assert_close(found, wanted, 1e-8)
 
 
-def test_a_small_decay_survives_behind_a_large_one():
-    """Plain prefix sums in float32 would lose the decay of the last tokens behind a sum of -20,000."""
+def test_a_small_decay_is_exact_after_a_large_one():
+    """Plain prefix sums in float32 would lose the decay of the last tokens after a sum of -20,000."""
     sizes = Sizes(1, 1, 64, 8, 8)
     args = draw(sizes, torch.float32, spread=0.1)
     args[4][..., :40] = -500.0
@@ -138,7 +138,7 @@ def test_a_small_decay_survives_behind_a_large_one():
 
 
 @pytest.mark.parametrize("fgate", [0.0, -2.0, -30.0])
-def test_what_is_forgotten_leaves_no_denormal_numbers(fgate):
+def test_decayed_weights_are_never_denormal(fgate):
     """A CPU's products take ten times as long with them."""
     args = draw(Sizes(1, 2, 256, 16, 16), torch.float32)
     args[4][:] += fgate - args[4].mean()
@@ -149,7 +149,7 @@ def test_what_is_forgotten_leaves_no_denormal_numbers(fgate):
         assert denormal.float().mean() < 1e-3
 
 
-def test_a_closed_forget_gate_cuts_the_past():
+def test_a_closed_forget_gate_drops_the_state():
     sizes = Sizes(1, 2, 32, 4, 4)
     args = draw(sizes, torch.float64)
     args[4][0, 0, 13] = args[4][0, 1, 0] = args[4][0, 1, 16] = -torch.inf
@@ -169,7 +169,7 @@ def test_padding_is_the_identity():
     assert_close([h[:, :, :11], *state], exact(cut), 1e-12)
 
 
-def test_nothing_but_padding_keeps_the_state():
+def test_a_segment_of_padding_keeps_the_state():
     args = draw(Sizes(1, 2, 16, 4, 4), torch.float32)
     args[3][:], args[4][:] = -torch.inf, torch.inf
     for _, *state in (mlstm.segment(*chunked(args, 8), eps=EPS), emitted(chunked(args, 8))):
@@ -278,7 +278,7 @@ def test_minus_infinity_in_every_form_of_a_segment_equals_recurrence(L):
             assert_close([h.flatten(1, 2), *state], wanted, 1e-12)
 
 
-def test_combine_of_elements_of_nothing_is_the_whole():
+def test_combine_with_empty_elements_is_the_identity():
     args = chunked(draw(Sizes(1, 2, 12, 2, 3), torch.float64), 3)
     args[3][:, 0], args[4][:, 0, 1] = -torch.inf, -torch.inf
     args[3][0, 1:3], args[4][0, 1] = -torch.inf, -torch.inf

@@ -128,7 +128,7 @@ def test_shards_are_kept_until_others_would_save_a_tenth_of_the_time(weights, sp
 
 
 @pytest.mark.parametrize(("S", "weights"), [(1, [1.0]), (10, []), (10, [1.0, 0.0])])
-def test_prompts_and_weights_that_cannot_be_cut_are_refused(S, weights):
+def test_prompts_and_weights_that_cannot_be_split_are_refused(S, weights):
     with pytest.raises(ValueError, match=r"must (hold at least 2|be one a worker, above 0), got"):
         shards.split(S, weights)
 

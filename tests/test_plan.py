@@ -80,7 +80,7 @@ window    2 tasks in flight, about 90.0 MB
 band 0    0 ~> 1 -> 2 ~> 3""")
 
 
-def test_two_bands_never_pretend_to_use_six_workers() -> None:
+def test_a_note_says_that_two_bands_use_two_of_six_workers() -> None:
     plan = make(Shape(2, 4096, 256, 512), "cpu", queued(heads_per_band=1, segment=4096, workers=6), Machine(6))
     assert_expected_inline("\n".join(plan.notes), """2 bands of 1 segment: 2 of 6 workers used""")
 
@@ -105,7 +105,7 @@ def test_memory_bounds_the_window() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 20, 100, 5000])
-def test_a_chunk_is_hardly_longer_than_the_tokens_there_are(tokens):
+def test_a_chunk_is_not_much_longer_than_the_sequence(tokens):
     given = make(Shape(4, tokens, 64, 64), "cpu", Config(chunk_size=1_000_000))
     usual = make(Shape(4, tokens, 64, 64), "cpu", Config())
     assert given.chunk_size <= max(usual.chunk_size, 2 * tokens)

@@ -89,7 +89,7 @@ def test_a_call_repeated_gives_the_same_bits_from_the_same_actors(ray_cluster):
     assert os.getpid() not in pids
 
 
-def test_a_trace_names_each_task_the_actor_that_did_it_and_what_else_that_had_to_do(ray_cluster):
+def test_a_trace_names_each_task_its_actor_and_the_queue_depth(ray_cluster):
     with config.use(**BANDS, window=4), trace.record() as recording:
         trace.set_layer(3)
         call(draw(Sizes(S=100)))

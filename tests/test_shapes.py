@@ -1,4 +1,4 @@
-"""What bad input is told: argument, expectation, finding; the same from the operators and their fakes."""
+"""Errors for bad input: argument, expectation, finding; the same from the operators and their fakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``torch.compile(model, backend="xlstm")`` makes of a model, as a text to read or to paste into a report."""
+"""Explain, as text, what ``torch.compile(model, backend="xlstm")`` replaces in a model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torch_xlstm_ops.schedules.machine import machine
 
 class _Graph(NamedTuple):
     nodes: int
-    calls: Sequence[str]  # one paragraph a call
+    calls: Sequence[str]  # one paragraph per call
     plans: Sequence[str]
 
 
 def explain(
     model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, **keywords: Any
 ) -> str:
-    """Run a model once as the backend's Dynamo sees it, and say what takes the place of its xLSTM calls, and why not.
+    """Trace a model with Dynamo and describe which of its xLSTM calls are replaced, by which operator, or why not.
 
-    inputs, keywords: what to call the model with; a state that it keeps moves on by one call.
-    options: those of the backend, default none.
+    inputs, keywords: the arguments of the model, which runs once: a state that it keeps advances by one call.
+    options: of the backend, default none.
     Raises torch's BackendCompilerFailed, which quotes the reason, for options that the backend would refuse.
     """
     from torch_xlstm_ops.registrations import dynamo
@@ -36,35 +36,35 @@ def explain(
     graphs: list[_Graph] = []
 
     def record(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        graphs.append(_look(module, dynamo.backend.read(options, None)))
+        graphs.append(_describe(module, dynamo.backend.parse_options(options, None)))
         return module
 
     record.wants_xlstm_rules = True  # type: ignore[attr-defined]
     before = torch_internals.graph_breaks()
-    with torch_internals.no_recompile_limit():  # each explanation is a compilation of the same code
+    with torch_internals.no_recompile_limit():  # each call compiles the same code again
         torch.compile(model, backend=record)(*inputs, **keywords)
     return "\n".join(_lines(graphs, torch_internals.graph_breaks() - before))
 
 
-def _look(module: fx.GraphModule, options: Any) -> _Graph:
-    """Describe a graph, which is changed as the backend would change it."""
+def _describe(module: fx.GraphModule, options: Any) -> _Graph:
+    """Describe a graph; modifies it as the backend would."""
     from torch_xlstm_ops.registrations import dynamo
 
     nodes = len(module.graph.nodes)
-    called = [  # described before it is spliced away
+    called = [  # described before they are inlined
         (node, name, _first_argument(node)) for node in module.graph.nodes if (name := dynamo.splice.operator_of(node))
     ]
-    taken = iter([f for f in dynamo.rules.findings() if f.refusal is None])
-    stay = dynamo.backend.prepare(module, options)
-    calls = [_refused(f) for f in dynamo.rules.findings() if f.refusal is not None]
+    replaced = iter([f for f in dynamo.substitution.findings() if f.refusal is None])
+    remaining = dynamo.backend.prepare(module, options)
+    calls = [_refused(f) for f in dynamo.substitution.findings() if f.refusal is not None]
     plans = []
     for node, name, argument in called:
-        finding = next(taken, None) if dynamo.rules.__file__ in node.meta.get("stack_trace", "") else None
-        where = _where(finding.stack) if finding is not None else _last_frame(node.meta.get("stack_trace", ""))
-        what = f"torch.ops.xlstm.{name}" + (", a call" if node in stay else ", spliced into the graph")
-        calls.append(f"{finding.place if finding is not None else 'an operator, as written'}\n    at {where}\n"
+        finding = next(replaced, None) if dynamo.substitution.__file__ in node.meta.get("stack_trace", "") else None
+        where = _location(finding.stack) if finding is not None else _last_frame(node.meta.get("stack_trace", ""))
+        what = f"torch.ops.xlstm.{name}" + (", a call" if node in remaining else ", inlined into the graph")
+        calls.append(f"{finding.place if finding is not None else 'our operator'}\n    at {where}\n"
                      f"    -> {what}, {argument}")
-        if name == "mlstm_chunkwise" and node in stay:
+        if name == "mlstm_chunkwise" and node in remaining:
             plans.append(_plan(node, options))
     return _Graph(nodes, calls, plans)
 
@@ -82,18 +82,18 @@ def _lines(graphs: Sequence[_Graph], breaks: Mapping[str, int]) -> list[str]:
 
 
 def _refused(finding: Any) -> str:
-    return f"{finding.place}\n    at {_where(finding.stack)}\n    stays as it is: {finding.refusal}"
+    return f"{finding.place}\n    at {_location(finding.stack)}\n    is not replaced: {finding.refusal}"
 
 
-def _where(stack: Sequence[str]) -> str:
-    return stack[-1] if stack else "a place that Dynamo does not tell"
+def _location(stack: Sequence[str]) -> str:
+    return stack[-1] if stack else "an unknown location"
 
 
 def _last_frame(trace: str) -> str:
-    """Return the innermost frame of a stack trace, as Dynamo writes it, that is not ours."""
+    """Return the innermost frame of Dynamo's stack trace outside this package."""
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    theirs = [frame for frame in frames if "torch_xlstm_ops" not in frame.split('"')[1]]
-    return theirs[-1] if theirs else "a place that Dynamo does not tell"
+    others = [frame for frame in frames if "torch_xlstm_ops" not in frame.split('"')[1]]
+    return others[-1] if others else "an unknown location"
 
 
 def _first_argument(node: fx.Node) -> str:
@@ -105,7 +105,7 @@ def _first_argument(node: fx.Node) -> str:
 
 
 def _plan(node: fx.Node, options: Any) -> str:
-    """Return the plan of a chunkwise call; sizes that Dynamo left symbolic stand at the values of this run."""
+    """Return the plan of a chunkwise call; symbolic sizes have the values of this run."""
     from torch_xlstm_ops.registrations import dynamo
 
     q, v = dynamo.splice.example(node, "q"), dynamo.splice.example(node, "v")

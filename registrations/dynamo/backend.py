@@ -1,8 +1,9 @@
-"""The Dynamo backend ``xlstm``: the peers' xLSTM functions become our operators, and Inductor compiles the graph.
+"""The Dynamo backend ``xlstm``: replace other packages' xLSTM functions by our operators, compile with Inductor.
 
     torch.compile(model, backend="xlstm")
 
-Torch finds it by an entry point, so nobody has to import us. `rules` recognises, `splice` splices.
+Torch finds it by an entry point, so it needs no import of this package. `rules` lists the functions, `substitution`
+replaces them, and `splice` inlines operators into the graph.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from torch import fx
 from torch_xlstm_ops import config, schedules
 from torch_xlstm_ops.runtime import torch_internals
 
-from . import rules
-from .splice import arguments, measures_better, operator_of, splice
+from . import substitution
+from .splice import arguments, is_faster_inlined, operator_of, splice
 
 INLINE = "inline"
 
 
 class Options(NamedTuple):
-    """What a user asked of the backend."""
+    """The options of one `torch.compile` call."""
 
     settings: Mapping[str, object]  # fields of Config, for every call of an operator in the compiled code
-    inline: bool | None  # whether operators are spliced; None: where it measures better
-    inductor: Mapping[str, Any]  # everything else
+    inline: bool | None  # whether operators are inlined; None: where measured to be faster
+    inductor: Mapping[str, Any]  # options of Inductor
 
 
-def read(options: Mapping[str, Any] | None, mode: str | None) -> Options:
-    """Sort and check what `torch.compile` was given.
+def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+    """Check the options and the mode given to `torch.compile`, and group them.
 
-    Raises ValueError for a name that neither we nor Inductor know, and for a value that cannot be used.
+    Raises ValueError for an unknown name or an invalid value.
     """
     settings: dict[str, object] = {}
     inline: bool | None = None
@@ -56,23 +57,23 @@ def read(options: Mapping[str, Any] | None, mode: str | None) -> Options:
 
 
 def prepare(module: fx.GraphModule, options: Options) -> list[fx.Node]:
-    """Splice what is to be spliced; return the nodes that stay calls of our operators.
+    """Inline operators into the graph as the options say; return the nodes that remain calls of our operators.
 
-    Raises NotImplementedError for a schedule that cannot run where they are.
+    Raises NotImplementedError for a schedule that cannot run on the tensors' device.
     """
     for node in module.graph.nodes:
         if operator_of(node) is not None and "schedule" in options.settings:
             first = next(iter(arguments(node).values()))
             schedules.load(config.Schedule(options.settings["schedule"]), first.meta["example_value"].device)
     with config.use(**options.settings):
-        return splice(module, measures_better if options.inline is None else lambda node, name: bool(options.inline))
+        return splice(module, is_faster_inlined if options.inline is None else lambda node, name: bool(options.inline))
 
 
-def hold_states(module: fx.GraphModule) -> None:
-    """Tell CUDA graphs that inputs which the graph writes over stay where they are, as the states of a model do.
+def mark_static_inputs(module: fx.GraphModule) -> None:
+    """Mark the inputs that the graph writes to as static for CUDA graphs: a model keeps its states at one address.
 
-    Otherwise a graph that writes over its inputs is not recorded at all. Where one does move, the graph is recorded
-    again: torch compares the addresses at every call.
+    Torch does not capture a graph that writes to other inputs. If a static input moves, torch captures the graph again,
+    as it compares the addresses at every call.
     """
     for node in module.graph.nodes:
         target = getattr(node.target, "__name__", str(node.target))
@@ -82,7 +83,7 @@ def hold_states(module: fx.GraphModule) -> None:
 
 
 def _writes(op: str, target: str) -> bool:
-    """Return whether a node writes over its first argument: ``copy_``, ``iadd``, ``copy_.default``, ``mlstm_step_``."""
+    """Return whether a node writes to its first argument: ``copy_``, ``iadd``, ``copy_.default``, ``mlstm_step_``."""
     name = target.split(".")[0]
     if op == "call_method":
         return name.endswith("_") and not name.endswith("__")
@@ -93,34 +94,34 @@ def xlstm(
     module: fx.GraphModule, examples: Sequence[Any], *, options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Any:
-    """Compile a graph: the backend itself.
+    """Compile a graph; the function that Dynamo calls.
 
-    options: fields of `Config` (all but trace), ``inline``, and options of Inductor. mode: as Inductor has it.
+    options: fields of `Config` (all but trace), ``inline``, and options of Inductor. mode: of `torch.compile`.
     """
-    asked = read(options, mode)
+    parsed = parse_options(options, mode)
     _warn(module)
-    prepare(module, asked)
-    if asked.inductor.get("triton.cudagraphs"):
-        hold_states(module)
-    return _lower(module, examples, asked)
+    prepare(module, parsed)
+    if parsed.inductor.get("triton.cudagraphs"):
+        mark_static_inputs(module)
+    return _lower(module, examples, parsed)
 
 
 xlstm.wants_xlstm_rules = True  # type: ignore[attr-defined]
 
 
 def _warn(module: fx.GraphModule) -> None:
-    """Say what stays as it is: a call that no operator promises, or a whole frame without any xLSTM."""
-    found = rules.findings()
-    refusals = dict.fromkeys(f"{f.place} stays as it is: {f.refusal}" for f in found if f.refusal is not None)
+    """Warn of calls that are not replaced, and of a frame without any xLSTM."""
+    found = substitution.findings()
+    refusals = dict.fromkeys(f"{f.place} is not replaced: {f.refusal}" for f in found if f.refusal is not None)
     for refusal in refusals:
         warnings.warn(f"backend xlstm: {refusal}", stacklevel=2)
-    if not found and not rules.is_piece(module) and not any(operator_of(node) for node in module.graph.nodes):
-        warnings.warn("backend xlstm found no xLSTM here and leaves all to Inductor; torch_xlstm_ops.explain(model, "
-                      "*inputs) says more", stacklevel=2)
+    if not found and not substitution.is_piece(module) and not any(operator_of(node) for node in module.graph.nodes):
+        warnings.warn("backend xlstm found no xLSTM in this graph and compiles it with Inductor alone; "
+                      "torch_xlstm_ops.explain(model, *inputs) prints the calls of each graph", stacklevel=2)
 
 
 def _lower(module: fx.GraphModule, examples: Sequence[Any], options: Options) -> Any:
-    # Forward and backward run apart, in threads of autograd's choosing: each brings the settings with it.
+    # Autograd chooses the threads of forward and backward, so each sets the configuration itself.
     def with_settings(run: Callable[[Any], Any], args: Any) -> Any:
         with config.use(**options.settings):
             return run(args)
@@ -129,4 +130,4 @@ def _lower(module: fx.GraphModule, examples: Sequence[Any], options: Options) ->
     return torch_internals.compile_graph(module, examples, options.inductor, around)
 
 
-rules.watch()
+substitution.watch()

@@ -1,46 +1,33 @@
-"""What the Dynamo backend recognises: a table of the peers' xLSTM functions, and what takes the place of each.
-
-Dynamo keeps a substitute by function object, for the whole process and for good. So a substitute asks, while Dynamo
-traces it, whether the graph is made for a backend that wants it, and whether the operator promises what the call asks.
-If not, a copy of the original is traced instead: other backends see the code that they always saw.
-"""
+"""The functions of other packages that the Dynamo backend replaces, and the conditions under which it does."""
 
 from __future__ import annotations
 
 import functools
-import inspect
-import sys
-import types
-import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
 
 from torch_xlstm_ops.maths.shapes import STREAM_DTYPES
 from torch_xlstm_ops.patch import upstream_functions as functions
-from torch_xlstm_ops.runtime import torch_internals
-from torch_xlstm_ops.runtime.import_hook import when_imported
 
-Fact = tuple[torch.dtype, int] | None  # of an argument: dtype and rank; None where no tensor was given
+TensorInfo = tuple[torch.dtype, int] | None  # dtype and rank of an argument; None if no tensor was given
 
 
 class Rule(NamedTuple):
-    """One function of a peer."""
+    """One function of another package, and the adapter that replaces it."""
 
-    module: str  # where it is defined
+    module: str  # that defines it
     function: str
     adapter: Callable[[Sequence[Any], Mapping[str, Any]], Any]
-    tensors: str  # the peer's names of the tensors that the adapter takes, in its order
+    tensors: str  # names of the tensors that the adapter takes, in its order
     ranks: tuple[int, ...]
-    streams: int  # how many of them must share a dtype; the rest need only be floating
-    judged: tuple[str, ...] = ()  # the other arguments that decide
+    streams: int  # how many of them must share a dtype; the others must be floating
+    conditions: tuple[str, ...] = ()  # other arguments that `refusal` checks
 
     @property
     def place(self) -> str:
-        """Return the name that users know it by."""
+        """Return the qualified name of the function."""
         return f"{self.module}.{self.function}"
 
 
@@ -51,10 +38,10 @@ _BLOCKS, _CELL = "xlstm.blocks.mlstm.backends", "xlstm.blocks.slstm.src.vanilla"
 _GATES = "igate_preact fgate_preact"
 
 
-def _sequence(module: str, function: str, streams: str, *judged: str) -> Rule:
-    """An mLSTM over (B, NH, S, D), its state by the names that transformers and mlstm_kernels share."""
+def _sequence(module: str, function: str, streams: str, *conditions: str) -> Rule:
+    """Return the rule of an mLSTM over (B, NH, S, D), with the state names of transformers and mlstm_kernels."""
     ranks = (4, 4, 4, 3, 3, 4, 3, 3)
-    return Rule(module, function, functions.mlstm_sequence, streams + _INITIAL, ranks, 3, ("eps", *judged))
+    return Rule(module, function, functions.mlstm_sequence, streams + _INITIAL, ranks, 3, ("eps", *conditions))
 
 
 def _token(module: str, function: str, tensors: str) -> Rule:
@@ -87,73 +74,34 @@ RULES = (
 )
 
 
-# --- the judgement, as Dynamo traces: Python run for real, its results constants of the graph ---
+def refusal(rule: Rule, infos: Sequence[TensorInfo], conditions: Mapping[str, Any]) -> str | None:
+    """Return why the operator cannot replace a call, or None if it can.
 
-
-class Finding(NamedTuple):
-    """One call that a rule met."""
-
-    place: str
-    refusal: str | None  # why the call stays as it is; None where an operator takes it
-    stack: tuple[str, ...]  # "file:line in function", the innermost last
-
-
-# By the graph in the making.
-_findings: weakref.WeakKeyDictionary[object, list[Finding]] = weakref.WeakKeyDictionary()
-
-
-def findings() -> list[Finding]:
-    """Return what the rules met in the graph that is being compiled."""
-    return _findings.get(torch_internals.compile_key(), [])
-
-
-def is_piece(module: fx.GraphModule) -> bool:
-    """Return whether a graph break cut the graph that is being compiled from its frame's other graphs."""
-    reason = getattr(module, "compile_subgraph_reason", None)
-    return bool(reason and reason.graph_break) or torch_internals.frame().function.startswith("torch_dynamo_resume_in")
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _wanted() -> bool:
-    """Return whether the graph is made for a backend that wants the rules; Dynamo wraps backends, ours lies within."""
-    backend = torch_internals.frame().compiler
-    return hasattr(getattr(backend, "compiler_fn", backend), "wants_xlstm_rules")
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _takes(index: int, facts: tuple[Fact, ...], judged: tuple[object, ...]) -> bool:
-    """Write a call of a rule's function down, and return whether the operator takes it."""
-    rule = RULES[index]
-    refusal = _refusal(rule, facts, dict(zip(rule.judged, judged, strict=True)))
-    stack = tuple(frame for frame in torch_internals.user_stack() if not frame.startswith(f"{__file__}:"))
-    _findings.setdefault(torch_internals.compile_key(), []).append(Finding(rule.place, refusal, stack))
-    return refusal is None
-
-
-def _refusal(rule: Rule, facts: Sequence[Fact], judged: Mapping[str, Any]) -> str | None:
-    """Return why the operator does not promise a call, or None."""
+    infos: of the rule's tensors; conditions: values of the arguments in `rule.conditions`.
+    """
     names = rule.tensors.split()
-    stream = facts[0]
-    for name, fact, rank in zip(names, facts, rule.ranks, strict=True):
-        if fact is not None and fact[1] != rank:
-            return f"{name} must have {rank} axes, got {fact[1]}"
-        if fact is not None and not fact[0].is_floating_point:
-            return f"{name} must have a floating dtype, got {_short(fact[0])}"
-    found = [fact[0] if fact is not None else None for fact in facts[:rule.streams]]
+    stream = infos[0]
+    for name, info, rank in zip(names, infos, rule.ranks, strict=True):
+        if info is not None and info[1] != rank:
+            return f"{name} must have {rank} axes, got {info[1]}"
+        if info is not None and not info[0].is_floating_point:
+            return f"{name} must have a floating dtype, got {_short(info[0])}"
+    found = [info[0] if info is not None else None for info in infos[:rule.streams]]
     if found[0] not in STREAM_DTYPES or any(dtype != found[0] for dtype in found):
         return (f"{', '.join(names[:rule.streams])} must share one of float32, float16, bfloat16 and float64, got "
                 f"{', '.join(map(_short, found))}")
-    eps = judged.get("eps", 0.0)
+    eps = conditions.get("eps", 0.0)
     if not isinstance(eps, (float, int)) or not eps >= 0:
         return f"eps must be a number of at least 0, got {eps}"
-    if judged.get("dtype_state") == torch.float64 and stream is not None and stream[0] != torch.float64:
+    if conditions.get("dtype_state") == torch.float64 and stream is not None and stream[0] != torch.float64:
         return f"dtype_state must be at most float32 beside {_short(stream[0])}, got float64"
-    if not judged.get("stabilize_rowwise", True):
+    if not conditions.get("stabilize_rowwise", True):
         return "stabilize_rowwise must be True, got False"
-    return _another_recurrence(judged.get("mlstm_chunkwise_kernel"), judged.get("pointwise_forward"))
+    return _other_recurrence(conditions.get("mlstm_chunkwise_kernel"), conditions.get("pointwise_forward"))
 
 
-def _another_recurrence(kernel: Any, pointwise: Any) -> str | None:
+def _other_recurrence(kernel: Any, pointwise: Any) -> str | None:
+    """Return why an argument selects another recurrence, or None."""
     while isinstance(kernel, functools.partial):
         kernel = kernel.func
     if "siging" in getattr(kernel, "__name__", ""):
@@ -165,65 +113,3 @@ def _another_recurrence(kernel: Any, pointwise: Any) -> str | None:
 
 def _short(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-# --- installation ---
-
-
-def _substitute(index: int, original: types.FunctionType) -> Callable[..., Any]:
-    """Return what Dynamo traces for a call of `original`."""
-    rule = RULES[index]
-    adapter, tensors, judged = rule.adapter, tuple(rule.tensors.split()), rule.judged
-    parameters = inspect.signature(original).parameters
-    names = tuple(parameters)
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    copy = types.FunctionType(
-        original.__code__, original.__globals__, original.__name__, original.__defaults__, original.__closure__
-    )
-    copy.__kwdefaults__ = original.__kwdefaults__
-
-    def substitute(*args: Any, **kwargs: Any) -> Any:
-        if _wanted():
-            given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-            taken = [given[name] for name in tensors]
-            facts = tuple(None if t is None else (t.dtype, t.dim()) for t in taken)
-            others = tuple("a tensor" if isinstance(given[n], torch.Tensor) else given[n] for n in judged)
-            if _takes(index, facts, others):
-                return adapter(taken, given)
-        return copy(*args, **kwargs)
-
-    return substitute
-
-
-_installed: set[str] = set()
-
-
-def install(module: str) -> None:
-    """Hand Dynamo the rules for an imported module.
-
-    A function that this release of the peer lacks is passed over, one that takes other arguments with a warning.
-    """
-    for index, rule in enumerate(RULES):
-        original = vars(sys.modules[module]).get(rule.function)
-        if rule.module == module and rule.place not in _installed and isinstance(original, types.FunctionType):
-            unlike = _unlike(rule, original)
-            if unlike is not None:
-                warnings.warn(f"the backend xlstm leaves it as it is: {unlike}", RuntimeWarning, stacklevel=2)
-                continue
-            _installed.add(rule.place)
-            torch.compiler.substitute_in_graph(original)(_substitute(index, original))
-
-
-def _unlike(rule: Rule, original: types.FunctionType) -> str | None:
-    """Return how a peer's function differs from what the rule knows, or None."""
-    parameters = inspect.signature(original).parameters
-    missing = [name for name in (*rule.tensors.split(), *rule.judged) if name not in parameters]
-    if not missing:
-        return None
-    return f"{rule.place} must take {', '.join(missing)} to be replaced, got ({', '.join(parameters)})"
-
-
-def watch() -> None:
-    """Install the rules of every peer that is imported, now or later."""
-    for module in sorted({rule.module for rule in RULES}):
-        when_imported(module, functools.partial(install, module))

@@ -1,6 +1,6 @@
-"""Splices an operator's mathematics into a graph, so that Inductor fuses it with what stands around it.
+"""Inline an operator's mathematics into a graph, so that Inductor fuses it with the surrounding operations.
 
-This happens before autograd sees the graph: training differentiates the spliced mathematics.
+This happens before autograd, so training differentiates the inlined mathematics.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _mlstm_chunkwise(
     c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
     *, chunk_size: int | None = None, schedule: str | None = None, eps: float = 1e-6,
 ) -> tuple[Tensor, ...]:
-    """Run segments of all heads, one after another: what the operator does, without its bands."""
+    """Run segments of all heads, one after another: the operator without bands."""
     B, NH, S, DHQK = q.shape
     settings, kind = config.for_call(chunk_size=chunk_size), q.device.type
     L = plan.make(plan.Shape(B * NH, S, DHQK, v.shape[-1]), kind, settings).chunk_size
@@ -41,8 +41,8 @@ MATHS: dict[str, Maths] = {
     "mlstm_step": mlstm.step, "mlstm_step_": mlstm.step_, "mlstm_chunkwise": _mlstm_chunkwise,
     "slstm_step": aten.slstm_step,
 }
-# Up to so many bytes of chunk summaries stay in a CPU's cache without the operator's bands; then fusion is worth more:
-# about a fifth of a model's time (2 blocks of width 512, 512 tokens).
+# Chunk summaries up to this size fit a CPU's cache without the operator's bands; then fusion gains more, about a fifth
+# of a model's time (2 blocks of width 512, 512 tokens).
 CACHED_BYTES = 4 << 20
 
 
@@ -55,27 +55,27 @@ def operator_of(node: fx.Node) -> str | None:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """Return what a call of one of our operators is given, by the schema's names."""
+    """Return the arguments of a call of one of our operators, by the schema's names."""
     bound = OPERATORS[str(operator_of(node))].signature.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     return bound.arguments
 
 
 def example(node: fx.Node, name: str) -> Tensor:
-    """Return the fake tensor that stands for an argument of one of our operators."""
+    """Return the fake tensor of an argument of one of our operators."""
     tensor: Tensor = arguments(node)[name].meta["example_value"]
     return tensor
 
 
-def measures_better(node: fx.Node, name: str) -> bool:
-    """Return whether a call is faster spliced: any step, and on the CPU a short sequence that nobody differentiates."""
+def is_faster_inlined(node: fx.Node, name: str) -> bool:
+    """Return whether a call is faster inlined: any step, and on the CPU a short sequence without gradients."""
     if name != "mlstm_chunkwise":
         return True
     values = [a.meta["example_value"] for a in arguments(node).values() if isinstance(a, fx.Node)]
     settings = config.for_call(schedule=arguments(node)["schedule"])
-    if settings.schedule is not config.Schedule.AUTO:  # somebody wants the operator's own way
+    if settings.schedule is not config.Schedule.AUTO:  # a schedule was chosen
         return False
-    if values[0].device.type != "cpu" or _learns(values) or any(map(_symbolic, values)):
+    if values[0].device.type != "cpu" or _requires_grad(values) or any(map(_symbolic, values)):
         return False
     (B, NH, S, DHQK), DHHV = example(node, "q").shape, example(node, "v").shape[-1]
     chunks = -(-S // plan.make(plan.Shape(B * NH, S, DHQK, DHHV), "cpu", settings).chunk_size)
@@ -83,11 +83,11 @@ def measures_better(node: fx.Node, name: str) -> bool:
 
 
 def splice(module: fx.GraphModule, chosen: Callable[[fx.Node, str], bool]) -> list[fx.Node]:
-    """Replace the chosen calls of our operators by their mathematics, where we have it; return those that stay calls.
+    """Replace the chosen calls of our operators by their mathematics, if in MATHS; return the remaining calls.
 
-    A call stays where autocast would change its dtypes; one over a sequence also where a size is symbolic, and where
-    CUDA's product with a wider result would have to be differentiated; a step in place where autograd records, so that
-    the operator can refuse it.
+    A call remains if autocast would change its dtypes; one over a sequence also if a size is symbolic or CUDA's product
+    with a wider result would have to be differentiated; a step in place if autograd records, so that the operator
+    raises its error.
     """
     stay = []
     for node in list(module.graph.nodes):
@@ -102,7 +102,7 @@ def splice(module: fx.GraphModule, chosen: Callable[[fx.Node, str], bool]) -> li
 
 def _splice(graph: fx.Graph, node: fx.Node, maths: Maths) -> bool:
     given = {name: value for name, value in arguments(node).items() if value is not None}
-    if not given.keys() <= inspect.signature(maths).parameters.keys():  # it asks for more than the spliced form does
+    if not given.keys() <= inspect.signature(maths).parameters.keys():  # the inlined form lacks an argument
         return False
     values = [value for value in given.values() if isinstance(value, fx.Node)]
     body = _trace(node, maths, given, values)
@@ -115,7 +115,7 @@ def _splice(graph: fx.Graph, node: fx.Node, maths: Maths) -> bool:
         if user.target is operator.getitem:
             user.replace_all_uses_with(results[user.args[1]])
             graph.erase_node(user)
-    if node.users:  # the one result of mlstm_step_
+    if node.users:  # mlstm_step_ returns one tensor
         node.replace_all_uses_with(results[0])
     graph.erase_node(node)
     return True
@@ -124,7 +124,7 @@ def _splice(graph: fx.Graph, node: fx.Node, maths: Maths) -> bool:
 def _trace(
     node: fx.Node, maths: Maths, given: Mapping[str, Any], values: list[fx.Node]
 ) -> fx.GraphModule | None:
-    """Return the graph of `maths` for a call's tensors, or None where it would not give what the call gives."""
+    """Return the graph of `maths` for a call's tensors, or None if its results would differ from the call's."""
     examples = [value.meta["example_value"] for value in values]
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -132,9 +132,9 @@ def _trace(
         return maths(**{name: own[value] if isinstance(value, fx.Node) else value for name, value in given.items()})
 
     wider = examples[0].is_cuda and examples[0].dtype in (torch.float16, torch.bfloat16)
-    if maths is _mlstm_chunkwise and (any(map(_symbolic, examples)) or (wider and _learns(examples))):
+    if maths is _mlstm_chunkwise and (any(map(_symbolic, examples)) or (wider and _requires_grad(examples))):
         return None
-    if maths is mlstm.step_ and _learns(examples):
+    if maths is mlstm.step_ and _requires_grad(examples):
         return None
     with examples[0].fake_mode, torch.no_grad():
         body = torch_internals.traced(call, examples)
@@ -147,7 +147,7 @@ def _trace(
     return body if same else None
 
 
-def _learns(examples: list[Tensor]) -> bool:
+def _requires_grad(examples: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in examples)
 
 

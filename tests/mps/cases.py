@@ -1,4 +1,4 @@
-"""The one table: which functions and ops run on the emulated device, what they may submit, how exact they must be."""
+"""The functions and ops that run on the emulated device, with the kernels and ATen calls that each may submit."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ OP_ATEN = {
         "aten::where.self", "aten::eq.Scalar", "aten::all.dim",  # with resets: which documents the loss looks at
     },
 }
-# Debts, to be paid: what launches more than its budget, and how much in each dtype.
+# Known excess: the kernels of functions that exceed their budget, by dtype.
 OVER_BUDGET = {
     "mlstm.segment_factors": {"float32": 11, "bfloat16": 11, "float16": 12},
     "slstm.block_backward_ with resets": {"float32": 3, "bfloat16": 2, "float16": 2},
@@ -115,7 +115,7 @@ OVER_BUDGET = {
 }
 # A bfloat16 segment's kernels and ATen calls: mlstm.segment_factors has one kernel too many, and two copies convert q
 # and k to float32 for their scores (float32 has no copy, and 7 calls).
-SEGMENT_OWES = 11, 9
+SEGMENT_EXCESS = 11, 9
 
 
 def functions() -> dict[str, Function]:

@@ -1,4 +1,4 @@
-"""Work for a process of its own: the emulated device cannot be taken back, and Inductor's Metal headers leak."""
+"""Jobs in new processes: the emulated device cannot be unregistered, and Inductor's Metal headers leak."""
 
 from __future__ import annotations
 

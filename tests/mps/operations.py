@@ -1,4 +1,4 @@
-"""Every way in which the tests call an op."""
+"""All calls of ops in the tests of the emulated device."""
 
 from . import mlstm_operations, slstm_operations
 

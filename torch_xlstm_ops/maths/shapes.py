@@ -36,7 +36,7 @@ class SLSTMState(NamedTuple):
 
 
 def state_dtype(stream: torch.dtype) -> torch.dtype:
-    """Return the dtype that states and gate arithmetic use beside a stream (q, k, v, x) of dtype `stream`."""
+    """Return the dtype of states and gate arithmetic for a stream (q, k, v, x) of dtype `stream`."""
     return torch.float64 if stream == torch.float64 else torch.float32
 
 
@@ -47,7 +47,7 @@ def check_rank(name: str, tensor: Tensor, axes: str) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, axes: str, sizes: Mapping[str, int]) -> None:
-    """Raise ValueError unless `tensor` has exactly the sizes that `axes` name (a literal digit stands for itself)."""
+    """Raise ValueError unless `tensor` has exactly the sizes that `axes` name (a digit is a literal size)."""
     names = axes.split()
     wanted = tuple(int(a) if a.isdigit() else sizes[a] for a in names)
     if tensor.dim() != len(wanted) or any(a != b for a, b in zip(tensor.shape, wanted, strict=True)):
@@ -72,7 +72,7 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_state_dtype(stream: torch.dtype, **tensors: Tensor) -> None:
-    """Raise TypeError unless each state tensor has the dtype that belongs to the stream's."""
+    """Raise TypeError unless each state tensor has the `state_dtype` of the stream."""
     wanted = state_dtype(stream)
     for name, t in tensors.items():
         if t.dtype != wanted:
