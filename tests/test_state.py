@@ -32,12 +32,10 @@ EXEMPT = {
     "context.states:_known": "checked against the model's weights at each use",
     "models.transformers:_parameters": PURE,
     "patch.replacements:_active": "belongs to handles, which restore the originals",
-    "registrations.dispatch:FAKES": IMPORT,
-    "registrations.dispatch:SIGNATURES": IMPORT,
-    "registrations.dispatch:_implementations": IMPORT,
-    "registrations.dynamo.rules:_findings": "lives as long as the graph that is being compiled",
-    "registrations.dynamo.rules:_installed": "Dynamo keeps the rules of a process",
-    "registrations.mlstm:_memory": PURE,
+    "registrations.devices:kept_whole": PURE,
+    "registrations.dynamo.substitution:_findings": "lives as long as the graph that is being compiled",
+    "registrations.dynamo.substitution:_installed": "Dynamo keeps the rules of a process",
+    "ops.mlstm.step:_overlaps": PURE,
     "registrations.sharding:_types": IMPORT,
     "runtime.compiler:INLINED": IMPORT,
     "runtime.compiler:_split": PURE,
@@ -51,9 +49,9 @@ EXEMPT = {
     "runtime.torch_internals.modules:_UNKNOWN": "a sentinel",
     "runtime.torch_internals.need:NEEDS": IMPORT,
     "schedules.plan:make": PURE,
-    "schedules.queue.job:_streams": "streams that later calls use again",
-    "schedules.queue.worker_threads:_here": "says whether a thread is a worker",
-    "schedules.ray.serialization:expect_read_only": "torch gives the warning once a process",
+    "schedules.queue.task_runner:_streams": "streams that later calls use again",
+    "schedules.queue.worker_threads:_local": "says whether a thread is a worker",
+    "schedules.ray.serialization:suppress_read_only_warning": "torch gives the warning once a process",
     "trace.spans:_recordings": "belongs to `with trace.record()` blocks",
 }
 TREES = {name.removeprefix("torch_xlstm_ops."): ast.parse(path.read_text()) for name, path in MODULES.items()}
@@ -153,7 +151,7 @@ def test_reset_clears_caches_pools_and_warnings_and_calls_work_after_it():
         state.reset()
         assert not compiler._callables
         assert not tuned_plans.entries.cache_info().currsize
-        assert not worker_threads._pools
+        assert not worker_threads._by_size
         state.warn_once("told")
     assert [str(warning.message) for warning in told] == ["told", "told"]
     assert config.current() == config.reload()

@@ -77,8 +77,8 @@ def fake_backward(*tensors: Any, floor: float = 0.0) -> Results:
 
 def save(args: Sequence[Any], results: Results) -> Sequence[Any]:
     """Return what the gradient reads: the arguments, None for those left out, with h before the reset mask."""
-    *given, reset = [*args, *[None] * (8 - len(args))]
-    return *given, results[0], reset
+    args = [*args, *[None] * (8 - len(args))]
+    return *args[:7], results[0], args[7]
 
 
 def _check_backward(tensors: Sequence[Any], floor: float) -> None:
