@@ -11,7 +11,7 @@ from torch_xlstm_ops.ops.table import OPERATORS
 from torch_xlstm_ops.runtime import compiler
 from torch_xlstm_ops.runtime.import_hook import when_imported
 
-from . import autocast, decompositions, derivatives, devices, flop_counter, sharding, vmap
+from . import autocast, decompositions, derivatives, devices, flop_counter, functionalization, sharding, vmap
 
 for operator in OPERATORS.values():
     devices.register(operator)
@@ -19,6 +19,7 @@ for operator in OPERATORS.values():
     autocast.register(operator)
     vmap.register(operator)
     decompositions.register(operator)
+    functionalization.register(operator)
 compiler.INLINED[overload("mlstm_step")] = functools.partial(mlstm.step, eps=EPS)
 # Each takes longer to import than all of this package.
 when_imported("torch.utils.flop_counter", lambda: flop_counter.register(OPERATORS.values()))

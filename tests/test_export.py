@@ -197,6 +197,27 @@ def test_onnx_of_a_sequence_serves_any_length():
         oracle.assert_close(run(*args), oracle.exact(args), oracle.TOLERANCE[torch.float32])
 
 
+class StepInPlace(torch.nn.Module):
+    """A step that writes over a state of its own, and returns it."""
+
+    def forward(self, *args):
+        state = [t * 1 for t in args[5:]]
+        return ops.mlstm_step_(*args[:5], *state), *state
+
+
+def test_a_program_with_a_step_in_place_decomposes_to_aten():
+    args = tuple(mlstm_token())
+    decomposed = torch.export.export(StepInPlace(), args).run_decompositions(decompositions.table())
+    assert libraries(decomposed) == {"aten"}
+    oracle.assert_close(decomposed.module()(*args), ops.mlstm_step(*args), 1e-12)
+
+
+@needs_onnx
+def test_onnx_of_a_step_in_place_computes_the_same():
+    args = mlstm_token(torch.float32)
+    oracle.assert_close(to_onnx(StepInPlace(), args)(*args), ops.mlstm_step(*args), oracle.TOLERANCE[torch.float32])
+
+
 class Logits(torch.nn.Module):
     """A language model from tokens to logits, without a cache."""
 

@@ -14,7 +14,11 @@ from torch_xlstm_ops.runtime.torch_internals.compile import (
     reduction_choices,
     supported_options,
 )
-from torch_xlstm_ops.runtime.torch_internals.decompositions import keep_as_call, register_decomposition
+from torch_xlstm_ops.runtime.torch_internals.decompositions import (
+    functional_mode,
+    keep_as_call,
+    register_decomposition,
+)
 from torch_xlstm_ops.runtime.torch_internals.dispatch import (
     below_autograd,
     functionalizes,
@@ -54,6 +58,7 @@ __all__ = [
     "compiler_missing",
     "forward_mode",
     "frame",
+    "functional_mode",
     "functionalizes",
     "global_hooks",
     "graph_breaks",

@@ -27,6 +27,19 @@ def register_decomposition(op: Any, function: Callable[..., Any], fake: Callable
     torch._decomp.register_decomposition(op)(function)
 
 
+def _no_functional_mode() -> None:
+    return None
+
+
+@need(_no_functional_mode, where=("torch._subclasses.functional_tensor.FunctionalTensorMode",),
+      without="torch.onnx.export refuses a model that calls mlstm_step_")
+def functional_mode() -> type | None:
+    """Return the mode that takes writes to arguments out of a program; None if there is none."""
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    return FunctionalTensorMode
+
+
 def _keep_default(op: Any) -> None:
     pass
 
