@@ -1,4 +1,4 @@
-"""Laws of the benchmarks: what was measured is what the report says, and what was not is said too."""
+"""Laws of the benchmarks: the report has every measurement, and the reason for every missing one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_report_says_what_was_kept(folder):
+def test_the_report_has_the_stored_results(folder):
     pytest.importorskip("matplotlib")
     results.keep(KEPT)
     results.write()
@@ -58,13 +58,13 @@ device cpu, threads 2; commit abc.
     assert (folder / "results" / "mlstm_prefill.cpu.png").stat().st_size > 1000
 
 
-def test_a_part_that_fails_is_told(folder):
+def test_a_failed_part_is_reported(folder):
     part = Part("mlstm", {"cpu": ["nothing-of-this-kind"]}, [], lambda result: [])
     assert "nothing-of-this-kind" in run.run(part, "cpu", False)["error"]
 
 
 @pytest.mark.slow
-def test_a_part_that_ends_early_keeps_what_it_measured():
+def test_a_part_that_ends_early_keeps_its_measurements():
     arguments = ["step", "--seconds", "0.1", "--shapes", "1,4,64,64,1", "1,4,64"]
     part = Part("mlstm", {"cpu": arguments}, [], lambda result: [])
     found = run.run(part, "cpu", False)
@@ -82,7 +82,7 @@ def test_spread_is_half_the_quartiles_distance():
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((4.5 - 1.5) / 2 / 3)
 
 
-def test_a_floor_is_what_must_move_or_be_multiplied():
+def test_a_lower_bound_is_bytes_or_products():
     at = floors.Rates(bytes_per_ms=1e6, flops_per_ms=1e6)
     shape = mlstm.Shape(2, 3, 8, 16, 100)
     state, streams = 6 * (8 * 16 + 8 + 1) * 4, 6 * (8 + 8 + 16 + 16) * 2
@@ -92,7 +92,7 @@ def test_a_floor_is_what_must_move_or_be_multiplied():
     assert floors.sequence_ms(shape, torch.float32, 32, floors.Rates(1, 1e6)) == 600 * 48 * 4
 
 
-def test_what_is_wrong_takes_no_part():
+def test_wrong_results_are_excluded():
     wanted = torch.ones(1, 1, 4, 2, dtype=torch.float64)
     contenders = {"right": lambda x: (x,), "wrong": lambda x: (2 * x,), "absent": "not installed"}
     usable, out = mlstm.admitted(contenders, [torch.ones(1, 1, 4, 2)], [wanted], 1e-4)

@@ -1,4 +1,4 @@
-"""Raw callables: one compile a family, however many threads ask and whatever the free sizes."""
+"""Laws of raw callables: one compile for each family, for all threads and free sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The laws of the configuration: one table, one precedence, and errors that say where a bad value stands."""
+"""Laws of the configuration: one table, one precedence, and errors that name the source of a bad value."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_environment_sets_each_field(monkeypatch: pytest.MonkeyPatch, field: str
 
 
 @pytest.mark.parametrize("alias", [a for s in config.SETTINGS.values() for a in s.aliases])
-def test_the_ancestors_names_mean_ours_and_ours_win(monkeypatch: pytest.MonkeyPatch, alias: str) -> None:
+def test_former_variables_are_read_and_ours_take_precedence(monkeypatch: pytest.MonkeyPatch, alias: str) -> None:
     setting = next(s for s in config.SETTINGS.values() if alias in s.aliases)
     text, value = SAMPLES[setting.field]
     assert getattr(reloaded(monkeypatch, **{alias: text}), setting.field) == value
@@ -91,7 +91,7 @@ def test_the_ancestors_names_mean_ours_and_ours_win(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("old", ["queued_compiled_steps", "chunkwise--queued_compiled_steps"])
-def test_the_ancestors_backends_name_our_schedules(monkeypatch: pytest.MonkeyPatch, old: str) -> None:
+def test_former_backends_name_our_schedules(monkeypatch: pytest.MonkeyPatch, old: str) -> None:
     assert reloaded(monkeypatch, XLSTM_CHUNKWISE_BACKEND=old).schedule is Schedule.QUEUED
 
 
@@ -141,7 +141,7 @@ def test_a_call_without_arguments_keeps_the_configuration() -> None:
         assert config.for_call(schedule="auto").schedule is Schedule.AUTO
 
 
-def test_listeners_hear_each_load_and_the_one_before_them() -> None:
+def test_listeners_are_called_for_each_load_and_for_the_one_before() -> None:
     heard: list[Config] = []
     config.on_load(heard.append)
     config.reload(flags={"workers": "2"})

@@ -1,4 +1,4 @@
-"""The laws of devices: a word names a device or gives its one reason; memory and events tell the truth on the CPU."""
+"""Laws of devices: a name resolves or raises with the reason; memory and events are right on the CPU."""
 
 from __future__ import annotations
 

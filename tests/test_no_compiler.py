@@ -68,7 +68,7 @@ def test_without_a_compiler_an_explicit_schedule_is_refused_in_one_line(tmp_path
 
 
 @pytest.mark.slow
-def test_a_cache_that_is_a_file_is_told_once_and_kernels_are_compiled_elsewhere(tmp_path):
+def test_a_cache_that_is_a_file_warns_once_and_kernels_are_compiled_in_another_folder(tmp_path):
     (tmp_path / "file").write_text("no folder")
     lines = run(RUN, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file"))
     assert len(lines) == 1

@@ -1,4 +1,4 @@
-"""Laws of the package as it is installed: it imports from one place, wherever Python starts, with torch alone."""
+"""Laws of the installed package: it imports from one place, in every working folder, with only torch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def check_one_place(files: Sequence[str], package: Path, registrations: Path) ->
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lay the package out as an installer does: the packages and the data that pyproject.toml names."""
+    """Copy the packages and data that pyproject.toml names, as an installer does."""
     folder = tmp_path_factory.mktemp("site-packages")
     setuptools = PROJECT["tool"]["setuptools"]
     for name in setuptools["packages"]:

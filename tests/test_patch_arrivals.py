@@ -1,4 +1,4 @@
-"""Laws of being told of imports: after the module was executed, once, however often somebody looked for it before."""
+"""Laws of import callbacks: called once, after the module was executed, however often it was looked for before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "made_up_arrival"
 
 @pytest.fixture(autouse=True)
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Put a module where Python finds it, and hold every test to leaving the finder as it was."""
+    """Put a module on the path, and check that every test leaves the finder unchanged."""
     path = tmp_path / f"{NAME}.py"
     path.write_text("value = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -28,7 +28,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert (import_hook._awaited, import_hook._finder in sys.meta_path) == (waiting, there)
 
 
-def test_everybody_who_waits_is_told_once_when_the_module_is_whole() -> None:
+def test_every_callback_runs_once_after_the_module_was_executed() -> None:
     told: list[int] = []
     for _ in range(2):
         when_imported(NAME, lambda: told.append(sys.modules[NAME].value))
@@ -38,14 +38,14 @@ def test_everybody_who_waits_is_told_once_when_the_module_is_whole() -> None:
     assert told == [1, 1]
 
 
-def test_a_module_that_is_there_is_told_of_at_once() -> None:
+def test_the_callback_for_an_imported_module_runs_at_once() -> None:
     importlib.import_module(NAME)
     told: list[str] = []
     when_imported(NAME, lambda: told.append(NAME))
     assert told == [NAME]
 
 
-def test_looking_for_a_module_does_not_import_it_and_costs_no_call() -> None:
+def test_looking_for_a_module_neither_imports_it_nor_uses_up_the_callback() -> None:
     told: list[str] = []
     when_imported(NAME, lambda: told.append(NAME))
     for _ in range(2):
@@ -74,7 +74,7 @@ def test_an_import_that_fails_may_be_tried_again(module: Path) -> None:
     assert told == [NAME]
 
 
-def test_who_called_it_off_is_not_told() -> None:
+def test_a_cancelled_callback_does_not_run() -> None:
     told: list[str] = []
     call_off = when_imported(NAME, lambda: told.append("off"))
     when_imported(NAME, lambda: told.append("on"))

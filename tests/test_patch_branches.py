@@ -28,7 +28,7 @@ def test_the_laws_hold_where_transformers_builds_on_xlstm() -> None:
     assert "skipped" not in done.stdout
 
 
-def test_this_process_takes_the_branch_it_was_told() -> None:
+def test_this_process_takes_the_selected_branch() -> None:
     pytest.importorskip("transformers", reason="needs the package transformers")
     from transformers.models.xlstm import modeling_xlstm
 

@@ -1,4 +1,4 @@
-"""Laws of a token as one compiled call a block: what a trace cannot see runs, and is seen, as without it."""
+"""Laws of a token as one compiled call a block: changes and observers that a trace would miss have their effect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLOSE = 1e-3  # of logits about 2, where a gate's rounding is amplified by a sma
 
 
 def build(**options: Any) -> Any:
-    """Return a model none of whose weights is zero, as some are in a new one."""
+    """Return a model without zero weights, unlike a new one."""
     model = laws.build(**options)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,7 +36,7 @@ def build(**options: Any) -> Any:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Note for each block that was looked at whether a compiled call took it."""
+    """Collect for each block whether a compiled call was used."""
     found: list[bool] = []
 
     def noting(module: nn.Module) -> Any:
@@ -75,7 +75,7 @@ def test_a_token_is_one_compiled_call_a_block(taken: list[bool], biased: bool) -
     assert len({id(known._forward) for known in map(decoding._traced_block, model.backbone.blocks) if known}) == 1
 
 
-def test_one_model_is_patched_alone(taken: list[bool]) -> None:
+def test_only_the_given_model_is_patched(taken: list[bool]) -> None:
     model, other = build(), build()
     unpatched = after(other)
     with patch(model):
@@ -153,7 +153,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("change", "compiled"), [(c, known) for known, all_ in CHANGES.items() for c in all_])
-def test_a_change_between_tokens_counts(change: Callable[[Any], None], compiled: bool, taken: list[bool]) -> None:
+def test_a_change_between_tokens_has_effect(change: Callable[[Any], None], compiled: bool, taken: list[bool]) -> None:
     model = build()
     with torch.no_grad():
         unpatched, untouched = after(copy.deepcopy(model), change), after(copy.deepcopy(model))
@@ -163,7 +163,7 @@ def test_a_change_between_tokens_counts(change: Callable[[Any], None], compiled:
     assert taken[-2 * LAYERS:] == [compiled, *[True] * (LAYERS - 1)] * 2
 
 
-def test_weights_in_another_order_are_left_to_the_peer() -> None:
+def test_weights_in_another_memory_order_run_the_original() -> None:
     model = build()
     with torch.no_grad():
         unpatched = after(copy.deepcopy(model), transpose)
@@ -190,7 +190,7 @@ def counted() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("observer", [everywhere, counted, lambda: torch.autocast("cpu"), torch.enable_grad])
-def test_whoever_is_to_see_the_computation_sees_it(
+def test_every_observer_sees_the_computation(
     observer: Callable[[], Any], taken: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build()
@@ -219,7 +219,7 @@ def test_hidden_states_equal_unpatched() -> None:
         torch.testing.assert_close(states(), unpatched, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_are_checkpointed_as_without() -> None:
+def test_gradients_are_checkpointed_as_unpatched() -> None:
     model = build(mode="train").train()
     calls: list[object] = []
 
@@ -234,7 +234,7 @@ def test_gradients_are_checkpointed_as_without() -> None:
     assert len(calls) == LAYERS
 
 
-def test_a_decoded_model_can_be_forgotten() -> None:
+def test_a_decoded_model_is_freed() -> None:
     model = build()
     with patch("transformers"):
         decode_from(model, IDS, 3)
@@ -244,7 +244,7 @@ def test_a_decoded_model_can_be_forgotten() -> None:
     assert block() is None
 
 
-def test_another_batch_and_another_model_are_served() -> None:
+def test_another_batch_and_another_model_are_compiled_calls() -> None:
     model, wider = build(), build(num_heads=4)
     unpatched = [logits(m, ids) for m in (model, wider) for ids in (prompt(4, 1), prompt(4, 3))]
     with patch("transformers"):

@@ -1,4 +1,4 @@
-"""Laws of derivatives through patched packages: those of the same computation in float64, whoever asks for them."""
+"""Laws of derivatives through patched packages: equal to those of the same computation in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def normal(*size: int) -> Tensor:
 
 
 def transformers() -> tuple[Function, list[Tensor]]:
-    """Return what a block makes of hidden states."""
+    """Return the output of a block for hidden states."""
     pytest.importorskip("transformers", reason="needs the package transformers")
     from tests.test_patch_transformers import build
 

@@ -1,4 +1,4 @@
-"""Laws of the flashrnn drop-in, judged by the package's vanilla backend."""
+"""Laws of the flashrnn drop-in, compared with the package's vanilla backend."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_backend_equals_vanilla(backend: str, state: bool) -> None:
     assert_close([found[:, :, -1:]], [h[:, :, -1:]], 1e-5)
 
 
-def test_states_that_are_not_known_are_not_numbers() -> None:
+def test_unknown_states_are_nan() -> None:
     with patch("flashrnn"):
         h, _ = run("vanilla", arguments())
     assert h[1:, :, :-1].isnan().all()
@@ -62,14 +62,14 @@ def test_a_sequence_may_be_cut_anywhere() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_the_last_states_are_in_the_inputs_dtype_as_the_peers(dtype: torch.dtype) -> None:
+def test_the_last_states_have_the_inputs_dtype_as_in_flashrnn(dtype: torch.dtype) -> None:
     args = arguments(dtype)
     theirs = run("vanilla", args)[1].dtype
     with patch("flashrnn"):
         assert run("vanilla", args)[1].dtype == theirs == dtype
 
 
-def test_states_that_are_carried_in_float32_stay_so() -> None:
+def test_float32_states_stay_float32() -> None:
     x, r, b, state = (t.bfloat16() for t in arguments(state=True))
     with patch("flashrnn"):
         last = run("vanilla", [x, r, b, state.float()])[1]
@@ -94,7 +94,7 @@ def test_gradients_equal_vanilla() -> None:
 
 
 @pytest.mark.parametrize("function", ["lstm", "gru", "elman"])
-def test_other_functions_stay_theirs(function: str) -> None:
+def test_other_functions_are_not_replaced(function: str) -> None:
     gates = {"lstm": 4, "gru": 3, "elman": 1}[function]
     x, r, b = arguments()
     args = [x[:, :, :gates], r[:gates], b[:4 if function == "gru" else gates]]
@@ -103,7 +103,7 @@ def test_other_functions_stay_theirs(function: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(run("vanilla", args, function), theirs, strict=True))
 
 
-def test_compat_leaves_it_alone() -> None:
+def test_compat_replaces_nothing() -> None:
     theirs = run("vanilla", arguments())
     with patch("flashrnn", compat=True) as handle:
         assert handle.report() == ()

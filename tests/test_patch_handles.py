@@ -1,4 +1,4 @@
-"""Laws of handles, held by a package made up for the purpose: what is replaced, for whom, and how it is put back."""
+"""Laws of handles, on a made-up package: what is replaced, for which instances, and how it is restored."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def make_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make `patch` know the package, and hold every test to leaving it as it was."""
+    """Make `patch` know the package, and check that every test restores it."""
     make_up(monkeypatch)
     monkeypatch.setattr(state, "_told", set())
     before = dict(vars(Layer))
@@ -92,7 +92,7 @@ def test_entries_of_registries_are_replaced_and_restored() -> None:
         assert "kernel new: resolves to ours" in handle.report()
 
 
-def test_a_package_answers_to_what_pip_calls_it() -> None:
+def test_a_package_is_known_by_its_pip_name() -> None:
     with patch("made-up"):
         assert torch.equal(Model()(ten()), PATCHED)
 
@@ -147,7 +147,7 @@ with pytest.MonkeyPatch.context() as context:
 """
 
 
-def test_a_model_that_another_process_saved_while_it_was_patched_is_nobodys_here(tmp_path: Path) -> None:
+def test_a_model_that_another_process_saved_while_patched_is_not_patched_here(tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
     subprocess.run([sys.executable, "-c", SAVE, str(file)], check=True, cwd=Path(__file__).parent.parent,
                    timeout=120)
@@ -160,7 +160,7 @@ def test_a_model_that_another_process_saved_while_it_was_patched_is_nobodys_here
 
 
 class Fixed(type):
-    """Classes that let nobody set an attribute."""
+    """Classes whose attributes cannot be set."""
 
     def __setattr__(cls, name: str, value: object) -> None:
         raise TypeError(f"{name} is fixed")
@@ -200,7 +200,7 @@ def test_compiled_models_follow_patch_and_removal_of_the_model() -> None:
         assert torch.equal(compiled(ten()), UNPATCHED)
 
 
-def test_a_model_that_is_gone_leaves_no_trace() -> None:
+def test_a_freed_model_leaves_no_record() -> None:
     model = Model()
     handle = patch(model)
     del model
@@ -240,7 +240,7 @@ def test_an_old_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         patch()
 
 
-def test_a_newer_version_that_looks_the_same_is_patched_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_version_without_differences_is_patched_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     version(monkeypatch, "1.5.0")
     with patch("made_up") as handle:
         assert len(handle.report()) == 3
@@ -261,7 +261,7 @@ def test_a_newer_version_that_differs_warns_once_and_is_patched_where_it_does_no
         patch("made_up").remove()
 
 
-def test_a_newer_version_of_which_nothing_is_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_version_in_which_everything_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     version(monkeypatch, "1.5.0")
     unlike = Replacement(Layer, "forward", build, "adds ten", ("self", "x"), uses=(("forward", ("self", "y")),))
     monkeypatch.setattr(sys.modules["made_up_drop_in"], "replacements", lambda compat: [unlike])
@@ -270,7 +270,7 @@ def test_a_newer_version_of_which_nothing_is_known_is_refused(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("providers", [{"made_up": ["made-up-fork"]}, {}], ids=["fork", "no distribution"])
-def test_a_fork_is_known_by_its_looks(monkeypatch: pytest.MonkeyPatch, providers: dict[str, list[str]]) -> None:
+def test_a_fork_is_patched_if_checks_pass(monkeypatch: pytest.MonkeyPatch, providers: dict[str, list[str]]) -> None:
     def version(name: str) -> str:
         if name != "made-up-fork":
             raise importlib.metadata.PackageNotFoundError(name)
@@ -288,7 +288,7 @@ def test_a_fork_is_known_by_its_looks(monkeypatch: pytest.MonkeyPatch, providers
             patch("made_up").remove()
 
 
-def test_a_known_version_that_looks_different_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tested_version_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as context:
         context.setattr(Layer, "forward", lambda self, x, y=None: x + 1)
         with pytest.raises(RuntimeError, match=r"must take \(self, x\) to be patched, got \(self, x, y\)"):
@@ -297,7 +297,7 @@ def test_a_known_version_that_looks_different_is_refused(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("gone", [Replacement(Layer, "other", build, "", ("self", "x")),
                                   Replacement(Layer, "forward", build, "", uses=(("other", ("self",)),))])
-def test_what_is_not_there_is_no_attribute_that_we_know(monkeypatch: pytest.MonkeyPatch, gone: Replacement) -> None:
+def test_a_missing_attribute_fails_the_check(monkeypatch: pytest.MonkeyPatch, gone: Replacement) -> None:
     others = replacements(False)[1:]
     monkeypatch.setattr(sys.modules["made_up_drop_in"], "replacements", lambda compat: [*others, gone])
     message = r"the owner of .*Layer\.(other|forward) must have other to be patched, got none"
@@ -317,7 +317,7 @@ def test_a_half_imported_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         patch("made_up")
 
 
-def test_what_somebody_else_replaced_is_not_replaced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attribute_that_other_code_replaced_is_not_replaced_again(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = patch("made_up")
     with monkeypatch.context() as context:
         context.setattr(Layer, "forward", lambda self, x: x)

@@ -1,4 +1,4 @@
-"""Laws of the transformers drop-in, on whichever branch transformers chose (own classes, or xlstm's)."""
+"""Laws of the transformers drop-in, on the branch that transformers chose (its own classes or those of xlstm)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def decode_from(model: Any, ids: Tensor, S: int) -> Tensor:
 
 
 def assert_no_worse(patched: Tensor, unpatched: Tensor, exact: Tensor) -> None:
-    """Let the patched model be no further from float64 than the peer is, up to a factor for luck.
+    """Check that the patched model is as close to float64 as the original, up to a factor for chance.
 
     The peer's float64 model still keeps float32 states and returns float32 logits: hence the floor.
     """
@@ -193,7 +193,7 @@ def test_a_cache_made_while_patched_outlives_the_patch() -> None:
     assert_no_worse(decode(model, ids[:, 33:], cache), unpatched, exact)
 
 
-def test_prompts_beyond_the_peers_chunk_equal_one_pass() -> None:
+def test_prompts_beyond_the_original_chunk_equal_one_pass() -> None:
     ids = prompt(150)
     model, whole = build(max_inference_chunksize=64), logits(build(), ids)
     with patch("transformers"):
@@ -218,7 +218,7 @@ def test_bare_patch_finds_transformers() -> None:
         assert any("xLSTMCache.__init__" in line for line in handle.report())
 
 
-def test_removal_refuses_when_somebody_replaced_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removal_refuses_if_other_code_replaced_the_attribute(monkeypatch: pytest.MonkeyPatch) -> None:
     owner = owners()[1]
     handle = patch("transformers")
     with monkeypatch.context() as context:
@@ -241,7 +241,7 @@ def test_compiled_models_follow_patch_and_removal() -> None:
 
 
 @pytest.mark.parametrize("copies", [True, False], ids=["deepcopy", "pickle"])
-def test_copies_made_while_patched_live_on_without_it(copies: bool) -> None:
+def test_copies_made_while_patched_work_after_removal(copies: bool) -> None:
     model, ids = build(), prompt(40)
     unpatched = logits(model, ids)
     with patch("transformers"):

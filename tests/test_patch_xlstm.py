@@ -1,4 +1,4 @@
-"""Laws of the xlstm drop-in, judged by the package's own vanilla code."""
+"""Laws of the xlstm drop-in, compared with the package's vanilla code."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_slstm_steps_return_the_state_after_the_token_unless_compat(backend: str
 
 
 @WITHOUT_CUDA
-def test_cells_of_the_default_backend_live_on_after_removal() -> None:
+def test_cells_of_the_default_backend_work_after_removal() -> None:
     x, (h, after) = drawn(B, 7, 4 * H), slstm_cell("vanilla")(drawn(B, 7, 4 * H))
     with pytest.raises(KeyError, match="CUDA_LIB"):
         slstm_cell("cuda")
@@ -151,12 +151,12 @@ def test_weights_that_fit_no_backend_are_refused() -> None:
 
 @pytest.mark.parametrize("options", [{"gradient_recurrent_cut": True}, {"gradient_recurrent_clipval": 1.0}])
 @WITHOUT_CUDA
-def test_what_alters_gradients_is_left_to_the_cuda_backend(options: dict[str, Any]) -> None:
+def test_options_that_alter_gradients_run_the_cuda_backend(options: dict[str, Any]) -> None:
     with patch("xlstm"), pytest.raises(KeyError, match="CUDA_LIB"):
         slstm_cell("cuda", **options)
 
 
-def test_other_functions_stay_theirs() -> None:
+def test_other_functions_are_not_replaced() -> None:
     cell = sLSTMCell(sLSTMCellConfig(hidden_size=H, num_heads=NH, backend="vanilla", function="lstm"))
     theirs = cell(drawn(B, 3, 4 * H))
     with patch("xlstm"):
@@ -194,7 +194,7 @@ def test_mlstm_cells_equal_their_unpatched_selves() -> None:
     assert longer.shape == (B, 40, H)
 
 
-def test_mlstm_steps_leave_their_inputs_alone() -> None:
+def test_mlstm_steps_do_not_change_their_inputs() -> None:
     q, k, v = (t.clone() for t in drawn(3, B, 1, H))
     with patch("xlstm"):
         mlstm_cell().step(q, k, v)
@@ -215,7 +215,7 @@ def test_mlstm_states_stay_float32_unless_compat() -> None:
     assert worst[0] <= worst[1]
 
 
-def test_a_cell_with_another_backend_stays_theirs() -> None:
+def test_a_cell_with_another_backend_is_not_replaced() -> None:
     cell, inputs = mlstm_cell(), drawn(3, B, 12, H)
     cell.backend_fn = lambda **given: given["values"] * 2
     theirs = cell(*inputs)

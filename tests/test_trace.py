@@ -1,4 +1,4 @@
-"""The laws of tracing: nothing when off, every span when on, device time from the device, files whole or absent."""
+"""Laws of tracing: nothing when off, every span when on, device time from the device, files replaced atomically."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class LateDevice:
-    """A device whose clock stands still until `finish`: events recorded before it are not passed yet."""
+    """A device whose events are not finished before `finish`."""
 
     def __init__(self) -> None:
         self.now = 0.0  # milliseconds, set by the test when it submits work
@@ -99,7 +99,7 @@ def test_a_span_says_what_ran_where_and_how_long() -> None:
     assert entry._replace(start_us=0.0, duration_us=0.0) == expected
 
 
-def test_work_that_raises_leaves_no_entry() -> None:
+def test_work_that_raises_leaves_no_span() -> None:
     with trace.record() as recording, pytest.raises(KeyError), trace.span("op"):
         raise KeyError
     assert recording.entries() == []
@@ -117,7 +117,7 @@ def test_a_recording_inside_another_adds_to_both() -> None:
     assert [entry.op for entry in outer.entries()] == ["before", "inside", "after"]
 
 
-def test_what_runs_while_paused_is_seen_only_from_inside() -> None:
+def test_work_while_paused_is_in_no_outer_recording() -> None:
     with trace.record() as outer:
         with trace.paused():
             assert not trace.active()
@@ -215,7 +215,7 @@ def test_csv_and_json_lines_hold_every_field(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a.csv", "a.jsonl"]
 
 
-def test_chrome_trace_is_what_perfetto_reads(tmp_path: Path) -> None:
+def test_chrome_trace_has_the_fields_that_perfetto_reads(tmp_path: Path) -> None:
     _two_entries().write(str(tmp_path / "a.json"))
     content = json.loads((tmp_path / "a.json").read_text())
     assert_expected_inline("\n".join(json.dumps(event) for event in content["traceEvents"]), """\
@@ -288,7 +288,7 @@ def test_a_record_block_that_loads_the_setting_does_not_end_it(tmp_path: Path) -
     assert (tmp_path / "a.csv").exists()
 
 
-def test_a_setting_under_which_nothing_ran_leaves_the_file_alone(tmp_path: Path) -> None:
+def test_an_empty_recording_keeps_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("earlier")
     config.reload(flags={"trace": str(tmp_path / "a.csv")})
     config.reload(flags={})

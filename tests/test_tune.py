@@ -1,4 +1,4 @@
-"""The laws of the search: no plan twice, none that cannot run, no winner by noise, one trial lost by a kill at most."""
+"""Laws of the search: no plan twice, none that cannot run, no best plan by noise, at most one trial lost by a kill."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_turns_are_taken_forth_and_back() -> None:
     assert "".join(order) == "abbaab"
 
 
-def test_a_blend_is_the_weighted_mean_of_speeds() -> None:
+def test_several_workloads_give_the_weighted_mean_of_speeds() -> None:
     sure = measure.product([(Interval(4.0, 4.0, 4.0), 1.0), (Interval(1.0, 1.0, 1.0), 1.0)])
     assert sure == pytest.approx((2.0, 2.0, 2.0))
     unsure = measure.product([(Interval(2.0, 0.0, math.inf), 1.0)])
@@ -200,7 +200,7 @@ def test_the_temperature_falls() -> None:
     assert (temperatures[0], temperatures[-1]) == (samplers.HOT, pytest.approx(samplers.COLD))
 
 
-def test_noise_makes_no_winner() -> None:
+def test_noise_makes_no_best_plan() -> None:
     class Noise(Table):
         def measure(self, challenger: Candidate, best: Candidate | None, seconds: float) -> Measured:
             return Measured(Interval(1.01, 0.99, 1.03), (), 0.0, None)
@@ -211,7 +211,7 @@ def test_noise_makes_no_winner() -> None:
     assert result.best.key == tried.space.default.key
 
 
-def test_a_plan_that_is_wrong_or_fails_is_kept_with_its_reason_and_never_wins() -> None:
+def test_a_plan_that_is_wrong_or_fails_is_recorded_with_its_reason_and_never_best() -> None:
     class Broken(Table):
         def measure(self, challenger: Candidate, best: Candidate | None, seconds: float) -> Measured:
             if challenger.plan.chunk_size == 16:
@@ -233,7 +233,7 @@ def test_a_default_plan_that_does_not_run_ends_the_search() -> None:
         def measure(self, challenger: Candidate, best: Candidate | None, seconds: float) -> Measured:
             raise MemoryError("no room")
 
-    with pytest.raises(StoreError, match="the default plan must run, got MemoryError: no room"):
+    with pytest.raises(StoreError, match="the default plan failed: MemoryError: no room"):
         search(Broken()).run()
 
 
@@ -266,13 +266,13 @@ def test_the_files_of_a_folder_hold_all_its_searches(tmp_path: Path) -> None:
     assert [line["study"] for line in lines if line["outcome"] == "measured"] == ["a"] * 3 + ["b"] * 3
 
 
-def test_a_search_killed_before_its_first_trial_goes_on(tmp_path: Path) -> None:
+def test_a_search_killed_before_its_first_trial_can_be_resumed(tmp_path: Path) -> None:
     store = open_store(tmp_path / "study.sqlite")
     optuna.create_study(storage=store, study_name="study", direction="maximize")
     assert search(Table(), store=store, resume=True, trials=3).run().best
 
 
-def test_a_search_goes_on_where_it_ended(tmp_path: Path) -> None:
+def test_a_search_resumes_where_it_ended(tmp_path: Path) -> None:
     store = open_store(tmp_path / "study.sqlite")
     first, second = Table(), Table()
     search(first, store=store, trials=4).run()
@@ -330,7 +330,7 @@ def test_a_kill_loses_one_trial_at_most(tmp_path: Path) -> None:
     assert seen
 
 
-def test_a_study_that_is_there_is_not_begun_again_unasked(tmp_path: Path) -> None:
+def test_an_existing_study_needs_resume(tmp_path: Path) -> None:
     store = open_store(tmp_path / "study.sqlite")
     search(Table(), store=store, trials=3).run()
     with pytest.raises(StoreError, match="come with --resume"):

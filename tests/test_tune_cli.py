@@ -1,4 +1,4 @@
-"""`xlstm-ops tune` from the command line: what it finds is applied, shown and handed over, and bad input says so."""
+"""Laws of `xlstm-ops tune`: its results are applied, shown and copied, and bad input is one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHAPE = ("--shape", "2,3,8,16", "--lengths", "40")
 
 @pytest.fixture(autouse=True)
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Keep winners in a file of the test's own, and folders too."""
+    """Keep tuned plans and folders in the test's own place."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     config.reload(flags={})
@@ -76,7 +76,7 @@ def schedules_run(*, training: bool = False) -> set[tuple[str | None, int | None
 
 
 @pytest.mark.smoke
-def test_the_winner_is_what_auto_runs(run: Command, kept: Path, chosen: None) -> None:
+def test_auto_runs_the_best_plan(run: Command, kept: Path, chosen: None) -> None:
     assert schedules_run() == {("inductor", 0)}
     status, out, _ = run("tune", *SHAPE, "--method", "grid", "--trials", 1000)
     assert status == 0
@@ -87,13 +87,13 @@ def test_the_winner_is_what_auto_runs(run: Command, kept: Path, chosen: None) ->
     assert schedules_run(training=True) == {("inductor", 0)}
 
 
-def test_a_training_step_has_a_winner_of_its_own(run: Command, chosen: None) -> None:
+def test_a_training_step_has_a_tuned_plan_of_its_own(run: Command, chosen: None) -> None:
     run("tune", *SHAPE, "--phase", "train", "--method", "grid", "--trials", 1000)
     assert {schedule for schedule, _ in schedules_run(training=True)} == {"queued"}
     assert schedules_run() == {("inductor", 0)}
 
 
-def test_generate_uses_the_winner_and_info_shows_it(run: Command, kept: Path, chosen: None) -> None:
+def test_generate_uses_the_tuned_plan_and_info_shows_it(run: Command, kept: Path, chosen: None) -> None:
     prompt = "import os\n" * 4  # 40 bytes
     kind = tuned_plans.call_kind(CPU, torch.float32, 4, len(prompt), 64, 64, training=False)
     tuned_plans.store(kept, {str(kind): {"settings": {"schedule": "queued", "chunk_size": 16, "workers": 1}}})
@@ -106,7 +106,7 @@ def test_generate_uses_the_winner_and_info_shows_it(run: Command, kept: Path, ch
     assert "schedule=queued chunk_size=16 workers=1" in out
 
 
-def test_a_default_that_is_as_fast_takes_an_older_winner_out(
+def test_a_default_that_is_as_fast_removes_an_older_tuned_plan(
     run: Command, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = tuned_plans.call_kind(CPU, torch.float32, 6, 40, 8, 16, training=False)
@@ -117,12 +117,12 @@ def test_a_default_that_is_as_fast_takes_an_older_winner_out(
     assert tuned_plans.read(kept) == {}
 
 
-def test_nothing_is_kept_unasked(run: Command, kept: Path, chosen: None) -> None:
+def test_no_apply_stores_nothing(run: Command, kept: Path, chosen: None) -> None:
     assert "no, as asked" in run("tune", *SHAPE, "--trials", 5, "--no-apply")[1]
     assert not kept.exists()
 
 
-def test_winners_are_handed_over(run: Command, kept: Path, tmp_path: Path, chosen: None) -> None:
+def test_tuned_plans_are_exported_and_imported(run: Command, kept: Path, tmp_path: Path, chosen: None) -> None:
     run("tune", *SHAPE, "--method", "grid", "--trials", 1000)
     shared = tmp_path / "shared.json"
     assert run("tune", "--export", shared)[:2] == (0, f"1 tuned plan: {kept} -> {shared}\n")

@@ -1,4 +1,4 @@
-"""The report and the ablation show what was measured, in files that stand alone."""
+"""Laws of the report and the ablation: they show the measurements, in self-contained files."""
 
 from __future__ import annotations
 

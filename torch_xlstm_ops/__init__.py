@@ -1,6 +1,6 @@
 """xLSTM operators for PyTorch, compiled by Inductor."""
 
-import os
+from os import environ
 
 from torch_xlstm_ops import checkout as checkout
 from torch_xlstm_ops import registrations as registrations
@@ -22,8 +22,9 @@ __all__ = [
     "slstm_step",
 ]
 
-if os.environ.get("XLSTM_OPS_PATCH"):
+if environ.get("XLSTM_OPS_PATCH"):
     from torch_xlstm_ops.patch import on_import
 
     on_import.patch_from_environment()
     del on_import
+del environ

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from torch_xlstm_ops.cli.loading import BadInput
+from torch_xlstm_ops.config import PATCH_VARIABLE
 from torch_xlstm_ops.patch import PACKAGES
-from torch_xlstm_ops.patch.on_import import VARIABLE, Watch, patch_on_import
+from torch_xlstm_ops.patch.on_import import Watch, patch_on_import
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def run(parsed: argparse.Namespace) -> int:
         watch = patch_on_import(*names, compat=parsed.compat)
     except ValueError as error:
         raise BadInput(f"--only: {error}") from error
-    os.environ[VARIABLE] = ",".join(names) or "auto"  # for processes that the script starts and that import us
+    os.environ[PATCH_VARIABLE] = ",".join(names) or "auto"  # for processes that the script starts and that import us
     try:
         _execute(parsed)
     finally:

@@ -123,7 +123,7 @@ def entries(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         return MappingProxyType({})
     except (OSError, ValueError) as error:
-        warnings.warn(f"tuned plans are not used: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"tuned plans are not used, run xlstm-ops tune again: {error}", RuntimeWarning, stacklevel=2)
         return MappingProxyType({})
     valid = {}
     for key, entry in found.items():
@@ -131,7 +131,7 @@ def entries(path: Path) -> Mapping[str, Any]:
             settings = checked(entry, f"{key} in {path}")
             valid[key] = {**entry, "settings": settings}
         except ValueError as error:
-            warnings.warn(f"a tuned plan is not used: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"a tuned plan is not used, run xlstm-ops tune again: {error}", RuntimeWarning, stacklevel=2)
     return MappingProxyType(valid)
 
 

@@ -14,11 +14,10 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 
+from torch_xlstm_ops.config import PATCH_VARIABLE
 from torch_xlstm_ops.patch import releases, upstream
 from torch_xlstm_ops.patch.handle import Handle, patch
 from torch_xlstm_ops.runtime.import_hook import when_imported
-
-VARIABLE = "XLSTM_OPS_PATCH"
 
 
 def patch_on_import(*names: str, compat: bool = False) -> Watch:
@@ -31,14 +30,14 @@ def patch_on_import(*names: str, compat: bool = False) -> Watch:
 
 def patch_from_environment() -> Watch | None:
     """Patch the packages that `XLSTM_OPS_PATCH` names, if any. Raises ValueError for an unknown name."""
-    value = os.environ.get(VARIABLE, "").strip()
+    value = os.environ.get(PATCH_VARIABLE, "").strip()
     if not value:
         return None
     try:
         return patch_on_import(*([] if value == "auto" else [name.strip() for name in value.split(",")]))
     except ValueError:
         expected = f"auto or names of {', '.join(upstream.PACKAGES)}"
-        raise ValueError(f"environment variable {VARIABLE} must be {expected}, got {value!r}") from None
+        raise ValueError(f"environment variable {PATCH_VARIABLE} must be {expected}, got {value!r}") from None
 
 
 class Watch:

@@ -89,7 +89,7 @@ def locked(lock: str | Path, seconds: float = LOCK_WAIT_S) -> Iterator[None]:
     end = time.monotonic() + seconds
     while (handle := _try_lock(lock)) is None:
         if time.monotonic() > end:
-            raise TimeoutError(f"{lock} is still locked by another process after {seconds:g} s")
+            raise TimeoutError(f"{lock} is still locked by another process after {seconds:g} s: wait until it ends")
         time.sleep(0.002)
     try:
         yield

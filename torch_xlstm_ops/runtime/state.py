@@ -1,4 +1,4 @@
-"""Reset the package's mutable module globals: caches, pools, counters, routes, graphs, folders, warnings told.
+"""Reset the package's mutable module globals: caches, pools, counters, routes, graphs, folders, warnings issued.
 
 A module that keeps state in a global registers the function that clears it, so that one call reaches all of them.
 """

@@ -91,8 +91,8 @@ COLUMNS = (
 
 def rows(record: Record) -> list[dict[str, Any]]:
     """Return a row of the CSV for each workload of a trial, one row if there is none."""
-    told = {**record.as_json(), **record.params}
-    return [{column: {**told, **timing}.get(column) for column in COLUMNS} for timing in told["timings"] or [{}]]
+    values = {**record.as_json(), **record.params}
+    return [{column: {**values, **timing}.get(column) for column in COLUMNS} for timing in values["timings"] or [{}]]
 
 
 class Files:

@@ -56,9 +56,9 @@ def draw(folder: Path, studies: Mapping[str, Sequence[Record]]) -> dict[str, Pat
 
 
 def _machines(found: Mapping[str, Any]) -> str:
-    told = {str(key): str(value) for one in found.values() for key, value in one.user_attrs[study.ABOUT].items()
+    facts = {str(key): str(value) for one in found.values() for key, value in one.user_attrs[study.ABOUT].items()
             if key not in ("space", "version") and value is not None}
-    return _table([*told.items()])
+    return _table([*facts.items()])
 
 
 def _section(name: str, records: Sequence[Record], attributes: Mapping[str, Any]) -> str:

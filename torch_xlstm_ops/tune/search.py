@@ -95,7 +95,7 @@ class Search:
             trial, candidate = self._ask()
             self._try(trial, candidate, end)
             if self.best is None:
-                raise StoreError(f"the default plan must run, got {self.records[-1].reason}")
+                raise StoreError(f"the default plan failed: {self.records[-1].reason}")
         while len(self.known) < min(self.goal.trials, len(self.space.plans)) and time.monotonic() < end:
             trial, candidate = self._propose()
             self._try(trial, candidate, end)

@@ -116,7 +116,7 @@ def _backend_forward(original: Callable[..., Any], custbw: Callable[..., Any] | 
 
 
 def _narrowed(state: Sequence[Tensor], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """Cast a state to bfloat16 or float16; another dtype, or None, leaves it as it is."""
+    """Cast a state to bfloat16 or float16; for another dtype, or None, return it unchanged."""
     return tuple(t.to(dtype) if dtype in (torch.bfloat16, torch.float16) else t for t in state)
 
 
