@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from torch_xlstm_ops.context import storage
-from torch_xlstm_ops.context.disk import Disk
+from torch_xlstm_ops.context import codec
+from torch_xlstm_ops.context.pool.disk import Disk
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import as_array, digest
 from torch_xlstm_ops.maths.shapes import MLSTMState
@@ -35,19 +35,19 @@ def tokens_of(key: int) -> list[int]:
 
 
 @functools.cache
-def packed(key: int) -> storage.Packed:
+def packed(key: int) -> codec.Packed:
     """Return a state that can be told from every other key's."""
     layers = tuple(
         MLSTMState(torch.full((1, 2, SIDE, SIDE), key + 0.5), torch.full((1, 2, SIDE), float(key)), torch.ones(1, 2, 1))
         for _ in range(2)
     )
     tokens = as_array(tokens_of(key))
-    return storage.pack(Snapshot(IDENTITY, len(tokens), digest(tokens), None, layers, torch.full((8,), float(key))))
+    return codec.pack(Snapshot(IDENTITY, len(tokens), digest(tokens), None, layers, torch.full((8,), float(key))))
 
 
 @functools.cache
 def disk(folder: Path) -> Disk:
-    return Disk(folder, FITTING * (len(storage.to_file(packed(0))) + 64))
+    return Disk(folder, FITTING * (len(codec.to_file(packed(0))) + 64))
 
 
 def write(folder: Path, seed: int, count: int) -> None:

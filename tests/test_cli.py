@@ -24,8 +24,10 @@ from hypothesis import strategies as st
 import torch_xlstm_ops
 from tests.conftest import Command
 from torch_xlstm_ops import config, schedules, trace
-from torch_xlstm_ops.cli import foreign, generate, info, loading, meter, sampling
-from torch_xlstm_ops.context import allocation
+from torch_xlstm_ops.cli.commands import info
+from torch_xlstm_ops.cli.generation import meter, sampling, stream
+from torch_xlstm_ops.cli.shared import loading, third_party
+from torch_xlstm_ops.context import piece_size
 from torch_xlstm_ops.patch import upstream
 from torch_xlstm_ops.runtime import devices, torch_internals
 from torch_xlstm_ops.runtime.extras import how_to_install
@@ -131,7 +133,7 @@ def test_text_ends_at_the_models_end_token(
     write: Command, loaded: loading.Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     third = loading.encode(loaded, PROMPT)[2]
-    monkeypatch.setattr(generate, "stream", lambda *a: (t for t in (third, third, 256, third)))
+    monkeypatch.setattr(stream, "stream", lambda *a: (t for t in (third, third, 256, third)))
     shown, table = text_and_table(*write()[1:])
     assert (shown, table["ended by"]) == (PROMPT[2] * 2, "end of text")
 
@@ -163,7 +165,7 @@ def test_an_interrupt_shows_what_there_is_and_exits_130(write: Command, monkeypa
 ])
 def test_pieces_are_whole_segments_and_a_tail(segment: int | None, length: int, sizes: list[int]) -> None:
     with config.use(segment=segment):
-        assert generate.pieces(length, CPU) == sizes
+        assert stream.pieces(length, CPU) == sizes
 
 
 def test_a_prompt_read_in_pieces_gives_the_whole_prompts_logits(
@@ -174,8 +176,8 @@ def test_a_prompt_read_in_pieces_gives_the_whole_prompts_logits(
 
     def logits() -> torch.Tensor:
         done: list[int] = []
-        with generate.prepared(loaded):
-            tokens = generate.stream(loaded, prompt, lambda x: seen.append(x) or 0, 1, meter.Meter(CPU),
+        with stream.prepared(loaded):
+            tokens = stream.stream(loaded, prompt, lambda x: seen.append(x) or 0, 1, meter.Meter(CPU),
                                      lambda step: done.append(step.position))
             assert list(tokens) == [0]
         progress.append(done)
@@ -183,7 +185,7 @@ def test_a_prompt_read_in_pieces_gives_the_whole_prompts_logits(
 
     progress: list[list[int]] = []
     whole = logits()
-    monkeypatch.setitem(allocation.PIECES, "cpu", 30)
+    monkeypatch.setitem(piece_size.PIECES, "cpu", 30)
     torch.testing.assert_close(logits(), whole, rtol=1e-4, atol=1e-5)
     assert (len(prompt), progress) == (80, [[], [30, 60, 80]])
 
@@ -191,8 +193,8 @@ def test_a_prompt_read_in_pieces_gives_the_whole_prompts_logits(
 def test_warm_up_and_preparation_leave_the_model_as_it_was(loaded: loading.Loaded) -> None:
     blocks, head = loaded.model.backbone.blocks, loaded.model.get_output_embeddings()
     prompt = loading.encode(loaded, PROMPT)
-    with trace.record() as recording, generate.prepared(loaded):
-        assert generate.warm_up(loaded, prompt) == ((), (), ())
+    with trace.record() as recording, stream.prepared(loaded):
+        assert stream.warm_up(loaded, prompt) == ((), (), ())
     assert recording.entries() == []
     assert loaded.model.backbone.blocks is blocks
     assert not head._forward_pre_hooks
@@ -475,7 +477,7 @@ def test_a_failed_run_leaves_no_log(write: Command, tmp_path: Path, monkeypatch:
         yield 1
         raise loading.BadInput("the model must not be broken, got broken")
 
-    monkeypatch.setattr(generate, "stream", fail)
+    monkeypatch.setattr(stream, "stream", fail)
     status, _, err = write("--stats-log", tmp_path / "s.csv")
     assert (status, err.splitlines()[-1]) == (2, "xlstm-ops: error: the model must not be broken, got broken")
     assert os.listdir(tmp_path) == []
@@ -615,7 +617,7 @@ def test_the_messages_of_other_packages_are_hidden_by_their_text_and_for_a_while
 ) -> None:
     advice = "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. Consider"
     builder = logging.getLogger("torch.utils.cpp_extension")
-    with foreign.hidden():
+    with third_party.hidden():
         warnings.warn(advice, UserWarning, stacklevel=1)
         builder.warning("No CUDA runtime is found, using CUDA_HOME=%r", "/usr")
         with pytest.warns(UserWarning, match="of another kind"):

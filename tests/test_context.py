@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from tests.context_models import SEGMENT, Interrupting, build, equal, some_tokens
 from torch_xlstm_ops import config
-from torch_xlstm_ops.context import StreamError, allocation, prefill, restore, states, storage, text_tokens
+from torch_xlstm_ops.context import StreamError, codec, piece_size, prefill, restore, states, text_tokens
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
 from torch_xlstm_ops.runtime import devices
@@ -127,7 +127,7 @@ def test_an_interrupted_reading_goes_on_from_its_file_bit_for_bit(model: Any, tm
     whole = prefill(model, tokens, segment=SEGMENT)
     with pytest.raises(KeyboardInterrupt):
         prefill(model, Interrupting(tokens, 150, KeyboardInterrupt()), segment=SEGMENT, file=file)
-    assert storage.unpack(storage.from_file(file)).position == 128
+    assert codec.unpack(codec.from_file(file)).position == 128
     steps: list[int] = []
     assert equal(prefill(model, tokens, file=file, progress=lambda step: steps.append(step.position)), whole)
     assert steps == [160, 192, 200]
@@ -138,7 +138,7 @@ def test_the_file_is_written_every_so_many_pieces(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
-    monkeypatch.setattr(storage, "write_whole", lambda path, content: written.append(len(content)))
+    monkeypatch.setattr(codec, "write_whole", lambda path, content: written.append(len(content)))
     prefill(model, some_tokens(10 * SEGMENT + 1), segment=SEGMENT, file=tmp_path / "state", save_every=4)
     assert len(written) == 3  # after 4 and 8 pieces, and at the end
 
@@ -185,7 +185,7 @@ def test_a_full_disk_is_told_and_reading_goes_on(
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(codec.os, "fsync", full)
     with pytest.warns(RuntimeWarning, match="after 50 tokens must be saved in .*, got No space left on device"):
         found = prefill(model, some_tokens(50), segment=64, file=tmp_path / "state")
     assert found.position == 50
@@ -242,10 +242,10 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(model: Any, monkeypatch
 
 
 def test_the_size_follows_the_free_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    each = allocation.bytes_per_token(model)
+    each = piece_size.bytes_per_token(model)
     free = [each * 4096 * 2]
     monkeypatch.setattr(devices, "available", lambda device: free[0])
-    found = allocation.Allocation(model, torch.device("cpu"))
+    found = piece_size.Allocation(model, torch.device("cpu"))
     assert found.size == 2048
     for now, size, told in ((each * 600 * 2, 512, True), (each * 900 * 2, 512, False), (each * 2100 * 2, 1024, True)):
         free[0] = now
@@ -253,7 +253,7 @@ def test_the_size_follows_the_free_memory(model: Any, monkeypatch: pytest.Monkey
             warnings.simplefilter("always")
             found.adapt()
         assert (found.size, bool(said)) == (size, told)
-    fixed = allocation.Allocation(model, torch.device("cpu"), 4096, fixed=True)
+    fixed = piece_size.Allocation(model, torch.device("cpu"), 4096, fixed=True)
     fixed.adapt()
     assert fixed.size == 4096
 
@@ -261,7 +261,7 @@ def test_the_size_follows_the_free_memory(model: Any, monkeypatch: pytest.Monkey
 def test_pieces_are_whole_segments_of_the_schedule() -> None:
     for segment, size in ((None, 2048), (1000, 2000), (6000, 6000)):
         with config.use(segment=segment):
-            assert allocation.usual(torch.device("cpu")) == size
+            assert piece_size.usual(torch.device("cpu")) == size
 
 
 def test_memory_that_can_be_had_is_no_more_than_there_is() -> None:

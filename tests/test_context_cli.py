@@ -20,8 +20,9 @@ from tests.test_cli import (  # the tiny model and the ways to run it
     text_and_table,
     write,
 )
-from torch_xlstm_ops.cli import loading, request, writing
-from torch_xlstm_ops.context import StatePool, allocation, prefill, states, storage, tokens
+from torch_xlstm_ops.cli.generation import request, runner
+from torch_xlstm_ops.cli.shared import loading
+from torch_xlstm_ops.context import StatePool, codec, piece_size, prefill, states, tokens
 
 __all__ = ["_clean", "loaded", "model_directory", "write"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,7 +32,7 @@ LONG = PROMPT * 8
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a piece be 32 tokens, and a file of more than 64 bytes be long."""
-    monkeypatch.setitem(allocation.PIECES, "cpu", 32)
+    monkeypatch.setitem(piece_size.PIECES, "cpu", 32)
     monkeypatch.setattr(request, "BLOCK", 64)
     monkeypatch.setattr(tokens.text_tokens, "__defaults__", (64,))
 
@@ -99,7 +100,7 @@ def test_an_interrupted_prompt_is_resumed(
     assert (status, text_and_table(*written)[1]["ended by"]) == (130, "interrupt")
     assert written[1].endswith(f"\ninterrupted: {file} holds the state after 64 of the prompt's 128 tokens; "
                                "run the same command to go on from there\n")
-    assert storage.from_file(file).about["position"] == "64"
+    assert codec.from_file(file).about["position"] == "64"
     assert text_and_table(*long("--resume", file)[1:])[0] == expected
     assert count[0] == 3 + 2
 
@@ -133,7 +134,7 @@ def test_a_pool_that_is_a_file_is_one_line(write: Command, tmp_path: Path) -> No
 def test_progress_tells_speed_and_time_left(
     long: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "QUIET_SECONDS", -1)
+    monkeypatch.setattr(runner, "QUIET_SECONDS", -1)
     lines = [line for line in long()[2].splitlines() if line.startswith("prefill")]
     assert len(lines) == 4
     assert re.fullmatch(r"prefill 96 of 128 tokens, \d+ tokens/s, \d+ s left", lines[2])

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.context_writers import FITTING, IDENTITY, disk, packed, tokens_of
-from torch_xlstm_ops.context import storage
-from torch_xlstm_ops.context.disk import Disk
+from torch_xlstm_ops.context import codec
+from torch_xlstm_ops.context.pool.disk import Disk
 from torch_xlstm_ops.context.tokens import as_array
 
 pytest.importorskip("safetensors")
@@ -96,15 +96,15 @@ def test_a_flipped_byte_is_found_and_the_file_removed(tmp_path: Path, share: flo
 
 
 def test_every_byte_of_a_header_is_guarded(tmp_path: Path) -> None:
-    content = storage.to_file(packed(2))
-    exact = storage.from_file(_written(tmp_path, content))
+    content = codec.to_file(packed(2))
+    exact = codec.from_file(_written(tmp_path, content))
     end = 8 + int.from_bytes(content[:8], "little")
     for at in range(0, end, 7):
         changed = bytearray(content)
         changed[at] ^= 0x01
         try:
-            found = storage.from_file(_written(tmp_path, bytes(changed)))
-        except storage.Damaged:
+            found = codec.from_file(_written(tmp_path, bytes(changed)))
+        except codec.Damaged:
             continue
         assert found.about == exact.about  # a byte that means nothing, such as padding
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in exact.tensors.items())
@@ -170,7 +170,7 @@ def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_lock_that_nobody_lets_go_of_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch_xlstm_ops.context.disk.PATIENCE", 0.05)
+    monkeypatch.setattr("torch_xlstm_ops.context.pool.disk.PATIENCE", 0.05)
     pool = disk(tmp_path)
     with pool._lock(), pytest.warns(RuntimeWarning, match="another process has been writing for"):
         assert not pool.put(packed(1))

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 
 from tests.context_models import SEGMENT, Interrupting, build, equal, some_tokens
-from torch_xlstm_ops.context import StatePool, Storage, StreamError, prefill, states, storage
-from torch_xlstm_ops.context.tiers import Memory
+from torch_xlstm_ops.context import StatePool, Storage, StreamError, codec, prefill, states
+from torch_xlstm_ops.context.pool.memory import Memory
+from torch_xlstm_ops.context.pool.tree import RadixTree, shared
 from torch_xlstm_ops.context.tokens import as_array, digest
-from torch_xlstm_ops.context.tree import RadixTree, shared
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
 
@@ -269,7 +269,7 @@ def test_an_empty_tree_is_left_when_everything_is_gone(model: Any, size: int) ->
     for seed in range(5):
         tokens = as_array(some_tokens(10, seed=seed))
         snapshot = prefill(model, tokens)
-        memory.put(tokens, snapshot, storage.pack(snapshot), pin=False)
+        memory.put(tokens, snapshot, codec.pack(snapshot), pin=False)
     assert [kept.position for kept in memory.along(tokens)] == [10]
     assert len(memory._tree._root.children) == 1
 
@@ -287,10 +287,10 @@ def test_fewer_bits_take_fewer_bytes_and_tell_their_error(
     pool.put(tokens, exact)
     stats = pool.stats()
     assert stats.host.bytes <= share * size
-    assert stats.host.bytes == storage.packed_bytes(exact, Storage(kept_in))
+    assert stats.host.bytes == codec.packed_bytes(exact, Storage(kept_in))
     assert (stats.error > 0) == (kept_in != "full")
     for found in (pool.find(tokens), StatePool(model, tmp_path).find(tokens)):
-        errors = [storage._error(a, b) for exact_layer, layer in zip(exact.layers, found.layers, strict=True)
+        errors = [codec._error(a, b) for exact_layer, layer in zip(exact.layers, found.layers, strict=True)
                   for a, b in zip(exact_layer, layer, strict=True)]
         assert max(errors) == stats.error <= most
         assert torch.equal(found.logits, exact.logits)
@@ -302,9 +302,9 @@ def test_a_state_of_zeros_is_kept_in_any_bits(model: Any) -> None:
                    for layer in states.outline(model).layers)
     zero = states.Snapshot("", 0, "", None, layers, torch.zeros(64))
     for kept_in in Storage:
-        packed = storage.pack(zero, kept_in)
+        packed = codec.pack(zero, kept_in)
         assert packed.error == 0
-        assert equal(storage.unpack(packed), zero)
+        assert equal(codec.unpack(packed), zero)
 
 
 # Bad input
@@ -375,7 +375,7 @@ def test_a_damaged_state_on_disk_is_read_again_from_its_tokens(
         found = prefill(model, tokens, segment=SEGMENT, pool=StatePool(model, tmp_path))
     assert counting.since() == 4, "from the boundary before"
     assert equal(found, prefill(model, tokens, segment=SEGMENT))
-    assert storage.from_file(longest).about["position"] == "100"
+    assert codec.from_file(longest).about["position"] == "100"
 
 
 def test_a_budget_smaller_than_one_state_is_refused(model: Any, size: int, tmp_path: Path) -> None:

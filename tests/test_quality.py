@@ -27,7 +27,7 @@ from benchmarks.quality.recall import Recall, Size, draw
 from benchmarks.train_demo_model import END, standard_library
 from tests.parameters import tail
 from torch_xlstm_ops import mlstm_chunkwise, trace
-from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, load
+from torch_xlstm_ops.cli.shared.loading import DEMO_MODEL, Loaded, load
 
 CPU = torch.device("cpu")
 # What other tests compile too, with chunks of 16.

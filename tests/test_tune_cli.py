@@ -15,8 +15,8 @@ import torch
 from tests.conftest import Command
 from torch_xlstm_ops import cli, config, trace
 from torch_xlstm_ops.api import mlstm_chunkwise
-from torch_xlstm_ops.cli import tune as command
-from torch_xlstm_ops.cli import tuning
+from torch_xlstm_ops.cli.commands import tune as command
+from torch_xlstm_ops.cli.tuning import search
 from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.registrations import mlstm as registration
 from torch_xlstm_ops.tune import bench, workloads
@@ -58,7 +58,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.Timed, "measure", measure)
     monkeypatch.setattr(bench.Timed, "trace", lambda self, candidate, path: None)
     stores = optuna.storages.InMemoryStorage()
-    monkeypatch.setattr(tuning.study, "open_store", lambda path: stores)
+    monkeypatch.setattr(search.study, "open_store", lambda path: stores)
 
 
 def schedules_run(*, training: bool = False) -> set[tuple[str | None, int | None]]:
@@ -270,7 +270,7 @@ def test_a_store_of_another_version_says_so(run: Command, tmp_path: Path, monkey
     flags = ("tune", *SHAPE, "--out", tmp_path / "out", "--trials", 3)
     assert run(*flags)[0] == 0
     assert "or come with --resume" in run(*flags)[2]
-    monkeypatch.setattr(tuning.winners, "device_name", lambda device: "another")
+    monkeypatch.setattr(search.winners, "device_name", lambda device: "another")
     status, _, err = run(*flags, "--resume")
     assert status == 2
     assert "the store must be of this device to go on, 'another', got" in err

@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.quality.contenders import THEIRS, Conditions, Contender
 from benchmarks.quality.perplexity import held_out
-from torch_xlstm_ops.cli.generate import prepared, stream
-from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, load
-from torch_xlstm_ops.cli.meter import Meter
-from torch_xlstm_ops.cli.sampling import chooser
+from torch_xlstm_ops.cli.generation.meter import Meter
+from torch_xlstm_ops.cli.generation.sampling import chooser
+from torch_xlstm_ops.cli.generation.stream import prepared, stream
+from torch_xlstm_ops.cli.shared.loading import DEMO_MODEL, Loaded, load
 
 WARM_UP = 8  # tokens written before the clock counts
 

@@ -15,8 +15,10 @@ from typing import NoReturn
 
 import torch_xlstm_ops
 from torch_xlstm_ops import config
-from torch_xlstm_ops.cli import cache, check, foreign, info, request, run, tune, writing
-from torch_xlstm_ops.cli.loading import BadInput, check_extra
+from torch_xlstm_ops.cli.commands import cache, check, info, run, tune
+from torch_xlstm_ops.cli.generation import request, runner
+from torch_xlstm_ops.cli.shared import third_party
+from torch_xlstm_ops.cli.shared.loading import BadInput, check_extra
 from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.trace import export
 
@@ -67,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _generate(parsed: argparse.Namespace) -> int:
     check_extra("generate")
     wanted = request.read(parsed)
-    with foreign.hidden():
-        return writing.run(wanted)
+    with third_party.hidden():
+        return runner.run(wanted)
 
 
 def _check(parsed: argparse.Namespace) -> int:

@@ -6,10 +6,10 @@ of it.
 
 from torch_xlstm_ops.context.batch import Batch
 from torch_xlstm_ops.context.chat import ChatSession
-from torch_xlstm_ops.context.pool import StatePool, Stats
+from torch_xlstm_ops.context.codec import Storage
+from torch_xlstm_ops.context.pool.pool import StatePool, Stats
 from torch_xlstm_ops.context.prefill import Progress, StreamError, prefill
 from torch_xlstm_ops.context.states import Snapshot, identity, restore
-from torch_xlstm_ops.context.storage import Storage
 from torch_xlstm_ops.context.tokens import text_tokens
 
 __all__ = [

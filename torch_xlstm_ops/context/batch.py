@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.context import states
-from torch_xlstm_ops.context.allocation import Allocation, is_out_of_memory
+from torch_xlstm_ops.context.piece_size import Allocation, is_out_of_memory
 from torch_xlstm_ops.context.reader import Pool
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import as_array, digest

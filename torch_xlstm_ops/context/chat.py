@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_xlstm_ops.context.pool import StatePool
+from torch_xlstm_ops.context.pool.pool import StatePool
 
 
 def likeliest(logits: Tensor) -> int:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch_xlstm_ops.context import states, storage
-from torch_xlstm_ops.context.allocation import Allocation
+from torch_xlstm_ops.context import codec, states
+from torch_xlstm_ops.context.piece_size import Allocation
 from torch_xlstm_ops.context.reader import Pool, Reader
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import Broken, Source
@@ -116,9 +116,9 @@ class _Checkpoint:
         if self._path is None or not self._path.exists():
             return None
         try:
-            snapshot = storage.unpack(storage.from_file(self._path), states.device_of(model))
-        except storage.Damaged as error:
-            if not storage.is_ours(self._path):
+            snapshot = codec.unpack(codec.from_file(self._path), states.device_of(model))
+        except codec.Damaged as error:
+            if not codec.is_ours(self._path):
                 raise states.Refused(f"file must be a state that was saved, got {self._path}, which is something else"
                                      ) from None
             warnings.warn(f"reading begins at the first token: {error}", RuntimeWarning, stacklevel=3)
@@ -137,7 +137,7 @@ class _Checkpoint:
         if self._path is None or snapshot is None or snapshot is self.saved:
             return
         try:
-            storage.write_whole(self._path, storage.to_file(storage.pack(snapshot)))
+            codec.write_whole(self._path, codec.to_file(codec.pack(snapshot)))
         except OSError as error:
             warnings.warn(f"the state after {snapshot.position} tokens must be saved in {self._path}, got "
                           f"{error.strerror}", RuntimeWarning, stacklevel=3)

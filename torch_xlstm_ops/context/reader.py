@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_xlstm_ops import trace
 from torch_xlstm_ops.context import states
-from torch_xlstm_ops.context.allocation import Allocation, is_out_of_memory
+from torch_xlstm_ops.context.piece_size import Allocation, is_out_of_memory
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import Digest, Source
 from torch_xlstm_ops.models import transformers as adapter

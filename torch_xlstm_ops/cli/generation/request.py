@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_xlstm_ops import config, schedules
-from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput, check_directory
+from torch_xlstm_ops.cli.shared.loading import DEMO_MODEL, DTYPES, BadInput, check_directory
 from torch_xlstm_ops.config import FRACTION, WHOLE, Kind
 from torch_xlstm_ops.context.tokens import BLOCK
 from torch_xlstm_ops.runtime import devices

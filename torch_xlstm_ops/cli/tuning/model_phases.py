@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.cli import generate
-from torch_xlstm_ops.cli.loading import Loaded
+from torch_xlstm_ops.cli.generation import stream
+from torch_xlstm_ops.cli.shared.loading import Loaded
 from torch_xlstm_ops.maths.tolerance import TOLERANCE
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.tune.workloads import Workload
@@ -19,7 +19,7 @@ THROUGH_LAYERS = 10  # how much larger than an operator's errors those of a mode
 
 
 def first_token(loaded: Loaded, length: int, weight: float) -> Workload:
-    """Return reading a prompt in pieces until its first token is on the host; needs `generate.prepared`."""
+    """Return reading a prompt in pieces until its first token is on the host; needs `stream.prepared`."""
     prompt = _prompt(loaded, length)
 
     def results() -> Sequence[Tensor]:
@@ -31,7 +31,7 @@ def first_token(loaded: Loaded, length: int, weight: float) -> Workload:
 
 
 def decode(loaded: Loaded, length: int, weight: float) -> Workload:
-    """Return writing tokens after a prompt, from its state; needs `generate.prepared`."""
+    """Return writing tokens after a prompt, from its state; needs `stream.prepared`."""
     _, first = _read(loaded, _prompt(loaded, length))
     going_on = copy.deepcopy(first)
 
@@ -51,7 +51,7 @@ def decode(loaded: Loaded, length: int, weight: float) -> Workload:
 def _read(loaded: Loaded, prompt: Sequence[int]) -> tuple[Tensor, object]:
     """Return the logits and the state after a prompt."""
     state: object = None
-    for size in generate.pieces(len(prompt), loaded.device):
+    for size in stream.pieces(len(prompt), loaded.device):
         logits, state = adapter.run(loaded.model, _ids(loaded, prompt[:size]), state)
         prompt = prompt[size:]
     return logits, state

@@ -9,7 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from torch_xlstm_ops.cli.loading import BadInput
+from torch_xlstm_ops.cli.shared.loading import BadInput
 from torch_xlstm_ops.patch import PEERS
 from torch_xlstm_ops.patch.on_import import VARIABLE, Watch, patch_on_import
 

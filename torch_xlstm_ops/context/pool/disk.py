@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from torch_xlstm_ops.context import storage
-from torch_xlstm_ops.context.names import Name, check_name, name_of, parse
-from torch_xlstm_ops.context.storage import Damaged, Packed
-from torch_xlstm_ops.context.tiers import Usage
+from torch_xlstm_ops.context import codec
+from torch_xlstm_ops.context.codec import Damaged, Packed
+from torch_xlstm_ops.context.pool.file_names import Name, check_name, name_of, parse
+from torch_xlstm_ops.context.pool.memory import Usage
 from torch_xlstm_ops.context.tokens import Digest
 
 PATIENCE = 30.0  # seconds that a writer waits for the others
@@ -72,7 +72,7 @@ class Disk:
     def get(self, name: Name) -> Packed | None:
         """Return what a file holds; None if it is gone, or damaged, which a warning says before it is removed."""
         try:
-            packed = storage.from_file(name.path)
+            packed = codec.from_file(name.path)
             check_name(packed, name)
         except Damaged as error:
             warnings.warn(f"a state is read again from its tokens: {error}", RuntimeWarning, stacklevel=4)
@@ -92,7 +92,7 @@ class Disk:
         if not pin and _touched(name):
             return True
         try:
-            self._write(name, storage.to_file(packed), pin)
+            self._write(name, codec.to_file(packed), pin)
         except _NoRoom as error:
             _say(str(error), self.folder)
             return False
@@ -106,7 +106,7 @@ class Disk:
             if not _touched(name):
                 self._make_room(len(content))
                 name.path.parent.mkdir(exist_ok=True)
-                storage.write_whole(name.path, content)
+                codec.write_whole(name.path, content)
             if pin:
                 name.set_pin(True)
 
@@ -144,7 +144,7 @@ class Disk:
         """Yield every file with what is wrong with it; nothing is removed."""
         for entry in self.entries():
             try:
-                check_name(storage.from_file(entry.name.path), entry.name)
+                check_name(codec.from_file(entry.name.path), entry.name)
             except FileNotFoundError:
                 continue
             except (Damaged, OSError) as error:

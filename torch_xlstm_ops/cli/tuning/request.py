@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_xlstm_ops import config, schedules
-from torch_xlstm_ops.cli.loading import DEMO_MODEL, DTYPES, BadInput, check_directory
-from torch_xlstm_ops.cli.request import COUNT, Option, bad_input, one_of, value
+from torch_xlstm_ops.cli.generation.request import COUNT, Option, bad_input, one_of, value
+from torch_xlstm_ops.cli.shared.loading import DEMO_MODEL, DTYPES, BadInput, check_directory
 from torch_xlstm_ops.config import Kind, Schedule, tuned_plans
 from torch_xlstm_ops.runtime import devices
 

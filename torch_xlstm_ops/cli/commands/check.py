@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.cli import info
+from torch_xlstm_ops.cli.commands import info
 from torch_xlstm_ops.maths import mlstm, slstm
 from torch_xlstm_ops.maths.shapes import EPS
 from torch_xlstm_ops.maths.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from torch_xlstm_ops.context import storage
+from torch_xlstm_ops.context import codec
+from torch_xlstm_ops.context.codec import Packed
+from torch_xlstm_ops.context.pool.tree import Node, RadixTree
 from torch_xlstm_ops.context.states import Snapshot
-from torch_xlstm_ops.context.storage import Packed
-from torch_xlstm_ops.context.tree import Node, RadixTree
 
 
 class Usage(NamedTuple):
@@ -109,7 +109,7 @@ class Memory:
         if isinstance(snapshot, Snapshot):
             return snapshot
         assert isinstance(packed, Packed)
-        snapshot = storage.unpack(packed, self._where)
+        snapshot = codec.unpack(packed, self._where)
         self._add(self.device, kept, snapshot)
         return snapshot
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import trace
-from torch_xlstm_ops.cli.loading import BadInput, Loaded, Prompt
-from torch_xlstm_ops.cli.meter import Meter
-from torch_xlstm_ops.context import Progress, StatePool, allocation, prefill, restore
+from torch_xlstm_ops.cli.generation.meter import Meter
+from torch_xlstm_ops.cli.shared.loading import BadInput, Loaded, Prompt
+from torch_xlstm_ops.context import Progress, StatePool, piece_size, prefill, restore
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.runtime.torch_internals import OperatorMode, operator_name
@@ -21,7 +21,7 @@ from torch_xlstm_ops.runtime.torch_internals import OperatorMode, operator_name
 
 def pieces(length: int, device: torch.device) -> list[int]:
     """Return the sizes in which a prompt is read where memory is no concern."""
-    size = allocation.usual(device)
+    size = piece_size.usual(device)
     return [size] * (length // size) + ([length % size] if length % size else [])
 
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_xlstm_ops.cli.sampling import CONTEXT
+from torch_xlstm_ops.cli.generation.sampling import CONTEXT
 from torch_xlstm_ops.context import text_tokens
 from torch_xlstm_ops.runtime.extras import how_to_install
 
-DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
+DEMO_MODEL = Path(__file__).parents[2] / "demo_model"
 EXTRA = ("transformers", "safetensors", "rich")
 _WANTED = "--model must be a directory of a Hugging Face xLSTM"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

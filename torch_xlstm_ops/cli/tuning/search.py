@@ -11,10 +11,11 @@ import torch
 
 import torch_xlstm_ops
 from torch_xlstm_ops import config
-from torch_xlstm_ops.cli import generate, phases
-from torch_xlstm_ops.cli.info import aligned
-from torch_xlstm_ops.cli.loading import Loaded, load
-from torch_xlstm_ops.cli.tune_request import MODEL_PHASES, Request
+from torch_xlstm_ops.cli.commands.info import aligned
+from torch_xlstm_ops.cli.generation import stream
+from torch_xlstm_ops.cli.shared.loading import Loaded, load
+from torch_xlstm_ops.cli.tuning import model_phases
+from torch_xlstm_ops.cli.tuning.request import MODEL_PHASES, Request
 from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.schedules.machine import machine
 from torch_xlstm_ops.schedules.plan import STEP_TOKENS
@@ -23,7 +24,7 @@ from torch_xlstm_ops.tune.measure import in_words
 from torch_xlstm_ops.tune.records import Outcome, Record
 
 _OPERATOR = {"prefill": workloads.prefill, "train": workloads.train}
-_MODEL = {"decode": phases.decode, "first-token": phases.first_token}
+_MODEL = {"decode": model_phases.decode, "first-token": model_phases.first_token}
 
 
 def search(request: Request) -> int:
@@ -72,7 +73,7 @@ def _model(request: Request) -> Iterator[Loaded | None]:
     loaded = load(request.model, request.device, request.values["dtype"])
     with ExitStack() as undo:
         undo.callback(patch("transformers").remove)
-        undo.enter_context(generate.prepared(loaded))
+        undo.enter_context(stream.prepared(loaded))
         yield loaded
 
 
@@ -101,7 +102,7 @@ def _bench(request: Request, loaded: Loaded | None, length: int) -> tuple[space.
 
 def _piece(request: Request, length: int) -> int:
     """Return how many tokens of a prompt a model is given at once."""
-    return generate.pieces(length, request.device)[0]
+    return stream.pieces(length, request.device)[0]
 
 
 def kinds(request: Request, length: int) -> list[tuned_plans.Kind]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_xlstm_ops.cli.loading import BadInput, Loaded, Prompt
-from torch_xlstm_ops.cli.request import bad_input
+from torch_xlstm_ops.cli.generation.request import bad_input
+from torch_xlstm_ops.cli.shared.loading import BadInput, Loaded, Prompt
 from torch_xlstm_ops.parallel import Report, Workers
 
 WARM = 2048  # tokens a worker reads beforehand at most, so that what it compiles is not timed

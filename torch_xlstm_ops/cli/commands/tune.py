@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from torch_xlstm_ops import config
-from torch_xlstm_ops.cli import foreign
-from torch_xlstm_ops.cli.loading import BadInput, check_extra
-from torch_xlstm_ops.cli.request import bad_input
-from torch_xlstm_ops.cli.tune_request import OPTIONS, read
+from torch_xlstm_ops.cli.generation.request import bad_input
+from torch_xlstm_ops.cli.shared import third_party
+from torch_xlstm_ops.cli.shared.loading import BadInput, check_extra
+from torch_xlstm_ops.cli.tuning.request import OPTIONS, read
 from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.runtime.extras import how_to_install
 
@@ -54,13 +54,13 @@ def run(parsed: argparse.Namespace) -> int:
         print("\n".join(f"wrote {path}" for path in written))
         return 0
     _need("tune", "optuna", "rich")
-    from torch_xlstm_ops.cli import tuning
+    from torch_xlstm_ops.cli.tuning import search
 
     request = read(parsed)
     if request.needs_model:
         check_extra("tune")
-    with bad_input(), foreign.hidden():
-        return tuning.search(request) if parsed.action == "search" else tuning.ablate(request)
+    with bad_input(), third_party.hidden():
+        return search.search(request) if parsed.action == "search" else search.ablate(request)
 
 
 def _hand_over(parsed: argparse.Namespace) -> int:

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from torch_xlstm_ops.cli.info import aligned
-from torch_xlstm_ops.cli.loading import BadInput, check_extra
-from torch_xlstm_ops.context.disk import Disk, Entry
+from torch_xlstm_ops.cli.commands.info import aligned
+from torch_xlstm_ops.cli.shared.loading import BadInput, check_extra
+from torch_xlstm_ops.context.pool.disk import Disk, Entry
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

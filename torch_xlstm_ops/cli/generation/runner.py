@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch_xlstm_ops import config, context, trace
-from torch_xlstm_ops.cli import generate, sampling
-from torch_xlstm_ops.cli.loading import BadInput, Loaded, LongPrompt, Prompt, end_tokens, load, prompt_of
-from torch_xlstm_ops.cli.meter import Meter, Row, write_stats
-from torch_xlstm_ops.cli.request import Request, bad_input
-from torch_xlstm_ops.context import states, storage
+from torch_xlstm_ops.cli.generation import sampling, stream
+from torch_xlstm_ops.cli.generation.meter import Meter, Row, write_stats
+from torch_xlstm_ops.cli.generation.request import Request, bad_input
+from torch_xlstm_ops.cli.shared.loading import BadInput, Loaded, LongPrompt, Prompt, end_tokens, load, prompt_of
+from torch_xlstm_ops.context import codec, states
 from torch_xlstm_ops.runtime import devices
 
 if TYPE_CHECKING:
-    from torch_xlstm_ops.cli.reading import Readers
+    from torch_xlstm_ops.cli.generation.workers import Readers
 
 QUIET_SECONDS = 5.0  # between progress lines where there is no terminal
 STATS_EVERY = 16
@@ -49,10 +49,10 @@ def run(request: Request) -> int:
         readers = _readers(request, loaded, prompt)
         if readers is not None:
             undo.enter_context(readers)
-        undo.enter_context(generate.prepared(loaded))
+        undo.enter_context(stream.prepared(loaded))
         began = time.perf_counter()
         with shown.status("compiling, once on this machine" if request.patched else "warming up"):
-            ran = generate.warm_up(loaded, prompt)
+            ran = stream.warm_up(loaded, prompt)
             if readers is not None:
                 readers.warm_up(prompt)
         compiling = time.perf_counter() - began
@@ -70,11 +70,11 @@ def run(request: Request) -> int:
     return 130 if ended == INTERRUPT else 0
 
 
-def _kept(request: Request, loaded: Loaded) -> generate.Kept:
+def _kept(request: Request, loaded: Loaded) -> stream.Kept:
     """Return where states are kept, for the model as it will run."""
     with bad_input():
         pool = None if request.pool is None else context.StatePool(loaded.model, request.pool)
-    return generate.Kept(pool, request.resume)
+    return stream.Kept(pool, request.resume)
 
 
 def _readers(request: Request, loaded: Loaded, prompt: Prompt) -> Readers | None:
@@ -82,13 +82,13 @@ def _readers(request: Request, loaded: Loaded, prompt: Prompt) -> Readers | None
     count = request.values["prefill_workers"]
     if count is None:
         return None
-    from torch_xlstm_ops.cli.reading import Readers
+    from torch_xlstm_ops.cli.generation.workers import Readers
 
     return Readers(loaded, prompt, count)
 
 
 def _write(
-    request: Request, loaded: Loaded, prompt: Prompt, meter: Meter, shown: Progress, kept: generate.Kept,
+    request: Request, loaded: Loaded, prompt: Prompt, meter: Meter, shown: Progress, kept: stream.Kept,
     readers: Readers | None,
 ) -> str:
     """Print the text as it comes, and return what ended it."""
@@ -100,7 +100,7 @@ def _write(
     text = sampling.TextStream(loaded.tokenizer, last, request.stops)
     ends = end_tokens(loaded)
     with shown.prefill(len(prompt)) as progress:
-        tokens = generate.stream(loaded, prompt, choose, values["max_new_tokens"], meter, progress, kept, readers)
+        tokens = stream.stream(loaded, prompt, choose, values["max_new_tokens"], meter, progress, kept, readers)
         ended = INTERRUPT
         try:
             first = next(tokens)
@@ -127,7 +127,7 @@ def _write(
     return ended
 
 
-def _about(request: Request, loaded: Loaded, ran: generate.Ran, meter: Meter) -> dict[str, object]:
+def _about(request: Request, loaded: Loaded, ran: stream.Ran, meter: Meter) -> dict[str, object]:
     """Return the rows of the table: what ran, on what, and how fast."""
     prefill, decode = meter.final("prefill"), meter.final("decode")
     peak = devices.memory(loaded.device).peak
@@ -147,7 +147,7 @@ def _about(request: Request, loaded: Loaded, ran: generate.Ran, meter: Meter) ->
     }
 
 
-def _resumed(kept: generate.Kept, meter: Meter) -> dict[str, object]:
+def _resumed(kept: stream.Kept, meter: Meter) -> dict[str, object]:
     """Return what was read of the prompt, where some of it may have been read before."""
     prefill = meter.final("prefill")
     return {"prompt tokens read": None if prefill is None else prefill.tokens} if kept else {}
@@ -162,7 +162,7 @@ def _how_to_go_on(file: str, total: int) -> str:
     path = Path(file)
     if not path.exists():
         return f"interrupted before a part of the prompt was read: {file} is not written, the same command starts again"
-    position = storage.from_file(path).about["position"]
+    position = codec.from_file(path).about["position"]
     return (f"interrupted: {file} holds the state after {position} of the prompt's {total} tokens; "
             "run the same command to go on from there")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from torch_xlstm_ops.context.storage import SUFFIX, Damaged, Packed
+from torch_xlstm_ops.context.codec import SUFFIX, Damaged, Packed
 
 PIN = ".pin"
 

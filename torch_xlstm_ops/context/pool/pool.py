@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_xlstm_ops.context import states, storage
+from torch_xlstm_ops.context import codec, states
 from torch_xlstm_ops.context.batch import Batch
-from torch_xlstm_ops.context.disk import Disk
-from torch_xlstm_ops.context.names import Name
+from torch_xlstm_ops.context.codec import Storage, packed_bytes
+from torch_xlstm_ops.context.pool.disk import Disk
+from torch_xlstm_ops.context.pool.file_names import Name
+from torch_xlstm_ops.context.pool.memory import Memory, Usage
 from torch_xlstm_ops.context.prefill import prefill
 from torch_xlstm_ops.context.states import Snapshot
-from torch_xlstm_ops.context.storage import Storage, packed_bytes
-from torch_xlstm_ops.context.tiers import Memory, Usage
 from torch_xlstm_ops.context.tokens import as_array, digest
 from torch_xlstm_ops.runtime import devices
 
@@ -118,7 +118,7 @@ class StatePool:
         if snapshot.position != len(tokens) or snapshot.digest != digest(tokens):
             raise ValueError(f"snapshot must be taken after these {len(tokens)} tokens, got one of others "
                              f"({snapshot.position})")
-        packed = storage.pack(snapshot, self.storage)
+        packed = codec.pack(snapshot, self.storage)
         with self._lock:
             self._error = max(self._error, packed.error)
             self._memory.put(tokens, snapshot, packed, pin=pin)
@@ -175,7 +175,7 @@ class StatePool:
         packed = self._disk.get(name)
         if packed is None:
             return None
-        snapshot = storage.unpack(packed, states.device_of(self.model))
+        snapshot = codec.unpack(packed, states.device_of(self.model))
         with self._lock:
             self._memory.put(tokens[: name.position], snapshot, packed, pin=name.pin.exists())
         return snapshot
