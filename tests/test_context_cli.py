@@ -9,10 +9,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tests.conftest import Command
-from tests.test_cli import (  # the tiny model and the ways to run it
+from tests.cli_models import (  # the tiny model and the ways to run it
     PROMPT,
-    _clean,
+    clean_settings,
     error,
     loaded,
     model_directory,
@@ -20,11 +19,12 @@ from tests.test_cli import (  # the tiny model and the ways to run it
     text_and_table,
     write,
 )
-from torch_xlstm_ops.cli.generation import request, runner
+from tests.conftest import Command
+from torch_xlstm_ops.cli.generation import progress, prompt, prompt_text
 from torch_xlstm_ops.cli.shared import loading
-from torch_xlstm_ops.context import StatePool, codec, piece_size, prefill, states, tokens
+from torch_xlstm_ops.context import StatePool, piece_size, prefill, reader, state_file, states, tokens
 
-__all__ = ["_clean", "loaded", "model_directory", "write"]
+__all__ = ["clean_settings", "loaded", "model_directory", "write"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONG = PROMPT * 8
 
@@ -32,14 +32,14 @@ LONG = PROMPT * 8
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a piece be 32 tokens, and a file of more than 64 bytes be long."""
-    monkeypatch.setitem(piece_size.PIECES, "cpu", 32)
-    monkeypatch.setattr(request, "BLOCK", 64)
+    monkeypatch.setitem(piece_size.PIECE_TOKENS, "cpu", 32)
+    monkeypatch.setattr(prompt_text, "TEXT_BLOCK", 64)
     monkeypatch.setattr(tokens.text_tokens, "__defaults__", (64,))
 
 
 @pytest.fixture
 def expected(loaded: loading.Loaded, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr("tests.test_cli.PROMPT", LONG)
+    monkeypatch.setattr("tests.cli_models.PROMPT", LONG)
     return reference(loaded, 12)
 
 
@@ -57,7 +57,7 @@ def long(run: Command, model_directory: Path, tmp_path: Path) -> Command:
 
 
 def test_a_long_file_is_read_without_being_held(long: Command, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "encode", lambda *a: pytest.fail("the whole text was encoded"))
+    monkeypatch.setattr(prompt, "encode", lambda *a: pytest.fail("the whole text was encoded"))
     status, *written = long()
     text, table = text_and_table(*written)
     assert (status, text) == (0, expected)
@@ -76,7 +76,7 @@ def test_a_pool_is_filled_and_used_and_the_text_is_the_same(
     long: Command, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert text_and_table(*long("--pool", tmp_path / "pool")[1:])[0] == expected
-    monkeypatch.setattr(states, "read", lambda *a: pytest.fail("the prompt was read again"))
+    monkeypatch.setattr(reader.PromptReader, "advance", lambda self: pytest.fail("the prompt was read again"))
     text, table = text_and_table(*long("--pool", tmp_path / "pool")[1:])
     assert text == expected
     assert (table["new tokens"], table["prompt tokens"], table["prompt tokens read"]) == ("12", "128", "0")
@@ -86,21 +86,21 @@ def test_a_pool_is_filled_and_used_and_the_text_is_the_same(
 def test_an_interrupted_prompt_is_resumed(
     long: Command, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, count = states.read, [0]
+    original, count = reader.PromptReader.advance, [0]
 
-    def read(*arguments: object) -> object:
+    def advance(self: reader.PromptReader) -> bool:
         count[0] += 1
         if count[0] == 3:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(self)
 
-    monkeypatch.setattr(states, "read", read)
+    monkeypatch.setattr(reader.PromptReader, "advance", advance)
     file = tmp_path / "state"
     status, *written = long("--resume", file)
     assert (status, text_and_table(*written)[1]["ended by"]) == (130, "interrupt")
     assert written[1].endswith(f"\ninterrupted: {file} holds the state after 64 of the prompt's 128 tokens; "
                                "run the same command to go on from there\n")
-    assert codec.from_file(file).about["position"] == "64"
+    assert state_file.read(file).about["position"] == "64"
     assert text_and_table(*long("--resume", file)[1:])[0] == expected
     assert count[0] == 3 + 2
 
@@ -108,10 +108,10 @@ def test_an_interrupted_prompt_is_resumed(
 def test_an_interrupt_before_anything_was_read_says_that_nothing_is_kept(
     long: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(*arguments: object) -> object:
+    def advance(self: reader.PromptReader) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(states, "read", read)
+    monkeypatch.setattr(reader.PromptReader, "advance", advance)
     status, _, err = long("--resume", tmp_path / "state")
     assert status == 130
     assert err.endswith(f"\ninterrupted before a part of the prompt was read: {tmp_path / 'state'} is not written, "
@@ -134,7 +134,7 @@ def test_a_pool_that_is_a_file_is_one_line(write: Command, tmp_path: Path) -> No
 def test_progress_tells_speed_and_time_left(
     long: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "QUIET_SECONDS", -1)
+    monkeypatch.setattr(progress, "LINE_SECONDS", -1)
     lines = [line for line in long()[2].splitlines() if line.startswith("prefill")]
     assert len(lines) == 4
     assert re.fullmatch(r"prefill 96 of 128 tokens, \d+ tokens/s, \d+ s left", lines[2])

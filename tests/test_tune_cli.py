@@ -18,6 +18,7 @@ from torch_xlstm_ops.api import mlstm_chunkwise
 from torch_xlstm_ops.cli.commands import tune as command
 from torch_xlstm_ops.cli.tuning import search
 from torch_xlstm_ops.config import tuned_plans
+from torch_xlstm_ops.models import DEMO_MODEL
 from torch_xlstm_ops.registrations import mlstm as registration
 from torch_xlstm_ops.tune import bench, workloads
 from torch_xlstm_ops.tune.bench import Measured
@@ -254,7 +255,7 @@ def test_help_tells_what_a_report_needs_and_what_only_a_search_takes(capsys: pyt
 
 def test_a_space_without_a_choice_says_so(run: Command) -> None:
     assert "the space must hold at least two plans, got 1: no setting of a plan changes" in run(
-        "tune", "--phase", "decode", "--model", cli.loading.DEMO_MODEL)[2]
+        "tune", "--phase", "decode", "--model", DEMO_MODEL)[2]
     assert "the space must hold" in run("tune", "--shape", "1,1,8,16", "--lengths", "4")[2]
 
 

@@ -71,8 +71,8 @@ def unpack(parcel: Parcel, device: torch.device, *, owned: bool) -> Any:
 
 def transformers_call(model: Any, tokens: Tensor, before: int) -> tuple[Tensor, Any]:
     """Run an xLSTM of transformers over tokens (B, S) that stand behind `before` others, as `prefill` has it."""
-    logits, cache = adapter.run(model, tokens)
-    adapter.move(cache, before)
+    logits, cache = adapter.forward(model, tokens)
+    adapter.advance_position(cache, before)
     return logits[:, -1], cache
 
 

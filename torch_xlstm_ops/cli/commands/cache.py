@@ -1,4 +1,4 @@
-"""`xlstm-ops cache`: look at a folder of states, make it smaller, and check every file in it."""
+"""`xlstm-ops cache`: list a folder of states, make it smaller, and check every file in it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from torch_xlstm_ops.cli.commands.info import aligned
-from torch_xlstm_ops.cli.shared.loading import BadInput, check_extra
-from torch_xlstm_ops.context.pool.disk import Disk, Entry
+from torch_xlstm_ops.cli.shared.errors import BadInput, check_extra
+from torch_xlstm_ops.cli.shared.table import aligned
+from torch_xlstm_ops.context.pool.disk import DiskEntry, DiskTier
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+HELP = "list, prune and verify a folder of states"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the flags of `cache`."""
+    """Add the flags of `cache`."""
     parser.add_argument("action", choices=list(_ACTIONS), help="ls: every state; stats: totals a model; prune: remove "
                         "what was not used for longest, and is not pinned; verify: read every file")
     parser.add_argument("--pool", metavar="DIR", required=True, help="folder of states, as given to generate")
@@ -24,10 +25,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remove", action="store_true", help="verify removes what is damaged")
 
 
-def run(parsed: argparse.Namespace) -> int:
-    """Do what was asked, and return the exit status: 1 if a file is damaged.
+def execute(parsed: argparse.Namespace) -> int:
+    """Execute the action, and return the exit status: 1 if a file is damaged.
 
-    Raises BadInput for flags that do not fit, a folder that is not there, or one that cannot be written by prune.
+    Raises BadInput for flags that do not fit, a folder that does not exist, or one that prune cannot write.
     """
     check_extra("cache")
     for flag, action in (("bytes", "prune"), ("remove", "verify")):
@@ -38,10 +39,10 @@ def run(parsed: argparse.Namespace) -> int:
     folder = Path(parsed.pool)
     if not folder.is_dir():
         raise BadInput(f"--pool must be a folder of states, got {folder}, which is no folder")
-    return _ACTIONS[parsed.action](Disk(folder), parsed)
+    return _ACTIONS[parsed.action](DiskTier(folder), parsed)
 
 
-def _list(disk: Disk, parsed: argparse.Namespace) -> int:
+def _list(disk: DiskTier, parsed: argparse.Namespace) -> int:
     rows = [("model", "tokens", "piece", "bytes", "used", "")]
     for entry in reversed(disk.entries()):
         rows.append((entry.identity[:12], str(entry.name.position), str(entry.name.segment or "any"), str(entry.size),
@@ -50,9 +51,9 @@ def _list(disk: Disk, parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _stats(disk: Disk, parsed: argparse.Namespace) -> int:
+def _stats(disk: DiskTier, parsed: argparse.Namespace) -> int:
     everything = disk.entries()
-    models: dict[str, list[Entry]] = {}
+    models: dict[str, list[DiskEntry]] = {}
     for entry in everything:
         models.setdefault(entry.identity, []).append(entry)
     rows = [("model", "states", "pinned", "longest", "bytes")]
@@ -64,7 +65,7 @@ def _stats(disk: Disk, parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _prune(disk: Disk, parsed: argparse.Namespace) -> int:
+def _prune(disk: DiskTier, parsed: argparse.Namespace) -> int:
     budget = _size(parsed.bytes)
     try:
         removed = disk.prune(budget)
@@ -76,7 +77,7 @@ def _prune(disk: Disk, parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(disk: Disk, parsed: argparse.Namespace) -> int:
+def _verify(disk: DiskTier, parsed: argparse.Namespace) -> int:
     count = damaged = 0
     for entry, wrong in disk.verify():
         count += 1
@@ -89,7 +90,7 @@ def _verify(disk: Disk, parsed: argparse.Namespace) -> int:
     return 1 if damaged else 0
 
 
-_ACTIONS: dict[str, Callable[[Disk, argparse.Namespace], int]] = {
+_ACTIONS: dict[str, Callable[[DiskTier, argparse.Namespace], int]] = {
     "ls": _list, "stats": _stats, "prune": _prune, "verify": _verify,
 }
 

@@ -1,4 +1,4 @@
-"""`xlstm-ops check`: every operator on a device against the float64 recurrence on the CPU, and how long it takes."""
+"""`xlstm-ops check`: compare every operator on a device with the float64 recurrence on the CPU, and time it."""
 
 from __future__ import annotations
 
@@ -12,49 +12,24 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from torch_xlstm_ops.cli.checking.cases import CASES, MLSTM, SLSTM, Case
 from torch_xlstm_ops.cli.commands import info
-from torch_xlstm_ops.maths import mlstm, slstm
-from torch_xlstm_ops.maths.shapes import EPS
+from torch_xlstm_ops.cli.shared.errors import bad_input
+from torch_xlstm_ops.cli.shared.table import aligned
 from torch_xlstm_ops.maths.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error
-from torch_xlstm_ops.runtime import devices
-from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.runtime import devices, files
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SECONDS = 600.0  # nothing is started after so many; two busy CPU cores took 308
+SECONDS = 600.0  # default of --seconds; two busy CPU cores took 308
 TIMING_S, TIMING_CALLS = 0.3, 20
 NOT_RUN = "not run: out of time"
+HELP = "compare every operator with the recurrence on a device, and time it"
 
-MLSTM = {"B": 1, "NH": 4, "S": 300, "DHQK": 64, "DHHV": 128}  # whole chunks and a tail
-SLSTM = {"B": 2, "NH": 4, "S": 40, "DH": 64}  # blocks and a tail
-
-
-class Case(NamedTuple):
-    """An operator, what draws its arguments for a dtype, and the recurrence that it must equal.
-
-    inputs: how many arguments to differentiate by; with 0 the results themselves are compared.
-    """
-
-    name: str
-    draw: Callable[[torch.dtype], list[Tensor]]
-    call: Callable[..., Sequence[Tensor]]
-    exact: Callable[..., Sequence[Tensor]]
-    inputs: int = 0
-
-    def results(self, run: Callable[..., Sequence[Tensor]], args: Sequence[Tensor]) -> list[Tensor]:
-        """Return what `run` gives for `args`: its results, or the gradients of the first `inputs` arguments."""
-        if not self.inputs:
-            return list(run(*args))
-        given = [t.detach().requires_grad_() for t in args[: self.inputs]]
-        outputs = run(*given)
-        generator = torch.Generator().manual_seed(1)
-        seeds = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs]  # exact in every dtype
-        return list(torch.autograd.grad(list(outputs), given, seeds))
 
 
 class Result(NamedTuple):
-    """What came of one case: `failure` is empty if the error is within `tolerance`, and `NOT_RUN` if time ran out."""
+    """The result of a case; `failure` is empty if the error is within `tolerance`, and `NOT_RUN` if time ran out."""
 
     operator: str
     dtype: str
@@ -62,69 +37,6 @@ class Result(NamedTuple):
     tolerance: float
     milliseconds: float | None
     failure: str
-
-
-def draw_mlstm(dtype: torch.dtype) -> list[Tensor]:
-    """Return q, k, v, igate, fgate, c, n, m of a sequence."""
-    B, NH, S, DHQK, DHHV = MLSTM.values()
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((S, DHQK), (S, DHQK), (S, DHHV), (S,), (S,), (DHQK, DHHV), (DHQK,), (1,))
-    drawn = [torch.randn(B, NH, *shape, generator=generator) for shape in shapes]
-    drawn[4] += 3
-    return [*(t.to(dtype) for t in drawn[:5]), *drawn[5:]]
-
-
-def draw_mlstm_token(dtype: torch.dtype) -> list[Tensor]:
-    """Return q, k, v, igate, fgate, c, n, m of a token."""
-    q, k, v, igate, fgate, *state = draw_mlstm(dtype)
-    return [*(t[:, :, 0].contiguous() for t in (q, k, v)), igate[:, :, :1].contiguous(), fgate[:, :, :1].contiguous(),
-            *state]
-
-
-def draw_slstm(dtype: torch.dtype) -> list[Tensor]:
-    """Return x, r, b, y, c, n, m of a sequence."""
-    B, NH, S, DH = SLSTM.values()
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((B, S, 4, NH, DH), (4, NH, DH, DH), (4, NH, DH), *[(B, NH, DH)] * 4)
-    x, r, b, y, c, n, m = (torch.randn(shape, generator=generator) for shape in shapes)
-    return [*(t.to(dtype) for t in (x, r * DH**-0.5, b)), y, c, n.abs() + 1, m]
-
-
-def draw_slstm_token(dtype: torch.dtype) -> list[Tensor]:
-    """Return x, r, b, y, c, n, m of a token."""
-    x, *rest = draw_slstm(dtype)
-    return [x[:, 0].contiguous(), *rest]
-
-
-def _op(name: str) -> Callable[..., Sequence[Tensor]]:
-    return lambda *args: getattr(torch.ops.xlstm, name)(*args)
-
-
-def _step_in_place(*args: Tensor) -> list[Tensor]:
-    return [torch.ops.xlstm.mlstm_step_(*args), *args[5:]]
-
-
-def _mlstm_step(*args: Tensor) -> Sequence[Tensor]:
-    return mlstm.step(*args, eps=EPS)
-
-
-def _mlstm_recurrent(*args: Tensor) -> Sequence[Tensor]:
-    return mlstm.recurrent(*args, eps=EPS)
-
-
-def _slstm_step(*args: Tensor) -> Sequence[Tensor]:
-    return slstm.step(*args, floor=0.0, product=slstm.Product.FUSED)
-
-
-CASES = (
-    Case("mlstm_step", draw_mlstm_token, _op("mlstm_step"), _mlstm_step),
-    Case("mlstm_step_", draw_mlstm_token, _step_in_place, _mlstm_step),
-    Case("mlstm_chunkwise", draw_mlstm, _op("mlstm_chunkwise"), _mlstm_recurrent),
-    Case("mlstm_chunkwise and backward", draw_mlstm, _op("mlstm_chunkwise"), _mlstm_recurrent, 8),
-    Case("slstm_step", draw_slstm_token, _op("slstm_step"), _slstm_step),
-    Case("slstm_sequence", draw_slstm, _op("slstm_sequence"), slstm.recurrent),
-    Case("slstm_sequence and backward", draw_slstm, _op("slstm_sequence"), slstm.recurrent, 7),
-)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -135,21 +47,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write errors, times and versions here, for sending back")
 
 
-def run(device: torch.device, path: str | None, seconds: float) -> int:
-    """Check every operator, print a table, write `path` if given; return 0 if all passed, else 1."""
+def execute(parsed: argparse.Namespace) -> int:
+    """Check every operator, print a table, write a report if asked; return 0 if all passed, else 1. Raises BadInput."""
+    path, seconds = parsed.json, parsed.seconds
+    with bad_input():
+        if path is not None:
+            files.check_file("--json", path)
+        device = devices.resolve_device(parsed.device)
     began = time.perf_counter()
     results = [check(case, dtype, device, began + seconds) for dtype in DTYPES for case in CASES]
     print_table(results)
     print(f"{device.type}: {summary(results)}; {time.perf_counter() - began:.0f} s")
     if path is not None:
-        with export.whole_file(path) as file:
+        with files.replacing(path) as file:
             json.dump(report(device, results), file, indent=1)
         print(f"wrote {path}")
     return 1 if any(result.failure for result in results) else 0
 
 
 def summary(results: Sequence[Result]) -> str:
-    """Return how many passed, failed and, where time ran out, were not run."""
+    """Return how many passed, failed and, if time ran out, were not run."""
     idle = sum(result.failure == NOT_RUN for result in results)
     passed = sum(not result.failure for result in results)
     counted = f"{passed} passed, {len(results) - passed - idle} failed"
@@ -157,7 +74,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def check(case: Case, dtype: torch.dtype, device: torch.device, end: float) -> Result:
-    """Compare a case with the recurrence and time it; whatever it raises is recorded."""
+    """Compare a case with the recurrence and time it; an error is recorded as the failure."""
     tolerance = (GRADIENT_TOLERANCE if case.inputs else TOLERANCE)[dtype]
     failed = Result(case.name, str(dtype).removeprefix("torch."), None, tolerance, None, "")
     if time.perf_counter() > end:
@@ -176,7 +93,7 @@ def check(case: Case, dtype: torch.dtype, device: torch.device, end: float) -> R
 
 
 def median_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Return the median milliseconds of a call that has been made before."""
+    """Return the median milliseconds of a call that is already compiled."""
     taken: list[float] = []
     end = time.perf_counter() + TIMING_S
     while len(taken) < 3 or (len(taken) < TIMING_CALLS and time.perf_counter() < end):
@@ -185,7 +102,7 @@ def median_ms(call: Callable[[], object], device: torch.device) -> float:
 
 
 def report(device: torch.device, results: Sequence[Result]) -> dict[str, Any]:
-    """Return what the JSON file holds."""
+    """Return the content of the JSON file."""
     found = devices.capabilities(device.type)
     rows = [result._asdict() for result in results]
     for row in rows:  # JSON has no infinity
@@ -201,11 +118,11 @@ def report(device: torch.device, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def print_table(results: Sequence[Result]) -> None:
-    """Print a line for each result, with rich where it is installed."""
+    """Print a line for each result, with rich if it is installed."""
     head = ("operator", "dtype", "error", "allowed", "ms", "")
     rows = [_cells(result) for result in results]
     if find_spec("rich") is None:
-        print(info.aligned([head, *rows]))
+        print(aligned([head, *rows]))
         return
     from rich.console import Console
     from rich.table import Table

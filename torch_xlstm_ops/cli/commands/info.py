@@ -1,7 +1,8 @@
-"""What `xlstm-ops info` prints: devices, versions, schedules, and the configuration with its sources."""
+"""`xlstm-ops info`: devices, versions, schedules, and the configuration with its sources."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 from collections.abc import Sequence
@@ -10,16 +11,33 @@ import torch
 
 import torch_xlstm_ops
 from torch_xlstm_ops import config, schedules
+from torch_xlstm_ops.cli.shared.errors import bad_input
+from torch_xlstm_ops.cli.shared.table import aligned
 from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.patch import upstream
 from torch_xlstm_ops.runtime import devices, torch_internals
 
 PACKAGES = ("torch", "triton", "safetensors", "rich", "ray", "optuna", "matplotlib")
 _UNSET = {"trace": "off", "ray_address": "none"}
+HELP = "say what this machine can do"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `info`."""
+    parser.add_argument("--device", metavar="NAME", help="whose schedules: auto, cpu, cuda or mps (default auto)")
+    config.add_flags(parser)
+
+
+def execute(parsed: argparse.Namespace) -> int:
+    """Print the report; return 0. Raises BadInput."""
+    with bad_input():
+        config.reload(flags=config.given_flags(parsed))
+        print(report(devices.resolve_device(parsed.device or "auto")))
+    return 0
 
 
 def report(device: torch.device) -> str:
-    """Return the text of `xlstm-ops info`; `device` is the one that schedules are asked about."""
+    """Return the text of `xlstm-ops info`; the schedules are those of `device`."""
     sections = {
         "versions": versions(),
         "supported packages": supported(),
@@ -45,7 +63,7 @@ def versions() -> list[tuple[str, ...]]:
 
 
 def supported() -> list[tuple[str, ...]]:
-    """Return a line for each package that `patch` knows: the version that is there, and those we were tested with."""
+    """Return a line for each package that `patch` supports: its version here, and the tested ones."""
     return [(peer.distribution, _version(name), f"tested with {peer.tested}") for name, peer in upstream.PEERS.items()]
 
 
@@ -58,7 +76,7 @@ def _version(name: str) -> str:
 
 
 def internals() -> list[tuple[str, ...]]:
-    """Return a line for each private API of torch that we use: that it is there, or what is done without it."""
+    """Return a line for each private API of torch in use: native, or the fallback without it."""
     return [
         (one.name, "native" if one.moved is None else f"fallback: {one.moved}; {one.without}")
         for one in torch_internals.status()
@@ -90,7 +108,7 @@ def _gibibytes(size: int | None) -> str:
 
 
 def schedule_rows(device: torch.device) -> list[tuple[str, ...]]:
-    """Return a line for each schedule: that it can run, or why not."""
+    """Return a line for each schedule: it can run, or why not."""
     reasons = {schedule: schedules.unavailable(schedule, device) for schedule in config.Schedule}
     return [(str(schedule), "can run" if reason is None else f"cannot run: {reason}")
             for schedule, reason in reasons.items()]
@@ -103,7 +121,7 @@ def configuration_rows() -> list[tuple[str, ...]]:
 
 
 def tuned_rows(device: torch.device) -> list[tuple[str, ...]]:
-    """Return where the tuner's winners are kept, and a line for each that is for this device and this torch."""
+    """Return the path of the tuned plans, and a line for each one of this device and this torch."""
     path = tuned_plans.place(config.current().tuned)
     if path is None:
         return [("off",)]
@@ -114,9 +132,3 @@ def tuned_rows(device: torch.device) -> list[tuple[str, ...]]:
     found = [(key.removeprefix(here), " ".join(f"{field}={value}" for field, value in entry["settings"].items()))
              for key, entry in kept.items() if key.startswith(here)]
     return [("kept in", str(path)), ("for this device", f"{len(found)} of {len(kept)}"), *found]
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Return rows as text, each column as wide as it needs."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

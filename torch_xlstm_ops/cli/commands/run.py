@@ -1,4 +1,4 @@
-"""`xlstm-ops run`: run somebody's script as Python would, with the packages that it imports patched."""
+"""`xlstm-ops run`: run a script as Python would, with the packages that it imports patched."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import runpy
 import sys
 from pathlib import Path
 
-from torch_xlstm_ops.cli.shared.loading import BadInput
+from torch_xlstm_ops.cli.shared.errors import BadInput
 from torch_xlstm_ops.patch import PEERS
 from torch_xlstm_ops.patch.on_import import VARIABLE, Watch, patch_on_import
 
+HELP = "run a Python script with the packages it imports patched"
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `run`, which stand before the script; everything after it is the script's own."""
+    """Add the flags of `run`, which come before the script; arguments after it are the script's own."""
     parser.usage = "xlstm-ops run [--only NAMES] [--compat] [--report] (SCRIPT | -m MODULE) [ARGUMENT ...]"
     parser.add_argument("--only", metavar="NAMES", help=f"packages to patch, commas between: {', '.join(PEERS)}")
     parser.add_argument("--compat", action="store_true", help="repeat what a package computes wrong")
@@ -25,10 +27,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script gets")
 
 
-def run(parsed: argparse.Namespace) -> int:
-    """Run the script in this process; its exceptions and its exit status are its own.
+def execute(parsed: argparse.Namespace) -> int:
+    """Run the script in this process; its exceptions and exit status reach the caller.
 
-    Raises BadInput when there is no such script, module or package to patch.
+    Raises BadInput if the script, the module or a package to patch does not exist.
     """
     _check_script(parsed)
     names = [] if parsed.only is None else [name.strip() for name in parsed.only.split(",")]
@@ -36,9 +38,9 @@ def run(parsed: argparse.Namespace) -> int:
         watch = patch_on_import(*names, compat=parsed.compat)
     except ValueError as error:
         raise BadInput(f"--only: {error}") from error
-    os.environ[VARIABLE] = ",".join(names) or "auto"  # for processes that the script starts and that import us
+    os.environ[VARIABLE] = ",".join(names) or "auto"  # for processes that the script starts
     try:
-        _execute(parsed)
+        _run_script(parsed)
     finally:
         if parsed.report:
             _print_report(watch)
@@ -59,7 +61,7 @@ def _check_script(parsed: argparse.Namespace) -> None:
         raise BadInput(f"-m must be followed by a module that can be imported, got {parsed.script}")
 
 
-def _execute(parsed: argparse.Namespace) -> None:
+def _run_script(parsed: argparse.Namespace) -> None:
     sys.argv = [parsed.script, *parsed.arguments]
     if parsed.module:
         runpy.run_module(parsed.script, run_name="__main__", alter_sys=True)
@@ -69,5 +71,5 @@ def _execute(parsed: argparse.Namespace) -> None:
 
 
 def _print_report(watch: Watch) -> None:
-    lines = watch.report() or ("nothing that the script imported could be patched",)
+    lines = watch.report() or ("nothing was patched: the script imported no supported package",)
     print("\n".join(lines), file=sys.stderr)

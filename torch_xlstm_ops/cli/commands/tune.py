@@ -1,4 +1,4 @@
-"""`xlstm-ops tune`: its flags, and who does what was asked."""
+"""`xlstm-ops tune`: search for the fastest plans, report on searches, and exchange tuned plans."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from torch_xlstm_ops import config
-from torch_xlstm_ops.cli.generation.request import bad_input
-from torch_xlstm_ops.cli.shared import third_party
-from torch_xlstm_ops.cli.shared.loading import BadInput, check_extra
+from torch_xlstm_ops.cli.shared.errors import BadInput, bad_input, check_extra
+from torch_xlstm_ops.cli.shared.quiet import third_party_messages_hidden
 from torch_xlstm_ops.cli.tuning.request import OPTIONS, read
 from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.runtime.extras import how_to_install
 
 _EXTRAS = {"optuna": "tune", "rich": "tune", "matplotlib": "plot"}
+HELP = "search for the plans that are fastest here"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the flags of `tune`."""
+    """Add the flags of `tune`."""
     parser.usage = ("xlstm-ops tune [search] [--out DIR] [FLAG ...]\n       xlstm-ops tune report [--out DIR]\n"
                     "       xlstm-ops tune ablate [--out DIR] [FLAG ...]\n"
                     "       xlstm-ops tune (--export FILE | --import FILE)")
@@ -26,9 +26,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         help="search (default): find the fastest plans; report: write pictures and a page of the "
                              "searches in --out, measuring nothing; ablate: change one setting at a time")
     parser.add_argument("--out", metavar="DIR", default="xlstm-tune", help="where all is written (default %(default)s)")
-    handing = parser.add_argument_group("tuned plans of other machines")
-    handing.add_argument("--export", metavar="FILE", help="write what is kept for auto to a file, and search nothing")
-    handing.add_argument("--import", metavar="FILE", dest="source", help="keep what a file holds, and search nothing")
+    exchange = parser.add_argument_group("tuned plans of other machines")
+    exchange.add_argument("--export", metavar="FILE", help="write what is kept for auto to a file, and search nothing")
+    exchange.add_argument("--import", metavar="FILE", dest="source", help="keep what a file holds, and search nothing")
     flags = parser.add_argument_group("flags of search and ablate")
     flags.add_argument("--resume", action="store_true", help="go on with the searches in --out")
     flags.add_argument("--model", metavar="DIR", help="Hugging Face directory of an xLSTM (default: the embedded one)")
@@ -39,31 +39,31 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         flags.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
 
 
-def run(parsed: argparse.Namespace) -> int:
-    """Do what was asked and return the exit status."""
+def execute(parsed: argparse.Namespace) -> int:
+    """Execute the action and return the exit status. Raises BadInput."""
     if parsed.export is not None or parsed.source is not None:
-        return _hand_over(parsed)
+        return _exchange(parsed)
     with bad_input():
         config.reload(flags={})
     if parsed.action == "report":
-        _need("tune report", "optuna", "matplotlib")
+        _check_packages("tune report", "optuna", "matplotlib")
         from torch_xlstm_ops.tune import report
 
         with bad_input():
             written = report.write(Path(parsed.out))
         print("\n".join(f"wrote {path}" for path in written))
         return 0
-    _need("tune", "optuna", "rich")
+    _check_packages("tune", "optuna", "rich")
     from torch_xlstm_ops.cli.tuning import search
 
     request = read(parsed)
     if request.needs_model:
         check_extra("tune")
-    with bad_input(), third_party.hidden():
+    with bad_input(), third_party_messages_hidden():
         return search.search(request) if parsed.action == "search" else search.ablate(request)
 
 
-def _hand_over(parsed: argparse.Namespace) -> int:
+def _exchange(parsed: argparse.Namespace) -> int:
     from torch_xlstm_ops.tune import publish
 
     with bad_input():
@@ -85,7 +85,7 @@ def _hand_over(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _need(command: str, *packages: str) -> None:
+def _check_packages(command: str, *packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         extras = ",".join(dict.fromkeys(_EXTRAS[name] for name in missing))

@@ -1,4 +1,4 @@
-"""Tokens a second, from a clock that is read only when the device has finished what was asked of it."""
+"""Measure tokens per second; the device is synchronized before each reading of the clock."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import NamedTuple, TextIO
 import torch
 
 from torch_xlstm_ops.runtime import devices
-from torch_xlstm_ops.trace.export import whole_file
+from torch_xlstm_ops.runtime.files import replacing
 
 
-class Row(NamedTuple):
-    """One line of the statistics: where a phase stood when the device had finished what was asked of it."""
+class Measurement(NamedTuple):
+    """One line of the statistics: the progress of a phase after a synchronization."""
 
     phase: str
     tokens: int
@@ -29,14 +29,14 @@ class Row(NamedTuple):
 
 @dataclass
 class Meter:
-    """Reads the clock, always after a synchronise.
+    """Record measurements of each phase.
 
-    every: tokens between rows, at least; None keeps no rows but a phase's last.
+    every: fewest tokens between two rows; default None, only the last row of a phase.
     """
 
     device: torch.device
     every: int | None = None
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Measurement] = field(default_factory=list)
     _phase: str = ""
     _began: float = 0.0
     _tokens: int = 0
@@ -51,7 +51,7 @@ class Meter:
     def add(self, tokens: int, *, last: bool = False, empty: bool = False) -> None:
         """Count tokens of the phase, and read the clock if a row is due or the phase is over.
 
-        empty: whether the last row is written for no tokens too.
+        empty: write the last row even without tokens.
         """
         self._tokens += tokens
         due = self.every is not None and self._tokens - self._last[0] >= self.every
@@ -61,11 +61,12 @@ class Meter:
         seconds = time.perf_counter() - self._began
         before, at = self._last
         used = devices.memory(self.device).used
-        self.rows.append(Row(self._phase, self._tokens, seconds, _rate(self._tokens - before, seconds - at),
-                             _rate(self._tokens, seconds), used))
+        self.rows.append(Measurement(
+            self._phase, self._tokens, seconds, _rate(self._tokens - before, seconds - at),
+            _rate(self._tokens, seconds), used))
         self._last = (self._tokens, seconds)
 
-    def final(self, phase: str) -> Row | None:
+    def final(self, phase: str) -> Measurement | None:
         """Return a phase's last row."""
         return next((row for row in reversed(self.rows) if row.phase == phase), None)
 
@@ -74,23 +75,23 @@ def _rate(tokens: int, seconds: float) -> float:
     return tokens / seconds if seconds > 0 else 0.0
 
 
-def write_stats(path: str, rows: Sequence[Row], about: dict[str, object]) -> None:
-    """Write the rows to a .csv file, or to a .json file together with what is known `about` the run."""
-    with whole_file(path) as file:
+def write_stats(path: str, rows: Sequence[Measurement], about: dict[str, object]) -> None:
+    """Write the rows to a .csv file, or to a .json file together with facts `about` the run."""
+    with replacing(path) as file:
         _STATS[os.path.splitext(path)[1]](file, rows, about)
 
 
-def _stats_csv(file: TextIO, rows: Sequence[Row], about: dict[str, object]) -> None:
+def _stats_csv(file: TextIO, rows: Sequence[Measurement], about: dict[str, object]) -> None:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(Row._fields)
+    writer.writerow(Measurement._fields)
     writer.writerows(rows)
 
 
-def _stats_json(file: TextIO, rows: Sequence[Row], about: dict[str, object]) -> None:
+def _stats_json(file: TextIO, rows: Sequence[Measurement], about: dict[str, object]) -> None:
     json.dump({"run": about, "rows": [row._asdict() for row in rows]}, file, indent=1)
 
 
-_STATS: dict[str, Callable[[TextIO, Sequence[Row], dict[str, object]], None]] = {
+_STATS: dict[str, Callable[[TextIO, Sequence[Measurement], dict[str, object]], None]] = {
     ".csv": _stats_csv,
     ".json": _stats_json,
 }

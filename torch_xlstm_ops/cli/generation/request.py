@@ -1,47 +1,22 @@
-"""What a user asks of `xlstm-ops generate`, checked before a model is loaded or a file is touched."""
+"""The request of `xlstm-ops generate`, checked before a model is loaded or a file is written."""
 
 from __future__ import annotations
 
 import argparse
-import codecs
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from torch_xlstm_ops import config, schedules
-from torch_xlstm_ops.cli.shared.loading import DEMO_MODEL, DTYPES, BadInput, check_directory
+from torch_xlstm_ops.cli.generation.prompt_text import prompt_text
+from torch_xlstm_ops.cli.shared.errors import BadInput, bad_input
+from torch_xlstm_ops.cli.shared.loading import DTYPES, check_directory
+from torch_xlstm_ops.cli.shared.options import COUNT, Option, one_of, parse
 from torch_xlstm_ops.config import FRACTION, WHOLE, Kind
-from torch_xlstm_ops.context.tokens import BLOCK
-from torch_xlstm_ops.runtime import devices
-from torch_xlstm_ops.trace import export
+from torch_xlstm_ops.models import DEMO_MODEL
+from torch_xlstm_ops.runtime import devices, files
 
-DEFAULT_PROMPT = "import os\nimport sys\n\n\n"
-
-
-class Option(NamedTuple):
-    """One row of the table of `generate`'s own flags; the schedule's are in `config`."""
-
-    name: str
-    kind: Kind
-    metavar: str
-    default: object
-    help: str
-
-    @property
-    def flag(self) -> str:
-        """Return the command-line flag."""
-        return "--" + self.name.replace("_", "-")
-
-
-def one_of(*names: str) -> Kind:
-    return Kind("one of " + ", ".join(names), str, lambda value: value in names)
-
-
-COUNT = Kind("a whole number of at least 0", int, lambda v: type(v) is int and v >= 0)
 _TEMPERATURE = Kind("a number of at least 0", float, lambda v: isinstance(v, float) and 0 <= v < float("inf"))
 _STATS_FILE = Kind("a file name ending in .csv or .json", str, lambda v: str(v).endswith((".csv", ".json")))
 
@@ -59,49 +34,23 @@ OPTIONS = (
 )
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the flags of `generate`."""
-    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory of an xLSTM (default: the embedded one)")
-    parser.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: two lines of Python)")
-    parser.add_argument("--prompt-file", metavar="FILE", help="file with the text to go on from")
-    parser.add_argument("--pool", metavar="DIR", help="keep the prompt's states here, and go on from those that fit")
-    parser.add_argument("--resume", metavar="FILE", help="save a long prompt's state here now and then, and go on from "
-                        "what is there")
-    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
-    parser.add_argument("--no-patch", action="store_true", help="run transformers' own code instead of ours")
-    parser.add_argument("--quiet", action="store_true", help="write the text alone: no progress, no table")
-    for option in OPTIONS:
-        default = "" if option.default is None else f" (default {option.default})"
-        parser.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
-    config.add_flags(parser)
-
-
-@contextmanager
-def bad_input() -> Iterator[None]:
-    """Report the errors of checks as bad input."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        raise BadInput(str(error)) from error
-
-
-class Request(NamedTuple):
-    """What `generate` was asked, checked."""
+class GenerateRequest(NamedTuple):
+    """The checked arguments of `generate`."""
 
     model: Path
-    prompt: str | Path  # a path is that of a text longer than `tokens.BLOCK`
+    prompt: str | Path  # the path of a text longer than `tokens.TEXT_BLOCK`
     pool: str | None
     resume: str | None
     stops: tuple[str, ...]
     patched: bool
     device: torch.device
-    quiet: bool  # the text alone
+    quiet: bool  # write the text only
     values: dict[str, Any]  # by `Option.name`
 
 
-def read(parsed: argparse.Namespace) -> Request:
+def read(parsed: argparse.Namespace) -> GenerateRequest:
     """Check everything that can be checked before a model is loaded."""
-    values: dict[str, Any] = {option.name: value(option, getattr(parsed, option.name)) for option in OPTIONS}
+    values: dict[str, Any] = {option.name: parse(option, getattr(parsed, option.name)) for option in OPTIONS}
     for name in ("top_k", "top_p"):
         if values[name] is not None and values["temperature"] == 0:
             raise BadInput(f"--temperature must be above 0 with --{name.replace('_', '-')}, got 0")
@@ -118,18 +67,18 @@ def read(parsed: argparse.Namespace) -> Request:
         raise BadInput(f"--pool must be a folder, or one to be made, got {parsed.pool}, which is a file")
     model = Path(parsed.model) if parsed.model is not None else DEMO_MODEL
     check_directory(model)
-    prompt = _prompt(parsed)
+    prompt = prompt_text(parsed)
     with bad_input():
         if values["stats_log"] is not None:
-            export.check_file("--stats-log", values["stats_log"])
+            files.check_file("--stats-log", values["stats_log"])
         if parsed.resume is not None:
-            export.check_file("--resume", parsed.resume)
+            files.check_file("--resume", parsed.resume)
         device = devices.resolve_device(values["device"])
         schedule = config.reload(flags=flags).schedule
         reason = None if parsed.no_patch else schedules.unavailable(schedule, device)
     if reason is not None:
         raise BadInput(f"schedule must be one that can run on {device.type}, got {schedule}: {reason}")
-    return Request(model, prompt, parsed.pool, parsed.resume, tuple(parsed.stop), not parsed.no_patch, device,
+    return GenerateRequest(model, prompt, parsed.pool, parsed.resume, tuple(parsed.stop), not parsed.no_patch, device,
                    parsed.quiet, values)
 
 
@@ -137,52 +86,3 @@ def _check_prefill_workers(parsed: argparse.Namespace) -> None:
     given = {"--no-patch": parsed.no_patch, "--pool": parsed.pool is not None, "--resume": parsed.resume is not None}
     if clashing := [flag for flag, is_given in given.items() if is_given]:
         raise BadInput(f"--prefill-workers must come without {', '.join(given)}, got {', '.join(clashing)}")
-
-
-def value(option: Option, text: str | None) -> object:
-    """Return what a flag says, or its default."""
-    if text is None:
-        return option.default
-    with bad_input():
-        return config.check(option.kind, text, option.flag, text=True)
-
-
-def _prompt(parsed: argparse.Namespace) -> str | Path:
-    if parsed.prompt is not None and parsed.prompt_file is not None:
-        raise BadInput("--prompt must come without --prompt-file, got both")
-    name, text = "--prompt", parsed.prompt
-    if parsed.prompt_file is not None:
-        name = "--prompt-file"
-        try:
-            text = _read(Path(parsed.prompt_file))
-        except OSError as error:
-            raise BadInput(f"{name} must be a file that can be read, got {parsed.prompt_file}: {error.strerror}"
-                           ) from None
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{name} must be UTF-8 text, got {parsed.prompt_file}: {error.reason} at byte {error.start}"
-                           ) from None
-    if text == "":
-        raise BadInput(f"{name} must not be empty, got {'an empty file' if parsed.prompt_file else repr(text)}")
-    return DEFAULT_PROMPT if text is None else text
-
-
-def _read(path: Path) -> str | Path:
-    """Return a file's text, or its path if it is long: then it is only checked. Raises UnicodeDecodeError."""
-    with open(path, "rb") as file:
-        content = file.read(BLOCK)
-        if len(content) < BLOCK:
-            return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
-        decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
-        while content:
-            waiting = len(decoder.getstate()[0])
-            try:
-                decoder.decode(content)
-            except UnicodeDecodeError as error:
-                error.start += done - waiting
-                raise
-            done += len(content)
-            content = file.read(BLOCK)
-        waiting = len(decoder.getstate()[0])
-        if waiting:
-            raise UnicodeDecodeError("utf-8", b"", done - waiting, done, "unexpected end of data")
-    return path

@@ -1,4 +1,4 @@
-"""From logits to tokens, and from tokens to text that can be shown while it grows."""
+"""Choose tokens from logits, and turn tokens into text while they are generated."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# A decoded token that is no whole character ends in this; after so many tokens it is shown as it is.
-_BROKEN = "\ufffd"
-_PATIENCE = 8
-CONTEXT = 8  # prompt tokens that decide how the first new one is spelled
+_BROKEN = "\ufffd"  # the end of decoded tokens that are no whole character
+_MAX_BROKEN_TOKENS = 8  # held back for the rest of a character
+CONTEXT_TOKENS = 8  # of the prompt: a token may decode differently after others
 
 
 class Tokenizer(Protocol):
-    """What we ask of a tokenizer."""
+    """A tokenizer, as far as it is used here."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Return the text of the tokens."""
@@ -26,8 +25,8 @@ def chooser(
 ) -> Callable[[Tensor], int]:
     """Return a function from logits (V,) to the next token.
 
-    temperature: 0 takes the most likely token, and the rest is unused; default 0.
-    top_k: most candidates; top_p: probability that the candidates reach together; default all.
+    temperature: default 0, which takes the most likely token and ignores the rest.
+    top_k: most candidates; top_p: total probability of the candidates; default all tokens.
     seed: the same seed and logits give the same tokens on every device.
     """
     if temperature == 0:
@@ -42,42 +41,42 @@ def chooser(
 
 
 def candidates(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Return probabilities (V,) of the tokens that top-k, then top-p, leave; at least one is left."""
+    """Return probabilities (V,) after top-k, then top-p; at least one is above 0."""
     if top_k is not None and top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probabilities = logits.softmax(-1)
     if top_p is None:
         return probabilities
     ordered, order = probabilities.sort(descending=True)
-    before = ordered.cumsum(-1) - ordered  # probability of all the likelier ones
+    before = ordered.cumsum(-1) - ordered  # probability of all more likely ones
     kept = ordered.masked_fill(before >= top_p, 0.0)
     return torch.zeros_like(probabilities).scatter(0, order, kept / kept.sum())
 
 
 class TextStream:
-    """Turn tokens into text as they come, whole characters at a time, and end it before a stop string."""
+    """Decode tokens one by one into whole characters, and end the text before a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens = list(prompt[-CONTEXT:])
-        self._start = 0  # tokens from here give the text around the new ones
+        self._tokens = list(prompt[-CONTEXT_TOKENS:])
+        self._start = 0  # tokens before this do not affect how later ones decode
         self._shown = len(self._tokens)
         self._stops = tuple(stops)
-        self._held = ""  # decoded, but maybe the beginning of a stop string
+        self._held = ""  # decoded text that may begin a stop string
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Take a token and return the text that is certain now; `stopped` says whether a stop string was met."""
+        """Add a token and return the text that is final; `stopped` is True after a stop string."""
         self._tokens.append(token)
         before = self._decode(self._tokens[self._start : self._shown])
         after = self._decode(self._tokens[self._start :])
-        if after.endswith(_BROKEN) and len(self._tokens) - self._shown < _PATIENCE:
+        if after.endswith(_BROKEN) and len(self._tokens) - self._shown < _MAX_BROKEN_TOKENS:
             return ""
         self._start, self._shown = self._shown, len(self._tokens)
         return self._release(after[len(before) :])
 
     def flush(self) -> str:
-        """Return the text still held back, once no token follows."""
+        """Return the text that is held back, after the last token."""
         if self.stopped:
             return ""
         before = self._decode(self._tokens[self._start : self._shown])
@@ -103,5 +102,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

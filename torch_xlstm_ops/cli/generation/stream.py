@@ -1,9 +1,12 @@
-"""Read a prompt in pieces and write text, token by token, with each phase timed on its own."""
+"""Read a prompt and generate tokens one by one, with each phase timed on its own.
+
+The warm-up and the prompt take the same way: `prefill`, `restore`, `forward_last`.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,7 +15,9 @@ from torch import Tensor
 
 from torch_xlstm_ops import trace
 from torch_xlstm_ops.cli.generation.meter import Meter
-from torch_xlstm_ops.cli.shared.loading import BadInput, Loaded, Prompt
+from torch_xlstm_ops.cli.generation.prompt import Prompt
+from torch_xlstm_ops.cli.shared.errors import BadInput
+from torch_xlstm_ops.cli.shared.loading import Loaded
 from torch_xlstm_ops.context import Progress, StatePool, piece_size, prefill, restore
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.runtime import devices
@@ -20,13 +25,13 @@ from torch_xlstm_ops.runtime.torch_internals import OperatorMode, operator_name
 
 
 def pieces(length: int, device: torch.device) -> list[int]:
-    """Return the sizes in which a prompt is read where memory is no concern."""
-    size = piece_size.usual(device)
+    """Return the sizes in which a prompt is read if memory is no limit."""
+    size = piece_size.default_piece_tokens(device)
     return [size] * (length // size) + ([length % size] if length % size else [])
 
 
-class Kept(NamedTuple):
-    """Where the states of prompts are kept, if anywhere."""
+class StateStore(NamedTuple):
+    """The pool and the file that keep the states of prompts, if any."""
 
     pool: StatePool | None = None
     file: str | None = None
@@ -35,27 +40,25 @@ class Kept(NamedTuple):
         return self.pool is not None or self.file is not None
 
 
-def stream(
+def generate_tokens(
     loaded: Loaded, prompt: Prompt, choose: Callable[[Tensor], int], limit: int, meter: Meter,
-    progress: Callable[[Progress], None] = lambda step: None, kept: Kept = Kept(),  # noqa: B008
+    progress: Callable[[Progress], None] = lambda step: None, store: StateStore = StateStore(),  # noqa: B008
     read: Callable[[Prompt], tuple[Tensor, object]] | None = None,
 ) -> Generator[int, None, None]:
-    """Yield new tokens after a prompt, at most `limit`; the meter has a phase `prefill` and a phase `decode`.
+    """Yield new tokens after a prompt, at most `limit`; the meter gets a phase `prefill` and a phase `decode`.
 
     The prefill ends when the first token is on the host. A consumer that stops early closes the iterator.
 
     progress: called after each piece of a prompt that is read in more than one.
-    read: returns a prompt's last logits (V,) and the state to go on from; default reads it here, in pieces.
-    Raises BadInput when the model's logits after the prompt are not numbers.
+    read: returns a prompt's last logits (V,) and its cache; default reads it here, in pieces.
+    Raises BadInput if the logits after the prompt are NaN.
     """
     meter.start("prefill")
-    counter = _Counter(meter, progress)
-    state: object
+    counter = _PieceCounter(meter, progress)
     if read is None:
-        snapshot = prefill(loaded.model, prompt, pool=kept.pool, file=kept.file, identify=bool(kept), progress=counter)
-        logits, state = snapshot.logits, restore(loaded.model, [snapshot])
+        logits, cache = read_prompt(loaded, prompt, store, counter)
     else:
-        logits, state = read(prompt)
+        logits, cache = read(prompt)
         counter(Progress(len(prompt), len(prompt), len(prompt), 0.0, None))
     if bool(logits.isnan().any()):
         raise BadInput("the model must give numbers after the prompt, got NaN: try --dtype float32")
@@ -66,7 +69,7 @@ def stream(
         yield token
         for _ in range(limit - 1):
             with trace.span("model", phase="decode", device=loaded.device):
-                logits, state = _forward(loaded, [token], state)
+                logits, cache = decode_token(loaded, token, cache)
             token = choose(logits)
             meter.add(1)
             yield token
@@ -74,8 +77,23 @@ def stream(
         meter.add(0, last=True)
 
 
-class _Counter:
-    """Gives the meter every piece; the last counts when the first new token is on the host."""
+def read_prompt(
+    loaded: Loaded, tokens: Iterable[int], store: StateStore = StateStore(),  # noqa: B008
+    progress: Callable[[Progress], None] | None = None,
+) -> tuple[Tensor, object]:
+    """Read tokens in pieces; return the last logits (V,) and the cache."""
+    snapshot = prefill(loaded.model, tokens, pool=store.pool, file=store.file, identify=bool(store), progress=progress)
+    return snapshot.logits, restore(loaded.model, [snapshot])
+
+
+def decode_token(loaded: Loaded, token: int, cache: object) -> tuple[Tensor, object]:
+    """Advance a cache by a token; return the logits (V,) of the next one and the cache."""
+    logits, cache = adapter.forward_last(loaded.model, torch.tensor([[token]], device=loaded.device), cache)
+    return logits[0], cache
+
+
+class _PieceCounter:
+    """Adds every piece to the meter; the last one when the first new token is on the host."""
 
     def __init__(self, meter: Meter, progress: Callable[[Progress], None]) -> None:
         self._meter, self._progress = meter, progress
@@ -95,8 +113,8 @@ class _Counter:
 
 @contextmanager
 def prepared(loaded: Loaded) -> Iterator[None]:
-    """Make the model's head see the last position only, and its layers tell the trace which one runs."""
-    hooks = [adapter.last_position_only(loaded.model)]
+    """Run a ``with`` block in inference mode, where the model's blocks tell an active trace which layer runs."""
+    hooks = []
     if trace.active():
         for index, block in enumerate(adapter.blocks(loaded.model)):
             hooks.append(block.register_forward_pre_hook(lambda module, args, index=index: trace.set_layer(index)))
@@ -106,44 +124,42 @@ def prepared(loaded: Loaded) -> Iterator[None]:
         with torch.inference_mode():
             yield
     finally:
-        trace.set_layer(None)  # a forward that raised has not
+        trace.set_layer(None)  # a forward that raised did not
         for hook in hooks:
             hook.remove()
 
 
-class Ran(NamedTuple):
-    """What the warm-up saw run."""
+class WarmUp(NamedTuple):
+    """What ran in the warm-up."""
 
     schedules: tuple[str, ...]
-    prefill: tuple[str, ...]  # our operators, empty where the model ran its own code
+    prefill: tuple[str, ...]  # our operators, empty if the model ran its own code
     decode: tuple[str, ...]
 
 
-def warm_up(loaded: Loaded, prompt: Prompt) -> Ran:
-    """Compile what the prompt and a decode step need, in the first block alone and on a state that is thrown away.
+def warm_up(loaded: Loaded, prompt: Prompt) -> WarmUp:
+    """Compile what the prompt and a decoding step need, with the first block only and states that are not kept.
 
-    Every block has the same shapes, so one is enough, and costs the least of a large model's time.
+    All blocks have the same shapes, so one is enough, and the fastest for a large model.
     """
     sizes = sorted(set(pieces(len(prompt), loaded.device)), reverse=True)
-    prompt = list(itertools.islice(prompt, sizes[0]))
-    with adapter.first_block_alone(loaded.model), trace.paused():
-        state: object = None
-        for size in sizes:
-            state = _forward(loaded, prompt[:size], state)[1]
-        logits = _forward(loaded, prompt[:1], state)[0]
+    tokens = list(itertools.islice(prompt, sum(sizes)))
+    with adapter.first_block_only(loaded.model), trace.paused():
+        logits, cache = read_prompt(loaded, tokens)
+        logits, _ = decode_token(loaded, tokens[0], cache)
         logits.argmax(), logits.isnan().any()  # CUDA loads a kernel at its first use
-        # Watched apart from compiling, which does not work under a dispatch mode.
+        # Recorded in a second pass, because compilation does not work under a dispatch mode.
         with trace.record() as recording:
-            with _Seen() as prefill:
-                state = _forward(loaded, prompt[: sizes[-1]], None)[1]
-            with _Seen() as decode:
-                _forward(loaded, prompt[:1], state)
+            with _OperatorNames() as prefill_names:
+                _, cache = read_prompt(loaded, tokens[: sizes[-1]])
+            with _OperatorNames() as decode_names:
+                decode_token(loaded, tokens[0], cache)
     schedules = dict.fromkeys(entry.schedule for entry in recording.entries() if entry.schedule is not None)
     devices.synchronize(loaded.device)
-    return Ran(tuple(schedules), tuple(prefill.names), tuple(decode.names))
+    return WarmUp(tuple(schedules), tuple(prefill_names.names), tuple(decode_names.names))
 
 
-class _Seen(OperatorMode):
+class _OperatorNames(OperatorMode):
     """Collect the names of our operators that are called."""
 
     def __init__(self) -> None:
@@ -155,10 +171,3 @@ class _Seen(OperatorMode):
         if name is not None and name.startswith("xlstm::"):
             self.names[name] = None
         return func(*args, **kwargs)
-
-
-def _forward(loaded: Loaded, tokens: Sequence[int], state: object) -> tuple[Tensor, object]:
-    """Run the model over tokens from a state (None is the beginning); return the last logits (V,) and the state."""
-    ids = torch.tensor([tokens], device=loaded.device)
-    logits, state = adapter.run(loaded.model, ids, state)
-    return logits[0, -1], state

@@ -1,4 +1,4 @@
-"""A prompt read by several workers, for `generate --prefill-workers`."""
+"""Read a prompt with several Ray actors, for `generate --prefill-workers`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_xlstm_ops.cli.generation.request import bad_input
-from torch_xlstm_ops.cli.shared.loading import BadInput, Loaded, Prompt
+from torch_xlstm_ops.cli.generation.prompt import Prompt
+from torch_xlstm_ops.cli.shared.errors import BadInput, bad_input
+from torch_xlstm_ops.cli.shared.loading import Loaded
 from torch_xlstm_ops.parallel import Report, Workers
 
-WARM = 2048  # tokens a worker reads beforehand at most, so that what it compiles is not timed
+WARM_UP_TOKENS = 2048  # most tokens per worker in the warm-up, which compiles
 
 
-class Readers:
-    """Workers that have a model, for a ``with`` block; a call reads a prompt.
+class PrefillWorkers:
+    """Workers that hold a model, for a ``with`` block; a call reads a prompt.
 
-    Raises BadInput where Ray or the model cannot do that.
+    Raises BadInput if Ray or the model cannot do that.
     """
 
     def __init__(self, loaded: Loaded, prompt: Prompt, count: int) -> None:
@@ -29,16 +30,16 @@ class Readers:
         self.report: Report | None = None
 
     def warm_up(self, prompt: Prompt) -> None:
-        """Have every worker compile what the prompt needs."""
-        self._workers.prefill(list(prompt)[: WARM * self._count])
+        """Make every worker compile what the prompt needs."""
+        self._workers.prefill(list(prompt)[: WARM_UP_TOKENS * self._count])
 
     def __call__(self, prompt: Prompt) -> tuple[Tensor, Any]:
-        """Return the last logits (V,) of a prompt, and the cache to go on from."""
+        """Return the last logits (V,) of a prompt, and the cache after it."""
         found = self._workers.prefill(list(prompt))
         self.report = found.report
         return found.logits[0], found.cache
 
-    def __enter__(self) -> Readers:
+    def __enter__(self) -> PrefillWorkers:
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""What a user asks of `xlstm-ops tune`, checked before anything is measured."""
+"""The request of `xlstm-ops tune`, checked before anything is measured."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_xlstm_ops import config, schedules
-from torch_xlstm_ops.cli.generation.request import COUNT, Option, bad_input, one_of, value
-from torch_xlstm_ops.cli.shared.loading import DEMO_MODEL, DTYPES, BadInput, check_directory
+from torch_xlstm_ops.cli.shared.errors import BadInput, bad_input
+from torch_xlstm_ops.cli.shared.loading import DTYPES, check_directory
+from torch_xlstm_ops.cli.shared.options import COUNT, Option, one_of, parse
 from torch_xlstm_ops.config import Kind, Schedule, tuned_plans
+from torch_xlstm_ops.models import DEMO_MODEL
 from torch_xlstm_ops.runtime import devices
 
 METHODS = ("random", "ga", "tpe", "bandit", "boltzmann", "grid")
@@ -63,13 +65,13 @@ OPTIONS = (
 )
 
 
-class Request(NamedTuple):
-    """What a search or an ablation was asked, checked."""
+class TuneRequest(NamedTuple):
+    """The checked arguments of a search or an ablation."""
 
     model: Path
     out: Path
     resume: bool
-    tuned: Path | None  # where the winner goes
+    tuned: Path | None  # the file that receives the winner
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, int, int, int]  # B NH DHQK DHHV
@@ -81,9 +83,9 @@ class Request(NamedTuple):
         return any(phase in MODEL_PHASES for phase in self.values["phase"])
 
 
-def read(parsed: argparse.Namespace) -> Request:
+def read(parsed: argparse.Namespace) -> TuneRequest:
     """Check everything that can be checked before anything is measured."""
-    values: dict[str, Any] = {option.name: value(option, getattr(parsed, option.name)) for option in OPTIONS}
+    values: dict[str, Any] = {option.name: parse(option, getattr(parsed, option.name)) for option in OPTIONS}
     model = Path(parsed.model) if parsed.model is not None else DEMO_MODEL
     out = Path(parsed.out)
     if out.exists() and not out.is_dir():
@@ -101,7 +103,7 @@ def read(parsed: argparse.Namespace) -> Request:
     dtype = DTYPES.get(values["dtype"], automatic)
     tuned = None if parsed.no_apply else tuned_plans.place(config.current().tuned)
     shape = values["shape"] or _shape_of(model)
-    return Request(model, out, parsed.resume, tuned, device, dtype, shape, values)
+    return TuneRequest(model, out, parsed.resume, tuned, device, dtype, shape, values)
 
 
 def _shape_of(model: Path) -> tuple[int, int, int, int]:

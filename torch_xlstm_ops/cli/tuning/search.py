@@ -1,4 +1,4 @@
-"""Run what `xlstm-ops tune` was asked: a search for each length, shown as it goes, and its winner kept."""
+"""Run `xlstm-ops tune`: one search per length, with progress, and its winner saved for schedule auto."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 import torch_xlstm_ops
 from torch_xlstm_ops import config
-from torch_xlstm_ops.cli.commands.info import aligned
 from torch_xlstm_ops.cli.generation import stream
 from torch_xlstm_ops.cli.shared.loading import Loaded, load
+from torch_xlstm_ops.cli.shared.table import aligned
 from torch_xlstm_ops.cli.tuning import model_phases
-from torch_xlstm_ops.cli.tuning.request import MODEL_PHASES, Request
+from torch_xlstm_ops.cli.tuning.request import MODEL_PHASES, TuneRequest
 from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.schedules.machine import machine
 from torch_xlstm_ops.schedules.plan import STEP_TOKENS
@@ -27,7 +27,7 @@ _OPERATOR = {"prefill": workloads.prefill, "train": workloads.train}
 _MODEL = {"decode": model_phases.decode, "first-token": model_phases.first_token}
 
 
-def search(request: Request) -> int:
+def search(request: TuneRequest) -> int:
     """Search for each length; return 0."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     request.out.mkdir(parents=True, exist_ok=True)
@@ -37,16 +37,16 @@ def search(request: Request) -> int:
     with _model(request) as loaded:
         for length in values["lengths"]:
             place, bench_ = _bench(request, loaded, length)
-            with _Shown(length, goal.trials) as shown:
+            with _SearchDisplay(length, goal.trials) as shown:
                 found = study.Search(
                     _name(request, length), place, bench_, store, method=values["method"], seed=values["seed"],
                     goal=goal, about=_about(request), resume=request.resume, folder=request.out, watch=shown.trial,
                 ).run()
-            _tell(request, length, place, found)
+            _report(request, length, place, found)
     return 0
 
 
-def ablate(request: Request) -> int:
+def ablate(request: TuneRequest) -> int:
     """Change one setting at a time, for each length; return 0."""
     from torch_xlstm_ops.tune import ablate as ablation
 
@@ -63,8 +63,8 @@ def ablate(request: Request) -> int:
 
 
 @contextmanager
-def _model(request: Request) -> Iterator[Loaded | None]:
-    """Load the model if a phase runs it, patched and ready."""
+def _model(request: TuneRequest) -> Iterator[Loaded | None]:
+    """Yield the patched model if a phase runs it, else None."""
     if not request.needs_model:
         yield None
         return
@@ -77,10 +77,10 @@ def _model(request: Request) -> Iterator[Loaded | None]:
         yield loaded
 
 
-def _bench(request: Request, loaded: Loaded | None, length: int) -> tuple[space.Space, bench.Timed]:
-    """Return the plans of a length and what measures them.
+def _bench(request: TuneRequest, loaded: Loaded | None, length: int) -> tuple[space.Space, bench.Timed]:
+    """Return the plans of a length and their measurement.
 
-    Raises EmptySpace where there is nothing to choose.
+    Raises EmptySpace if there is no choice.
     """
     B, NH, DHQK, DHHV = request.shape
     wanted = request.values["phase"]
@@ -100,13 +100,13 @@ def _bench(request: Request, loaded: Loaded | None, length: int) -> tuple[space.
     return place, bench.Timed(place, work)
 
 
-def _piece(request: Request, length: int) -> int:
-    """Return how many tokens of a prompt a model is given at once."""
+def _piece(request: TuneRequest, length: int) -> int:
+    """Return the tokens of a prompt that a model reads in one piece."""
     return stream.pieces(length, request.device)[0]
 
 
-def kinds(request: Request, length: int) -> list[tuned_plans.Kind]:
-    """Return the kinds of call that a search of a length finds the winner of."""
+def kinds(request: TuneRequest, length: int) -> list[tuned_plans.Kind]:
+    """Return the kinds of call whose winner a search of a length finds."""
     B, NH, DHQK, DHHV = request.shape
     wanted = set(request.values["phase"])
     calls = {("training", length)} if "train" in wanted else set()
@@ -116,19 +116,19 @@ def kinds(request: Request, length: int) -> list[tuned_plans.Kind]:
             for use, tokens in sorted(calls)]
 
 
-def _phases(request: Request) -> str:
+def _phases(request: TuneRequest) -> str:
     wanted: Mapping[str, float] = request.values["phase"]
     return "+".join(name if len(wanted) == 1 else f"{name}={weight:g}" for name, weight in wanted.items())
 
 
-def _name(request: Request, length: int) -> str:
+def _name(request: TuneRequest, length: int) -> str:
     B, NH, DHQK, DHHV = request.shape
     dtype = str(request.dtype).removeprefix("torch.")
     return (f"{_phases(request)}-{B}x{NH}x{length}x{DHQK}x{DHHV}-{dtype}-{request.device.type}-"
             f"{request.values['method']}-seed{request.values['seed']}")
 
 
-def _about(request: Request) -> dict[str, Any]:
+def _about(request: TuneRequest) -> dict[str, Any]:
     return {
         "device": tuned_plans.device_name(request.device), "torch": torch.__version__,
         "torch_xlstm_ops": torch_xlstm_ops.__version__,
@@ -136,8 +136,8 @@ def _about(request: Request) -> dict[str, Any]:
     }
 
 
-def _tell(request: Request, length: int, place: space.Space, found: study.Result) -> None:
-    """Print what a search ended with, and keep it where `auto` looks."""
+def _report(request: TuneRequest, length: int, place: space.Space, found: study.Result) -> None:
+    """Print the result of a search, and save it for schedule auto."""
     settings = publish.settings(place, found)
     rows = [("best", ", ".join(f"{field} {value}" for field, value in settings.items())),
             ("as fast as the default", in_words(*found.times_as_fast)),
@@ -151,8 +151,8 @@ def _tell(request: Request, length: int, place: space.Space, found: study.Result
     print(f"{_name(request, length)}\n{aligned(rows)}")
 
 
-class _Shown:
-    """A search on stderr: a bar with the best so far on a terminal, a line for each trial elsewhere."""
+class _SearchDisplay:
+    """Show a search on stderr: a bar with the best plan so far on a terminal, a line for each trial elsewhere."""
 
     def __init__(self, length: int, trials: int) -> None:
         from rich.console import Console
@@ -164,7 +164,7 @@ class _Shown:
         self._bar = Progress(*columns, console=self._console) if self._console.is_terminal else None
         self._task = None if self._bar is None else self._bar.add_task("the default plan", total=trials)
 
-    def __enter__(self) -> _Shown:
+    def __enter__(self) -> _SearchDisplay:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -174,7 +174,7 @@ class _Shown:
             self._bar.stop()
 
     def trial(self, record: Record, running: study.Search) -> None:
-        """Show a trial that is over."""
+        """Show a finished trial."""
         total = min(running.goal.trials, len(running.space.plans))
         best = f"best {running.best_reward or 0:.2f} times the default: {_short(running)}"
         if self._bar is not None and self._task is not None:

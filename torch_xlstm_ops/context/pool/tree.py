@@ -1,4 +1,4 @@
-"""A radix tree of token sequences: what is kept after the longest beginning of a sequence."""
+"""A radix tree of token sequences, to find the values of all prefixes of a sequence."""
 
 from __future__ import annotations
 
@@ -10,40 +10,43 @@ T = TypeVar("T")
 
 
 class Node(Generic[T]):
-    """An end of sequences; it stays the same object while others come and go around it."""
+    """The end of a sequence; it stays the same object when nodes around it are added or removed."""
 
     def __init__(self, edge: array[int], parent: Node[T] | None, position: int) -> None:
         self.edge, self.parent, self.position = edge, parent, position  # tokens since the parent, and since the root
         self.children: dict[int, Node[T]] = {}  # by the first token of their edge
-        self.values: dict[int | None, T] = {}  # by the size of the pieces that they were read in
+        self.values: dict[int | None, T] = {}  # by the tokens per piece in which the sequence was read
 
 
 class RadixTree(Generic[T]):
-    """Nodes where values are or sequences part; beginnings that are shared are stored once."""
+    """A node at every value and at every branch; shared prefixes are stored once."""
 
     def __init__(self) -> None:
         self._root: Node[T] = Node(array("i"), None, 0)
 
-    def path(self, tokens: array[int]) -> Iterator[Node[T]]:
-        """Yield the nodes whose sequences `tokens` begins with, the shortest first."""
-        node = self._root
+    def path(self, tokens: array[int], start: Node[T] | None = None) -> Iterator[Node[T]]:
+        """Yield the nodes of all prefixes of `tokens`, the shortest first.
+
+        start: a node whose sequence is known to be a prefix; default the root.
+        """
+        node = start or self._root
         while True:
             yield node
             at = node.position
             child = node.children.get(tokens[at]) if at < len(tokens) else None
-            if child is None or shared(child.edge, tokens, at) < len(child.edge):
+            if child is None or common_length(child.edge, tokens, at) < len(child.edge):
                 return
             node = child
 
-    def node(self, tokens: array[int]) -> Node[T]:
-        """Return the node of a whole sequence, made where there is none."""
-        *_, node = self.path(tokens)
+    def node(self, tokens: array[int], start: Node[T] | None = None) -> Node[T]:
+        """Return the node of a whole sequence, a new one if there is none; see `path` for `start`."""
+        *_, node = self.path(tokens, start)
         at = node.position
         if at == len(tokens):
             return node
         child = node.children.get(tokens[at])
         if child is not None:
-            node = self._split(child, shared(child.edge, tokens, at))
+            node = self._split(child, common_length(child.edge, tokens, at))
             at = node.position
         if at < len(tokens):
             added = Node(tokens[at:], node, len(tokens))
@@ -51,7 +54,7 @@ class RadixTree(Generic[T]):
         return node
 
     def prune(self, node: Node[T]) -> None:
-        """Forget a node without values, and those above it, that hold nothing any more."""
+        """Remove a node, and those above it, if it has no value and is no branch."""
         while node.parent is not None and not node.values and len(node.children) < 2:
             above = node.parent
             if not node.children:
@@ -64,7 +67,7 @@ class RadixTree(Generic[T]):
             return
 
     def _split(self, node: Node[T], length: int) -> Node[T]:
-        """Return a new node after the first `length` tokens of a node's edge; the node comes below it."""
+        """Insert a node after the first `length` tokens of a node's edge, above that node, and return it."""
         above = node.parent
         assert above is not None
         middle = Node(node.edge[:length], above, above.position + length)
@@ -74,8 +77,8 @@ class RadixTree(Generic[T]):
         return middle
 
 
-def shared(edge: array[int], tokens: array[int], at: int) -> int:
-    """Return how many tokens of `edge` stand in `tokens` from `at` on."""
+def common_length(edge: array[int], tokens: array[int], at: int) -> int:
+    """Return the length of the common prefix of `edge` and `tokens[at:]`."""
     same, most = 0, min(len(edge), len(tokens) - at)
     step = most
     while same < most:
