@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -20,9 +23,10 @@ from tests.cli_models import (  # the tiny model and the ways to run it
     write,
 )
 from tests.conftest import Command
-from torch_xlstm_ops.cli.generation import progress, prompt, prompt_text
+from torch_xlstm_ops.cli.generation import progress, prompt, prompt_text, stream
 from torch_xlstm_ops.cli.shared import loading
 from torch_xlstm_ops.context import StatePool, piece_size, prefill, reader, state_file, states, tokens
+from torch_xlstm_ops.models import transformers as adapter
 
 __all__ = ["clean_settings", "loaded", "model_directory", "write"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,6 +60,20 @@ def long(run: Command, model_directory: Path, tmp_path: Path) -> Command:
     return long
 
 
+def without_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the prompt only once: the warm-up reads it the same way."""
+    monkeypatch.setattr(stream, "warm_up", lambda *arguments: stream.WarmUp((), (), ()))
+
+
+def one_token_only(forward_last: Callable[..., adapter.Output]) -> Callable[..., adapter.Output]:
+    """Return a model call that fails for more than a decoded token."""
+    def decode_only(model: Any, ids: torch.Tensor, cache: Any) -> adapter.Output:
+        assert ids.shape == (1, 1), "the prompt was read again"
+        return forward_last(model, ids, cache)
+
+    return decode_only
+
+
 def test_a_long_file_is_read_without_being_held(long: Command, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt, "encode", lambda *a: pytest.fail("the whole text was encoded"))
     status, *written = long()
@@ -76,7 +94,8 @@ def test_a_pool_is_filled_and_used_and_the_text_is_the_same(
     long: Command, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert text_and_table(*long("--pool", tmp_path / "pool")[1:])[0] == expected
-    monkeypatch.setattr(reader.PromptReader, "advance", lambda self: pytest.fail("the prompt was read again"))
+    without_warm_up(monkeypatch)
+    monkeypatch.setattr(adapter, "forward_last", one_token_only(adapter.forward_last))
     text, table = text_and_table(*long("--pool", tmp_path / "pool")[1:])
     assert text == expected
     assert (table["new tokens"], table["prompt tokens"], table["prompt tokens read"]) == ("12", "128", "0")
@@ -86,6 +105,7 @@ def test_a_pool_is_filled_and_used_and_the_text_is_the_same(
 def test_an_interrupted_prompt_is_resumed(
     long: Command, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_warm_up(monkeypatch)
     original, count = reader.PromptReader.advance, [0]
 
     def advance(self: reader.PromptReader) -> bool:
@@ -102,12 +122,14 @@ def test_an_interrupted_prompt_is_resumed(
                                "run the same command to go on from there\n")
     assert state_file.read(file).about["position"] == "64"
     assert text_and_table(*long("--resume", file)[1:])[0] == expected
-    assert count[0] == 3 + 2
+    assert count[0] == 3 + 3  # two pieces, and the end
 
 
 def test_an_interrupt_before_anything_was_read_says_that_nothing_is_kept(
     long: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_warm_up(monkeypatch)
+
     def advance(self: reader.PromptReader) -> bool:
         raise KeyboardInterrupt
 

@@ -271,7 +271,7 @@ def test_a_store_of_another_version_says_so(run: Command, tmp_path: Path, monkey
     flags = ("tune", *SHAPE, "--out", tmp_path / "out", "--trials", 3)
     assert run(*flags)[0] == 0
     assert "or come with --resume" in run(*flags)[2]
-    monkeypatch.setattr(search.winners, "device_name", lambda device: "another")
+    monkeypatch.setattr(search.tuned_plans, "device_name", lambda device: "another")
     status, _, err = run(*flags, "--resume")
     assert status == 2
     assert "the store must be of this device to go on, 'another', got" in err

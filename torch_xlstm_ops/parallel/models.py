@@ -71,9 +71,9 @@ def unpack(parcel: Parcel, device: torch.device, *, owned: bool) -> Any:
 
 def transformers_call(model: Any, tokens: Tensor, before: int) -> tuple[Tensor, Any]:
     """Run an xLSTM of transformers over tokens (B, S) that stand behind `before` others, as `prefill` has it."""
-    logits, cache = adapter.forward(model, tokens)
+    logits, cache = adapter.forward_last(model, tokens)
     adapter.advance_position(cache, before)
-    return logits[:, -1], cache
+    return logits, cache
 
 
 def check_transformers(model: Any) -> None:
@@ -84,7 +84,6 @@ def check_transformers(model: Any) -> None:
 
 
 def prepare_transformers(model: Any) -> None:
-    """Have an xLSTM of transformers read a stretch in one piece, and compute the logits of its last token alone."""
+    """Make an xLSTM of transformers read a stretch in one piece."""
     model.config.mode, model.config.return_last_states = "inference", True
     model.config.max_inference_chunksize = 1 << 62
-    adapter.last_position_only(model)
