@@ -90,11 +90,11 @@ class Runner:
     def prefill(self) -> Tensor:
         """Read the prompt into a new cache; return the last token's logits."""
         self._begin()
-        return self._last(adapter.run(self.run, self.ids))
+        return self._last(adapter.forward(self.run, self.ids))
 
     def fill(self, eager: Any) -> None:
         """Fill the cache by the eager model, at fixed addresses."""
-        self.cache = adapter.run(eager, self.ids).cache
+        self.cache = adapter.forward(eager, self.ids).cache
         if self.contender.backend == "inductor" and self.contender.mode is not None:
             for t in adapter.tensors(self.cache):
                 torch._dynamo.mark_static_address(t)  # needed for CUDA graphs; the backend xlstm does so itself
@@ -102,7 +102,7 @@ class Runner:
     def decode(self) -> Tensor:
         """Advance the cache by a token; return its logits."""
         self._begin()
-        return self._last(adapter.run(self.run, self.ids[:, -1:], self.cache))
+        return self._last(adapter.forward(self.run, self.ids[:, -1:], self.cache))
 
     def first(self, phase: str) -> Tensor:
         """Run a phase's first call with an empty Inductor cache, and store its seconds."""

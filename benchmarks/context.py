@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import machine, save
-from torch_xlstm_ops.context import Progress, Snapshot, StatePool, Storage, prefill, storage
+from torch_xlstm_ops.context import Progress, Snapshot, StatePool, Storage, codec, prefill, state_file
 from torch_xlstm_ops.patch import patch
 
 SHORT = 16_384
@@ -36,8 +36,8 @@ CPU = torch.device("cpu")
 
 def load() -> Any:
     """Return the embedded model; in float32, as `xlstm-ops generate` runs it on the CPU."""
-    from torch_xlstm_ops.cli.loading import DEMO_MODEL
-    from torch_xlstm_ops.cli.loading import load as load_directory
+    from torch_xlstm_ops.cli.shared.loading import load as load_directory
+    from torch_xlstm_ops.models import DEMO_MODEL
 
     return load_directory(DEMO_MODEL, CPU).model
 
@@ -102,7 +102,7 @@ def long_prompt(model: Any, folder: Path, tokens: int) -> dict[str, Any]:
 def second_half(model: Any, folder: Path, tokens: int) -> dict[str, Any]:
     """Continue from the middle, and compare with the state after the whole stream."""
     found = prefill(model, itertools.islice(library(), tokens), file=folder / "middle")
-    whole = storage.unpack(storage.from_file(folder / "whole"))
+    whole = codec.decode(state_file.read(folder / "whole"))
     return {"in_pieces_bit_identical": equal(found, whole)}
 
 
@@ -131,7 +131,7 @@ def resuming(model: Any, folder: Path, prefix: int) -> dict[str, Any]:
 
 def kept_sizes(snapshot: Snapshot) -> dict[str, Any]:
     """Return the bytes and the largest error of a state in each storage."""
-    packed = {str(kind): storage.pack(snapshot, kind) for kind in Storage}
+    packed = {str(kind): codec.encode(snapshot, kind) for kind in Storage}
     return {name: {"bytes": p.nbytes, "error": float(f"{p.error:.2g}")} for name, p in packed.items()}
 
 

@@ -41,10 +41,10 @@ def build(args: argparse.Namespace) -> Any:
 def one_round(model: Any, ids: Tensor, tokens: int) -> tuple[float, list[float], Tensor]:
     """Prefill `ids` and decode; return the milliseconds of the prefill and of each step, and all logits."""
     results: list[adapter.Output] = []
-    prefill = timed(lambda: results.append(adapter.run(model, ids)), ids.device)
+    prefill = timed(lambda: results.append(adapter.forward(model, ids)), ids.device)
     cache = results[0].cache
     steps = [
-        timed(lambda: results.append(adapter.run(model, ids[:, -1:], cache)), ids.device)
+        timed(lambda: results.append(adapter.forward(model, ids[:, -1:], cache)), ids.device)
         for _ in range(tokens)
     ]
     return prefill, steps, torch.cat([out.logits for out in results], 1)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from torch_xlstm_ops.context import storage
-from torch_xlstm_ops.context.disk import Disk
+from torch_xlstm_ops.context import codec, state_file
+from torch_xlstm_ops.context.pool.disk import DiskTier
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import as_array, digest
 from torch_xlstm_ops.maths.shapes import MLSTMState
@@ -35,19 +35,19 @@ def tokens_of(key: int) -> list[int]:
 
 
 @functools.cache
-def packed(key: int) -> storage.Packed:
+def packed(key: int) -> codec.EncodedSnapshot:
     """Return a state that can be told from every other key's."""
     layers = tuple(
         MLSTMState(torch.full((1, 2, SIDE, SIDE), key + 0.5), torch.full((1, 2, SIDE), float(key)), torch.ones(1, 2, 1))
         for _ in range(2)
     )
     tokens = as_array(tokens_of(key))
-    return storage.pack(Snapshot(IDENTITY, len(tokens), digest(tokens), None, layers, torch.full((8,), float(key))))
+    return codec.encode(Snapshot(IDENTITY, len(tokens), digest(tokens), None, layers, torch.full((8,), float(key))))
 
 
 @functools.cache
-def disk(folder: Path) -> Disk:
-    return Disk(folder, FITTING * (len(storage.to_file(packed(0))) + 64))
+def disk(folder: Path) -> DiskTier:
+    return DiskTier(folder, FITTING * (len(state_file.to_bytes(packed(0))) + 64))
 
 
 def write(folder: Path, seed: int, count: int) -> None:
@@ -65,7 +65,7 @@ def write(folder: Path, seed: int, count: int) -> None:
 def check(folder: Path) -> int:
     """Return the number of states, all of them whole and together within the budget."""
     pool = disk(folder)
-    with pool._lock():  # between two puts
+    with pool.lock():  # between two puts
         entries = pool.entries()
         assert sum(entry.size for entry in entries) <= pool.budget
     assert all(wrong is None for _, wrong in pool.verify())
@@ -122,7 +122,7 @@ def hammer(folder: Path, count: int, draw: random.Random) -> None:
 def check_size(folder: Path) -> None:
     """Hold the budget to what lies there between two puts, whatever it is."""
     pool = disk(folder)
-    with pool._lock():
+    with pool.lock():
         assert sum(file.stat().st_size for file in folder.glob("*/*")) <= pool.budget
 
 

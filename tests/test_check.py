@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import cli
-from torch_xlstm_ops.cli import check
+from torch_xlstm_ops.cli.commands import check
 from torch_xlstm_ops.patch import upstream
 
 TOKENS = [case for case in check.CASES if case.name in ("mlstm_step", "slstm_step")]

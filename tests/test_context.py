@@ -15,10 +15,10 @@ pytest.importorskip("transformers")
 
 from tests.context_models import SEGMENT, Interrupting, build, equal, some_tokens
 from torch_xlstm_ops import config
-from torch_xlstm_ops.context import StreamError, allocation, prefill, restore, states, storage, text_tokens
+from torch_xlstm_ops.context import StreamError, codec, piece_size, prefill, restore, state_file, states, text_tokens
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
-from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.runtime import devices, files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,7 +74,7 @@ def test_the_cache_of_a_snapshot_goes_on_where_it_was_taken_and_leaves_it_alone(
     before = snapshot.layers[0].c.clone()
     with torch.no_grad():
         cache = restore(model, [snapshot])
-        following = adapter.run(model, torch.tensor([[5]]), cache).logits[0, -1]
+        following = adapter.forward(model, torch.tensor([[5]]), cache).logits[0, -1]
         whole = model(input_ids=torch.tensor([[*tokens, 5]]), use_cache=True).logits[0, -1]
     assert adapter.position(cache) == 41
     torch.testing.assert_close(following, whole, rtol=1e-4, atol=1e-5)
@@ -127,7 +127,7 @@ def test_an_interrupted_reading_goes_on_from_its_file_bit_for_bit(model: Any, tm
     whole = prefill(model, tokens, segment=SEGMENT)
     with pytest.raises(KeyboardInterrupt):
         prefill(model, Interrupting(tokens, 150, KeyboardInterrupt()), segment=SEGMENT, file=file)
-    assert storage.unpack(storage.from_file(file)).position == 128
+    assert codec.decode(state_file.read(file)).position == 128
     steps: list[int] = []
     assert equal(prefill(model, tokens, file=file, progress=lambda step: steps.append(step.position)), whole)
     assert steps == [160, 192, 200]
@@ -138,7 +138,7 @@ def test_the_file_is_written_every_so_many_pieces(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
-    monkeypatch.setattr(storage, "write_whole", lambda path, content: written.append(len(content)))
+    monkeypatch.setattr(state_file, "write", lambda path, content: written.append(len(content)))
     prefill(model, some_tokens(10 * SEGMENT + 1), segment=SEGMENT, file=tmp_path / "state", save_every=4)
     assert len(written) == 3  # after 4 and 8 pieces, and at the end
 
@@ -146,7 +146,7 @@ def test_the_file_is_written_every_so_many_pieces(
 def test_a_stream_that_raises_keeps_its_place(model: Any) -> None:
     tokens = some_tokens(100)
     whole = prefill(model, tokens, segment=SEGMENT)
-    with pytest.raises(StreamError, match="got OSError after 75: the line is dead") as caught:
+    with pytest.raises(StreamError, match="of tokens raised OSError after 75 tokens: the line is dead") as caught:
         prefill(model, Interrupting(tokens, 75, OSError("the line is dead")), segment=SEGMENT)
     error = caught.value
     assert (error.position, error.snapshot.position, list(error.waiting)) == (75, 64, tokens[64:75])
@@ -168,7 +168,7 @@ def test_a_damaged_file_is_told_and_everything_is_read_again(model: Any, tmp_pat
     whole = prefill(model, tokens, segment=SEGMENT, file=file)
     for content in (file.read_bytes()[:1000], b"", file.read_bytes()[:-1] + b"\0"):
         file.write_bytes(content)
-        with pytest.warns(RuntimeWarning, match="reading begins at the first token: .* must be"):
+        with pytest.warns(RuntimeWarning, match="the prompt is read from its first token: .*state"):
             assert equal(prefill(model, tokens, segment=SEGMENT, file=file), whole)
 
 
@@ -185,28 +185,28 @@ def test_a_full_disk_is_told_and_reading_goes_on(
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full)
-    with pytest.warns(RuntimeWarning, match="after 50 tokens must be saved in .*, got No space left on device"):
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.warns(RuntimeWarning, match="could not save the state after 50 tokens to .*: No space left on device"):
         found = prefill(model, some_tokens(50), segment=64, file=tmp_path / "state")
     assert found.position == 50
     assert list(tmp_path.iterdir()) == []
 
 
-# Memory
+# MemoryTiers
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, most: int, error: BaseException) -> list[int]:
     """Let the model fail on more than `most` tokens, its first layer written already; return what it read."""
-    original, sizes = states.read, []
+    original, sizes = adapter.forward_last, []
 
-    def read(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    def read(model: Any, ids: torch.Tensor, cache: Any) -> adapter.Output:
         if ids.shape[1] > most:
             adapter.layers(cache)[0][0].add_(1)
             raise error
         sizes.append(ids.shape[1])
         return original(model, ids, cache)
 
-    monkeypatch.setattr(states, "read", read)
+    monkeypatch.setattr(adapter, "forward_last", read)
     return sizes
 
 
@@ -223,7 +223,7 @@ def test_no_memory_means_one_size_down_and_the_same_result(
     with pytest.warns(RuntimeWarning) as said:
         found = prefill(model, tokens, segment=64)
     assert [str(w.message).split(":")[0] for w in said] == [
-        "reading goes on with 32 tokens at once from here on", "reading goes on with 16 tokens at once from here on"]
+        "the prompt is read 32 tokens at a time from now on", "the prompt is read 16 tokens at a time from now on"]
     assert sizes == [16] * 9 + [6]
     assert all(torch.equal(a, b) for a, b in zip(found.layers[1], whole.layers[1], strict=True))
     assert (found.segment, whole.segment) == (None, 16)
@@ -242,26 +242,26 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(model: Any, monkeypatch
 
 
 def test_the_size_follows_the_free_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    each = allocation.bytes_per_token(model)
+    each = piece_size.bytes_per_token(model)
     free = [each * 4096 * 2]
     monkeypatch.setattr(devices, "available", lambda device: free[0])
-    found = allocation.Allocation(model, torch.device("cpu"))
-    assert found.size == 2048
+    found = piece_size.PieceSize(model, torch.device("cpu"))
+    assert found.tokens == 2048
     for now, size, told in ((each * 600 * 2, 512, True), (each * 900 * 2, 512, False), (each * 2100 * 2, 1024, True)):
         free[0] = now
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             found.adapt()
-        assert (found.size, bool(said)) == (size, told)
-    fixed = allocation.Allocation(model, torch.device("cpu"), 4096, fixed=True)
+        assert (found.tokens, bool(said)) == (size, told)
+    fixed = piece_size.PieceSize(model, torch.device("cpu"), 4096, fixed=True)
     fixed.adapt()
-    assert fixed.size == 4096
+    assert fixed.tokens == 4096
 
 
 def test_pieces_are_whole_segments_of_the_schedule() -> None:
     for segment, size in ((None, 2048), (1000, 2000), (6000, 6000)):
         with config.use(segment=segment):
-            assert allocation.usual(torch.device("cpu")) == size
+            assert piece_size.default_piece_tokens(torch.device("cpu")) == size
 
 
 def test_memory_that_can_be_had_is_no_more_than_there_is() -> None:

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 from tests.context_models import build, some_tokens
-from torch_xlstm_ops.context import Batch, ChatSession, StatePool, prefill, states
+from torch_xlstm_ops.context import Batch, ChatSession, StatePool, prefill
 from torch_xlstm_ops.models import transformers as adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,13 +31,13 @@ def pool(model: Any) -> StatePool:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Collect the shapes of what the model reads."""
-    original, shapes = states.read, []
+    original, shapes = adapter.forward_last, []
 
-    def read(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    def read(model: Any, ids: torch.Tensor, cache: Any) -> adapter.Output:
         shapes.append(tuple(ids.shape))
         return original(model, ids, cache)
 
-    monkeypatch.setattr(states, "read", read)
+    monkeypatch.setattr(adapter, "forward_last", read)
     return shapes
 
 
@@ -95,9 +95,9 @@ def test_rows_that_find_no_memory_are_read_in_halves(pool: StatePool, monkeypatc
     prompts = [some_tokens(8, seed=seed) for seed in (1, 2)]
     added = [some_tokens(200, seed=seed) for seed in (3, 4)]
     expected = pool.batch(prompts).read(added)
-    original, shapes = states.read, []
+    original, shapes = adapter.forward_last, []
 
-    def read(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    def read(model: Any, ids: torch.Tensor, cache: Any) -> adapter.Output:
         shapes.append(tuple(ids.shape))
         if ids.numel() > 128:
             adapter.layers(cache)[0][0].add_(1)
@@ -105,9 +105,9 @@ def test_rows_that_find_no_memory_are_read_in_halves(pool: StatePool, monkeypatc
         return original(model, ids, cache)
 
     batch = pool.batch(prompts)
-    batch._allocation.size = 256
-    monkeypatch.setattr(states, "read", read)
-    with pytest.warns(RuntimeWarning, match="reading goes on with 128 tokens at once"):
+    batch._piece.tokens = 256
+    monkeypatch.setattr(adapter, "forward_last", read)
+    with pytest.warns(RuntimeWarning, match="the prompt is read 128 tokens at a time"):
         close(batch.read(added), expected)
     assert shapes == [(2, 128), (2, 64), (2, 64), (2, 64), (2, 8)]
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
-from tests.conftest import Command
-from tests.test_cli import (  # the tiny model and the ways to run it
+from tests.cli_models import (  # the tiny model and the ways to run it
     PROMPT,
-    _clean,
+    clean_settings,
     error,
     loaded,
     model_directory,
@@ -20,10 +22,13 @@ from tests.test_cli import (  # the tiny model and the ways to run it
     text_and_table,
     write,
 )
-from torch_xlstm_ops.cli import loading, request, writing
-from torch_xlstm_ops.context import StatePool, allocation, prefill, states, storage, tokens
+from tests.conftest import Command
+from torch_xlstm_ops.cli.generation import progress, prompt, prompt_text, stream
+from torch_xlstm_ops.cli.shared import loading
+from torch_xlstm_ops.context import StatePool, piece_size, prefill, reader, state_file, states, tokens
+from torch_xlstm_ops.models import transformers as adapter
 
-__all__ = ["_clean", "loaded", "model_directory", "write"]
+__all__ = ["clean_settings", "loaded", "model_directory", "write"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONG = PROMPT * 8
 
@@ -31,14 +36,14 @@ LONG = PROMPT * 8
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a piece be 32 tokens, and a file of more than 64 bytes be long."""
-    monkeypatch.setitem(allocation.PIECES, "cpu", 32)
-    monkeypatch.setattr(request, "BLOCK", 64)
+    monkeypatch.setitem(piece_size.PIECE_TOKENS, "cpu", 32)
+    monkeypatch.setattr(prompt_text, "TEXT_BLOCK", 64)
     monkeypatch.setattr(tokens.text_tokens, "__defaults__", (64,))
 
 
 @pytest.fixture
 def expected(loaded: loading.Loaded, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr("tests.test_cli.PROMPT", LONG)
+    monkeypatch.setattr("tests.cli_models.PROMPT", LONG)
     return reference(loaded, 12)
 
 
@@ -55,8 +60,22 @@ def long(run: Command, model_directory: Path, tmp_path: Path) -> Command:
     return long
 
 
+def without_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the prompt only once: the warm-up reads it the same way."""
+    monkeypatch.setattr(stream, "warm_up", lambda *arguments: stream.WarmUp((), (), ()))
+
+
+def one_token_only(forward_last: Callable[..., adapter.Output]) -> Callable[..., adapter.Output]:
+    """Return a model call that fails for more than a decoded token."""
+    def decode_only(model: Any, ids: torch.Tensor, cache: Any) -> adapter.Output:
+        assert ids.shape == (1, 1), "the prompt was read again"
+        return forward_last(model, ids, cache)
+
+    return decode_only
+
+
 def test_a_long_file_is_read_without_being_held(long: Command, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "encode", lambda *a: pytest.fail("the whole text was encoded"))
+    monkeypatch.setattr(prompt, "encode", lambda *a: pytest.fail("the whole text was encoded"))
     status, *written = long()
     text, table = text_and_table(*written)
     assert (status, text) == (0, expected)
@@ -75,7 +94,8 @@ def test_a_pool_is_filled_and_used_and_the_text_is_the_same(
     long: Command, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert text_and_table(*long("--pool", tmp_path / "pool")[1:])[0] == expected
-    monkeypatch.setattr(states, "read", lambda *a: pytest.fail("the prompt was read again"))
+    without_warm_up(monkeypatch)
+    monkeypatch.setattr(adapter, "forward_last", one_token_only(adapter.forward_last))
     text, table = text_and_table(*long("--pool", tmp_path / "pool")[1:])
     assert text == expected
     assert (table["new tokens"], table["prompt tokens"], table["prompt tokens read"]) == ("12", "128", "0")
@@ -85,32 +105,35 @@ def test_a_pool_is_filled_and_used_and_the_text_is_the_same(
 def test_an_interrupted_prompt_is_resumed(
     long: Command, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, count = states.read, [0]
+    without_warm_up(monkeypatch)
+    original, count = reader.PromptReader.advance, [0]
 
-    def read(*arguments: object) -> object:
+    def advance(self: reader.PromptReader) -> bool:
         count[0] += 1
         if count[0] == 3:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(self)
 
-    monkeypatch.setattr(states, "read", read)
+    monkeypatch.setattr(reader.PromptReader, "advance", advance)
     file = tmp_path / "state"
     status, *written = long("--resume", file)
     assert (status, text_and_table(*written)[1]["ended by"]) == (130, "interrupt")
     assert written[1].endswith(f"\ninterrupted: {file} holds the state after 64 of the prompt's 128 tokens; "
                                "run the same command to go on from there\n")
-    assert storage.from_file(file).about["position"] == "64"
+    assert state_file.read(file).about["position"] == "64"
     assert text_and_table(*long("--resume", file)[1:])[0] == expected
-    assert count[0] == 3 + 2
+    assert count[0] == 3 + 3  # two pieces, and the end
 
 
 def test_an_interrupt_before_anything_was_read_says_that_nothing_is_kept(
     long: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(*arguments: object) -> object:
+    without_warm_up(monkeypatch)
+
+    def advance(self: reader.PromptReader) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(states, "read", read)
+    monkeypatch.setattr(reader.PromptReader, "advance", advance)
     status, _, err = long("--resume", tmp_path / "state")
     assert status == 130
     assert err.endswith(f"\ninterrupted before a part of the prompt was read: {tmp_path / 'state'} is not written, "
@@ -133,7 +156,7 @@ def test_a_pool_that_is_a_file_is_one_line(write: Command, tmp_path: Path) -> No
 def test_progress_tells_speed_and_time_left(
     long: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "QUIET_SECONDS", -1)
+    monkeypatch.setattr(progress, "LINE_SECONDS", -1)
     lines = [line for line in long()[2].splitlines() if line.startswith("prefill")]
     assert len(lines) == 4
     assert re.fullmatch(r"prefill 96 of 128 tokens, \d+ tokens/s, \d+ s left", lines[2])

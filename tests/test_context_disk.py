@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.context_writers import FITTING, IDENTITY, disk, packed, tokens_of
-from torch_xlstm_ops.context import storage
-from torch_xlstm_ops.context.disk import Disk
+from torch_xlstm_ops.context import state_file
+from torch_xlstm_ops.context.pool.disk import DiskTier
 from torch_xlstm_ops.context.tokens import as_array
 
 pytest.importorskip("safetensors")
@@ -37,16 +37,16 @@ def test_many_processes_hold_the_budget_and_read_what_was_written(tmp_path: Path
     assert writers("hammer", tmp_path, count) == f"{count} at once\n"
 
 
-def held(pool: Disk) -> list[int]:
+def held(pool: DiskTier) -> list[int]:
     """Return the keys that are there, the least recently used first."""
     return [entry.name.position - 1 for entry in pool.entries()]
 
 
-def name_of(pool: Disk, key: int) -> object:
+def name_of(pool: DiskTier, key: int) -> object:
     return pool.matching(IDENTITY, as_array(tokens_of(key)))[0]
 
 
-def aged(pool: Disk) -> None:
+def aged(pool: DiskTier) -> None:
     """Set what is there back in time, in its order: the clock of files may be coarse."""
     for age, entry in enumerate(reversed(pool.entries()), 1):
         os.utime(entry.name.path, (entry.used - age, entry.used - age))
@@ -72,7 +72,7 @@ def test_pins_that_fill_the_budget_are_told(tmp_path: Path) -> None:
     pool = disk(tmp_path)
     for key in range(FITTING):
         assert pool.put(packed(key), pin=True)
-    with pytest.warns(RuntimeWarning, match="a state must be kept in .*, and is not: its .* bytes and what is pinned"):
+    with pytest.warns(RuntimeWarning, match="could not save a state to .*: its .* bytes and the pinned states"):
         assert not pool.put(packed(30))
     assert sorted(held(pool)) == list(range(FITTING))
 
@@ -88,7 +88,7 @@ def test_a_flipped_byte_is_found_and_the_file_removed(tmp_path: Path, share: flo
     ((_, wrong),) = pool.verify()
     assert wrong is not None
     assert name.path.exists()
-    with pytest.warns(RuntimeWarning, match="a state is read again from its tokens"):
+    with pytest.warns(RuntimeWarning, match="removed a damaged state, its tokens are read again"):
         assert pool.get(name) is None
     assert list(name.path.parent.iterdir()) == []
     assert pool.put(packed(3))
@@ -96,15 +96,15 @@ def test_a_flipped_byte_is_found_and_the_file_removed(tmp_path: Path, share: flo
 
 
 def test_every_byte_of_a_header_is_guarded(tmp_path: Path) -> None:
-    content = storage.to_file(packed(2))
-    exact = storage.from_file(_written(tmp_path, content))
+    content = state_file.to_bytes(packed(2))
+    exact = state_file.read(_written(tmp_path, content))
     end = 8 + int.from_bytes(content[:8], "little")
     for at in range(0, end, 7):
         changed = bytearray(content)
         changed[at] ^= 0x01
         try:
-            found = storage.from_file(_written(tmp_path, bytes(changed)))
-        except storage.Damaged:
+            found = state_file.read(_written(tmp_path, bytes(changed)))
+        except state_file.DamagedFile:
             continue
         assert found.about == exact.about  # a byte that means nothing, such as padding
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in exact.tensors.items())
@@ -122,7 +122,7 @@ def test_a_truncated_file_is_a_miss(tmp_path: Path) -> None:
         pool.put(packed(3))
         name = name_of(pool, 3)
         os.truncate(name.path, keep)
-        with pytest.warns(RuntimeWarning, match="a state is read again from its tokens"):
+        with pytest.warns(RuntimeWarning, match="removed a damaged state, its tokens are read again"):
             assert pool.get(name) is None
 
 
@@ -131,14 +131,14 @@ def test_a_file_under_anothers_name_is_refused(tmp_path: Path) -> None:
     pool.put(packed(3))
     pool.put(packed(4))
     os.replace(name_of(pool, 3).path, name_of(pool, 4).path)
-    with pytest.warns(RuntimeWarning, match="must hold what its name says"):
+    with pytest.warns(RuntimeWarning, match="does not hold the state that its name says"):
         assert pool.get(name_of(pool, 4)) is None
     stranger = tmp_path / ("0" * 32)
     stranger.mkdir()
     pool.put(packed(5))
     moved = stranger / name_of(pool, 5).path.name
     os.replace(name_of(pool, 5).path, moved)
-    with pytest.warns(RuntimeWarning, match="must hold what its name says"):
+    with pytest.warns(RuntimeWarning, match="does not hold the state that its name says"):
         assert pool.get(pool.names("0" * 32)[0]) is None
 
 
@@ -148,11 +148,11 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     pool, limits = disk(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:
-        with pytest.warns(RuntimeWarning, match="a state must be kept in .*, and is not: File too large"):
+        with pytest.warns(RuntimeWarning, match="could not save a state to .*: File too large"):
             assert not pool.put(packed(1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,18 +165,18 @@ def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "utime", refuse)
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert pool.get(name_of(pool, 3)) is not None
-    with pytest.warns(RuntimeWarning, match="and is not: Read-only file system"):
+    with pytest.warns(RuntimeWarning, match="could not save a state to .*: Read-only file system"):
         assert not pool.put(packed(4))
 
 
 def test_a_lock_that_nobody_lets_go_of_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch_xlstm_ops.context.disk.PATIENCE", 0.05)
+    monkeypatch.setattr("torch_xlstm_ops.context.pool.disk.LOCK_TIMEOUT_SECONDS", 0.05)
     pool = disk(tmp_path)
-    with pool._lock(), pytest.warns(RuntimeWarning, match="another process has been writing for"):
+    with pool.lock(), pytest.warns(RuntimeWarning, match="is still locked by another process"):
         assert not pool.put(packed(1))
     assert pool.put(packed(1))
 
 
 def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
-    pool = Disk(tmp_path / "none")
+    pool = DiskTier(tmp_path / "none")
     assert pool.entries() == pool.matching(IDENTITY, as_array([1])) == list(pool.verify()) == []

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 
 from tests.context_models import SEGMENT, Interrupting, build, equal, some_tokens
-from torch_xlstm_ops.context import StatePool, Storage, StreamError, prefill, states, storage
-from torch_xlstm_ops.context.tiers import Memory
+from torch_xlstm_ops.context import StatePool, Storage, StreamError, codec, prefill, state_file, states
+from torch_xlstm_ops.context.pool.memory import MemoryTiers
+from torch_xlstm_ops.context.pool.tree import RadixTree, common_length
 from torch_xlstm_ops.context.tokens import as_array, digest
-from torch_xlstm_ops.context.tree import RadixTree, shared
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
 
@@ -34,13 +34,13 @@ class Counting:
     """Counts the tokens that a model reads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.tokens, original = 0, states.read
+        self.tokens, original = 0, adapter.forward_last
 
-        def read(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        def read(model: Any, ids: torch.Tensor, cache: Any) -> adapter.Output:
             self.tokens += ids.numel()
             return original(model, ids, cache)
 
-        monkeypatch.setattr(states, "read", read)
+        monkeypatch.setattr(adapter, "forward_last", read)
 
     def since(self) -> int:
         found, self.tokens = self.tokens, 0
@@ -86,7 +86,7 @@ def test_what_an_edge_shares_is_counted(edge: list[int], tokens: list[int], at: 
         if a != b:
             break
         expected += 1
-    assert shared(array("i", edge), array("i", tokens), at) == expected
+    assert common_length(array("i", edge), array("i", tokens), at) == expected
 
 
 # Finding
@@ -207,13 +207,13 @@ def test_pins_stay_and_what_they_leave_no_room_for_is_told(model: Any, size: int
     third = fill(pool, model, 3)[2]
     assert [pool.find(tokens) is not None for tokens in (first, second, third)] == [True, False, True]
     pool.pin(third)
-    with pytest.warns(RuntimeWarning, match="must be kept, and is not: pins leave no room"):
+    with pytest.warns(RuntimeWarning, match="could not keep a state of .* in memory: pinned states leave no room"):
         pool.put(second, prefill(model, second))
     assert pool.find(second) is None
     pool.pin(first, pinned=False)
     pool.put(second, prefill(model, second))
     assert [pool.find(tokens) is not None for tokens in (first, second, third)] == [False, True, True]
-    with pytest.raises(ValueError, match="tokens must be those of a state that is kept, got 10 that none is kept of"):
+    with pytest.raises(ValueError, match="tokens must be those of a state that is kept, got 10 without a state"):
         pool.pin(first)
 
 
@@ -265,12 +265,12 @@ def test_threads_may_share_a_pool(model: Any, size: int, tmp_path: Path) -> None
 
 
 def test_an_empty_tree_is_left_when_everything_is_gone(model: Any, size: int) -> None:
-    memory = Memory(torch.device("cpu"), 0, size)
+    memory = MemoryTiers(torch.device("cpu"), 0, size)
     for seed in range(5):
         tokens = as_array(some_tokens(10, seed=seed))
         snapshot = prefill(model, tokens)
-        memory.put(tokens, snapshot, storage.pack(snapshot), pin=False)
-    assert [kept.position for kept in memory.along(tokens)] == [10]
+        memory.put(tokens, snapshot, codec.encode(snapshot), pin=False)
+    assert [kept.position for kept in memory.prefixes(tokens)] == [10]
     assert len(memory._tree._root.children) == 1
 
 
@@ -287,10 +287,10 @@ def test_fewer_bits_take_fewer_bytes_and_tell_their_error(
     pool.put(tokens, exact)
     stats = pool.stats()
     assert stats.host.bytes <= share * size
-    assert stats.host.bytes == storage.packed_bytes(exact, Storage(kept_in))
+    assert stats.host.bytes == codec.encoded_bytes(exact, Storage(kept_in))
     assert (stats.error > 0) == (kept_in != "full")
     for found in (pool.find(tokens), StatePool(model, tmp_path).find(tokens)):
-        errors = [storage._error(a, b) for exact_layer, layer in zip(exact.layers, found.layers, strict=True)
+        errors = [codec.relative_error(a, b) for exact_layer, layer in zip(exact.layers, found.layers, strict=True)
                   for a, b in zip(exact_layer, layer, strict=True)]
         assert max(errors) == stats.error <= most
         assert torch.equal(found.logits, exact.logits)
@@ -302,9 +302,9 @@ def test_a_state_of_zeros_is_kept_in_any_bits(model: Any) -> None:
                    for layer in states.outline(model).layers)
     zero = states.Snapshot("", 0, "", None, layers, torch.zeros(64))
     for kept_in in Storage:
-        packed = storage.pack(zero, kept_in)
+        packed = codec.encode(zero, kept_in)
         assert packed.error == 0
-        assert equal(storage.unpack(packed), zero)
+        assert equal(codec.decode(packed), zero)
 
 
 # Bad input
@@ -371,11 +371,11 @@ def test_a_damaged_state_on_disk_is_read_again_from_its_tokens(
     content[-50] ^= 1
     longest.write_bytes(content)
     counting.since()
-    with pytest.warns(RuntimeWarning, match="a state is read again from its tokens"):
+    with pytest.warns(RuntimeWarning, match="removed a damaged state, its tokens are read again"):
         found = prefill(model, tokens, segment=SEGMENT, pool=StatePool(model, tmp_path))
     assert counting.since() == 4, "from the boundary before"
     assert equal(found, prefill(model, tokens, segment=SEGMENT))
-    assert storage.from_file(longest).about["position"] == "100"
+    assert state_file.read(longest).about["position"] == "100"
 
 
 def test_a_budget_smaller_than_one_state_is_refused(model: Any, size: int, tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_reading_goes_on(model: Any,
     blocked = tmp_path / "file"
     blocked.write_text("")
     pool = StatePool(model, blocked / "folder", disk_bytes=1 << 24)
-    with pytest.warns(RuntimeWarning, match="a state must be kept in .* and is not: Not a directory"):
+    with pytest.warns(RuntimeWarning, match="could not save a state to .*: Not a directory"):
         found = prefill(model, some_tokens(40), segment=64, pool=pool)
     assert found.position == 40
     assert pool.find(some_tokens(40)) is not None, "in memory"

@@ -411,7 +411,7 @@ def one_process(model: Any, ids: Tensor) -> tuple[Tensor, Any]:
     from torch_xlstm_ops.patch import patch
 
     with config.use(chunk_size=L), patch(model), torch.inference_mode():
-        logits, cache = adapter.run(model, ids)
+        logits, cache = adapter.forward(model, ids)
     return logits[:, -1], cache
 
 
@@ -443,8 +443,8 @@ def check_transformers(model: Any, workers: Workers, weights: Sequence[float], s
     assert len(report.reads) == len(weights)
     following = torch.full((2, 1), 7)
     with torch.inference_mode():
-        found = adapter.run(model, following, cache).logits
-        again = adapter.run(model, following, wanted).logits
+        found = adapter.forward(model, following, cache).logits
+        again = adapter.forward(model, following, wanted).logits
     assert_close([found], [again], 5 * TOLERANCE[torch.float32])
 
 

@@ -198,11 +198,11 @@ def test_every_observer_sees_the_computation(
         cache = prefill(model, IDS[:, :3]).cache
         twin = copy.deepcopy(cache)
         with observer():
-            found = adapter.run(model, IDS[:, 3:4], cache).logits
+            found = adapter.forward(model, IDS[:, 3:4], cache).logits
         assert not taken
         monkeypatch.setattr(decoding, "_decodes", lambda x, state: False)
         with observer():
-            assert torch.equal(adapter.run(model, IDS[:, 3:4], twin).logits, found)
+            assert torch.equal(adapter.forward(model, IDS[:, 3:4], twin).logits, found)
 
 
 def test_hidden_states_equal_unpatched() -> None:

@@ -55,13 +55,13 @@ def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 def prefill(model: Any, ids: Tensor) -> adapter.Output:
     with torch.no_grad():
-        return adapter.run(model, ids)
+        return adapter.forward(model, ids)
 
 
 def decode(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Return the logits of `ids`, fed one by one."""
     with torch.no_grad():
-        steps = [adapter.run(model, column, cache).logits for column in ids.split(1, dim=1)]
+        steps = [adapter.forward(model, column, cache).logits for column in ids.split(1, dim=1)]
     return torch.cat(steps, 1).double()
 
 
@@ -169,7 +169,7 @@ def test_a_prompt_and_a_token_with_gradients_are_one_op_call_a_layer(monkeypatch
         monkeypatch.setattr(adapters, name, counting(name, getattr(adapters, name)))
     with patch("transformers"):
         cache = prefill(model, prompt(333)).cache
-        adapter.run(model, prompt(1), cache)
+        adapter.forward(model, prompt(1), cache)
     assert calls == ["mlstm_chunkwise"] * LAYERS + ["mlstm_step"] * LAYERS
 
 

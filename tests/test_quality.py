@@ -27,7 +27,8 @@ from benchmarks.quality.recall import Recall, Size, draw
 from benchmarks.train_demo_model import END, standard_library
 from tests.parameters import tail
 from torch_xlstm_ops import mlstm_chunkwise, trace
-from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, load
+from torch_xlstm_ops.cli.shared.loading import Loaded, load
+from torch_xlstm_ops.models import DEMO_MODEL
 
 CPU = torch.device("cpu")
 # What other tests compile too, with chunks of 16.
@@ -246,10 +247,10 @@ def test_throughput_refuses_a_run_that_is_not_what_was_asked_for(
     assert all(math.isfinite(rate) and rate > 0 for rate in rates.values())
 
     def short(loaded: Loaded, prompt: list[int], *rest: Any) -> Any:
-        return stream(loaded, prompt[1:], *rest)
+        return generate_tokens(loaded, prompt[1:], *rest)
 
-    stream = throughput.stream
-    monkeypatch.setattr(throughput, "stream", short)
+    generate_tokens = throughput.generate_tokens
+    monkeypatch.setattr(throughput, "generate_tokens", short)
     with pytest.raises(SystemExit, match="6 tokens must be read and 3 decoded"):
         throughput.one(loaded, prompt, 4)
 

@@ -102,7 +102,8 @@ x, r, b = torch.randn(2, 5, 4, 2, 4), torch.randn(4, 2, 4, 4), torch.randn(4, 2,
 slstm_sequence(x, r, b)
 torch.func.jvp(lambda x: slstm_sequence(x, r, b)[0], (x,), (x,))
 
-from torch_xlstm_ops.cli.loading import DEMO_MODEL, load
+from torch_xlstm_ops.models import DEMO_MODEL
+from torch_xlstm_ops.cli.shared.loading import load
 from torch_xlstm_ops.patch import patch
 model = load(DEMO_MODEL, torch.device("cpu")).model
 model.backbone.blocks = model.backbone.blocks[:1]

@@ -15,9 +15,10 @@ import torch
 from tests.conftest import Command
 from torch_xlstm_ops import cli, config, trace
 from torch_xlstm_ops.api import mlstm_chunkwise
-from torch_xlstm_ops.cli import tune as command
-from torch_xlstm_ops.cli import tuning
+from torch_xlstm_ops.cli.commands import tune as command
+from torch_xlstm_ops.cli.tuning import search
 from torch_xlstm_ops.config import tuned_plans
+from torch_xlstm_ops.models import DEMO_MODEL
 from torch_xlstm_ops.ops.mlstm import dispatch
 from torch_xlstm_ops.tune import bench, workloads
 from torch_xlstm_ops.tune.bench import Measured
@@ -58,7 +59,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.Timed, "measure", measure)
     monkeypatch.setattr(bench.Timed, "trace", lambda self, candidate, path: None)
     stores = optuna.storages.InMemoryStorage()
-    monkeypatch.setattr(tuning.study, "open_store", lambda path: stores)
+    monkeypatch.setattr(search.study, "open_store", lambda path: stores)
 
 
 def schedules_run(*, training: bool = False) -> set[tuple[str | None, int | None]]:
@@ -269,7 +270,7 @@ def test_help_tells_what_a_report_needs_and_what_only_a_search_takes(capsys: pyt
 
 def test_a_space_without_a_choice_says_so(run: Command) -> None:
     assert "the space must hold at least two plans, got 1: no setting of a plan changes" in run(
-        "tune", "--phase", "decode", "--model", cli.loading.DEMO_MODEL)[2]
+        "tune", "--phase", "decode", "--model", DEMO_MODEL)[2]
     assert "the space must hold" in run("tune", "--shape", "1,1,8,16", "--lengths", "4")[2]
 
 
@@ -285,7 +286,7 @@ def test_a_store_of_another_version_says_so(run: Command, tmp_path: Path, monkey
     flags = ("tune", *SHAPE, "--out", tmp_path / "out", "--trials", 3)
     assert run(*flags)[0] == 0
     assert "or come with --resume" in run(*flags)[2]
-    monkeypatch.setattr(tuning.tuned_plans, "device_name", lambda device: "another")
+    monkeypatch.setattr(search.tuned_plans, "device_name", lambda device: "another")
     status, _, err = run(*flags, "--resume")
     assert status == 2
     assert "the store must be of this device to go on, 'another', got" in err

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from benchmarks.quality.contenders import THEIRS, Conditions, Contender, cut, read
 from benchmarks.quality.prompts import PROMPTS
-from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, encode, load
-from torch_xlstm_ops.cli.sampling import chooser
+from torch_xlstm_ops.cli.generation.prompt import encode
+from torch_xlstm_ops.cli.generation.sampling import chooser
+from torch_xlstm_ops.cli.shared.loading import Loaded, load
+from torch_xlstm_ops.models import DEMO_MODEL
 
 UNEVEN = (63, 1, 200)  # pieces of a prompt, not aligned with chunks
 TEMPERATURE, TOP_P = 0.7, 0.95

@@ -63,6 +63,6 @@ def read(model: Any, ids: Tensor, pieces: Sequence[int], state: Any = None) -> I
     start = 0
     for size in pieces:
         where = slice(start, start + size)
-        logits, state = adapter.run(model, ids[:, where], state)
+        logits, state = adapter.forward(model, ids[:, where], state)
         yield where, logits.float(), state
         start += size

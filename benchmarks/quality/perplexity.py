@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks.quality.contenders import THEIRS, Conditions, Contender, cut, read
 from benchmarks.train_demo_model import END, standard_library
-from torch_xlstm_ops.cli.loading import DEMO_MODEL, load
+from torch_xlstm_ops.cli.shared.loading import load
+from torch_xlstm_ops.models import DEMO_MODEL
 
 FIRST = 256  # tokens of the first bucket; each further one doubles the position
 PIECE = 4096  # tokens a forward of the reference

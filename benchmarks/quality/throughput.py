@@ -10,10 +10,11 @@ import torch
 
 from benchmarks.quality.contenders import THEIRS, Conditions, Contender
 from benchmarks.quality.perplexity import held_out
-from torch_xlstm_ops.cli.generate import prepared, stream
-from torch_xlstm_ops.cli.loading import DEMO_MODEL, Loaded, load
-from torch_xlstm_ops.cli.meter import Meter
-from torch_xlstm_ops.cli.sampling import chooser
+from torch_xlstm_ops.cli.generation.meter import Meter
+from torch_xlstm_ops.cli.generation.sampling import chooser
+from torch_xlstm_ops.cli.generation.stream import generate_tokens, prepared
+from torch_xlstm_ops.cli.shared.loading import Loaded, load
+from torch_xlstm_ops.models import DEMO_MODEL
 
 WARM_UP = 8  # tokens written before timing
 
@@ -22,7 +23,7 @@ def one(loaded: Loaded, prompt: Sequence[int], tokens: int) -> dict[str, float]:
     """Read a prompt and write tokens; return the rates and the time to the first token, for exactly `tokens`."""
     meter = Meter(loaded.device)
     with prepared(loaded):
-        written = list(stream(loaded, prompt, chooser(), tokens, meter))
+        written = list(generate_tokens(loaded, prompt, chooser(), tokens, meter))
     prefill, decode = meter.final("prefill"), meter.final("decode")
     if prefill is None or decode is None or (prefill.tokens, decode.tokens) != (len(prompt), tokens - 1):
         raise SystemExit(f"{len(prompt)} tokens must be read and {tokens - 1} decoded, got {prefill} and {decode}")

@@ -190,10 +190,10 @@ def xlstm_model() -> Any:
 def logits(model: Any, ids: Tensor, tokens: int) -> Tensor:
     """Return the logits of a prompt of `tokens` and of the rest of `ids` fed one by one."""
     with torch.no_grad():
-        result = adapter.run(model, ids[:, :tokens])
+        result = adapter.forward(model, ids[:, :tokens])
         found = [result.logits]
         for t in range(tokens, ids.shape[1]):
-            result = adapter.run(model, ids[:, t : t + 1], result.cache)
+            result = adapter.forward(model, ids[:, t : t + 1], result.cache)
             found.append(result.logits)
     return torch.cat(found, 1)
 

@@ -1,8 +1,6 @@
-"""`xlstm-ops`: `generate` writes text with an xLSTM and measures it, `run` runs a script on our operators, `check`
-holds every operator to the recurrence on a device, `tune` searches for the fastest plans, `cache` looks after a folder
-of states, `info` says what this machine can do.
+"""`xlstm-ops`: one module per command in `commands`.
 
-What cannot be used ends with one line on stderr and exit status 2, before a model is loaded or a file is touched.
+Input that cannot be used ends with one line on stderr and exit status 2, before a model is loaded or a file is written.
 """
 
 from __future__ import annotations
@@ -11,13 +9,28 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch_xlstm_ops
-from torch_xlstm_ops import config
-from torch_xlstm_ops.cli import cache, check, foreign, info, request, run, tune, writing
-from torch_xlstm_ops.cli.loading import BadInput, check_extra
-from torch_xlstm_ops.runtime import devices, files
+from torch_xlstm_ops.cli.commands import cache, check, generate, info, run, tune
+from torch_xlstm_ops.cli.shared.errors import BadInput
+
+
+class Command(Protocol):
+    """What a module in `commands` has."""
+
+    HELP: str
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's flags."""
+
+    def execute(self, parsed: argparse.Namespace) -> int:
+        """Run the command and return the exit status. Raises BadInput."""
+
+
+COMMANDS: dict[str, Command] = {
+    "generate": generate, "run": run, "check": check, "tune": tune, "cache": cache, "info": info,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,57 +42,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="xlstm-ops", description="xLSTM operators for PyTorch.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=torch_xlstm_ops.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    write = commands.add_parser("generate", help="write text with an xLSTM and time it", allow_abbrev=False)
-    request.add_flags(write)
-    start = commands.add_parser("run", help="run a Python script with the packages it imports patched",
-                                allow_abbrev=False)
-    run.add_flags(start)
-    hold = commands.add_parser("check", help="compare every operator with the recurrence on a device, and time it",
-                               allow_abbrev=False)
-    check.add_flags(hold)
-    seek = commands.add_parser("tune", help="search for the plans that are fastest here", allow_abbrev=False)
-    tune.add_flags(seek)
-    keep = commands.add_parser("cache", help="look after a folder of states", allow_abbrev=False)
-    cache.add_flags(keep)
-    tell = commands.add_parser("info", help="say what this machine can do", allow_abbrev=False)
-    tell.add_argument("--device", metavar="NAME", help="ask the schedules about auto, cpu, cuda or mps (default auto)")
-    config.add_flags(tell)
+    for name, command in COMMANDS.items():
+        command.add_flags(commands.add_parser(name, help=command.HELP, allow_abbrev=False))
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `xlstm-ops` and return its exit status: 2 for what cannot be used, 130 when interrupted."""
+    """Run `xlstm-ops` and return its exit status: 2 for input that cannot be used, 130 after an interrupt."""
     try:
         parsed = _parser().parse_args(arguments)
-        return {"generate": _generate, "run": run.run, "check": _check, "cache": cache.run, "tune": tune.run,
-                "info": _info}[parsed.command](parsed)
+        return COMMANDS[parsed.command].execute(parsed)
     except BadInput as error:
         print(f"xlstm-ops: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output left; keep the interpreter from flushing to it
+    except BrokenPipeError:  # the reader of stdout left; the interpreter must not flush to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _generate(parsed: argparse.Namespace) -> int:
-    check_extra("generate")
-    wanted = request.read(parsed)
-    with foreign.hidden():
-        return writing.run(wanted)
-
-
-def _check(parsed: argparse.Namespace) -> int:
-    with request.bad_input():
-        if parsed.json is not None:
-            files.check_file("--json", parsed.json)
-        device = devices.resolve_device(parsed.device)
-    return check.run(device, parsed.json, parsed.seconds)
-
-
-def _info(parsed: argparse.Namespace) -> int:
-    with request.bad_input():
-        config.reload(flags=config.given_flags(parsed))
-        print(info.report(devices.resolve_device(parsed.device or "auto")))
-    return 0

@@ -1,4 +1,4 @@
-"""Tokens from wherever they come, in pieces: counted, checked, digested, and put back when they could not be read."""
+"""Streams of tokens: read in pieces, checked, hashed, and put back when a piece could not be processed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-BLOCK = 1 << 20  # characters of a text that are turned into tokens at once
+TEXT_BLOCK = 1 << 20  # characters of a text that are tokenized at once
 
 
-class Digest:
-    """The hash of a growing sequence of tokens."""
+class TokenDigest:
+    """The hash of a growing sequence of tokens; each token is hashed once."""
 
     def __init__(self, before: str = "") -> None:
-        """before: the digest of tokens that came before and are gone; the result is then of this cut alone."""
+        """before: the digest of earlier tokens that are gone; the result then depends on where they ended."""
         self._hash = hashlib.blake2b(before.encode(), digest_size=16)
 
     def add(self, tokens: array[int]) -> None:
-        """Take more tokens."""
+        """Append tokens."""
         if sys.byteorder == "big":
             tokens = array("i", tokens)
             tokens.byteswap()
@@ -36,72 +36,72 @@ class Digest:
 
 def digest(tokens: array[int]) -> str:
     """Return the digest of tokens."""
-    found = Digest()
+    found = TokenDigest()
     found.add(tokens)
     return found.hex()
 
 
 def as_array(tokens: Iterable[int]) -> array[int]:
-    """Return tokens as an array of 32-bit integers."""
+    """Return tokens as an array of 32-bit integers; such an array is returned itself."""
     if isinstance(tokens, array) and tokens.typecode == "i":
         return tokens
     return array("i", tokens.tolist() if isinstance(tokens, Tensor) else tokens)
 
 
-class Broken(Exception):
-    """A stream raised; `__cause__` says what."""
+class TokenStreamFailed(Exception):
+    """The caller's stream of tokens raised `__cause__`."""
 
 
-class Source:
-    """Tokens that are taken in pieces. What was taken and could not be read is put back, and comes again.
+class TokenSource:
+    """A stream of tokens that is taken in pieces; a piece can be put back.
 
-    known: tokens that the model knows; others raise ValueError where they stand. What the stream raises comes as
-        Broken, with the tokens before it waiting.
+    vocabulary: other tokens than 0 to vocabulary - 1 raise ValueError when they are reached. An error of the stream
+        raises TokenStreamFailed; the tokens before it stay in `waiting`.
     """
 
-    def __init__(self, tokens: Iterable[int], known: int, position: int = 0) -> None:
-        self.left = len(tokens) if isinstance(tokens, Sized) else None  # tokens to come; None where nobody knows
-        self.waiting: array[int] = array("i")  # taken from the stream, not yet from here
+    def __init__(self, tokens: Iterable[int], vocabulary: int, position: int = 0) -> None:
+        self.left = len(tokens) if isinstance(tokens, Sized) else None  # tokens to come; None if unknown
+        self.waiting: array[int] = array("i")  # read from the stream and not taken yet
         self._stream = iter(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
         self.given = position  # tokens that the stream gave, and those before it
-        self._known = known
+        self._vocabulary = vocabulary
 
     def take(self, count: int) -> array[int]:
         """Return the next `count` tokens, fewer at the end."""
-        self.look(count)
+        self.peek(count)
         piece, self.waiting = self.waiting[:count], self.waiting[count:]
         if self.left is not None:
             self.left -= len(piece)
         return piece
 
-    def look(self, count: int) -> array[int]:
-        """Return up to `count` tokens that come next, without taking them."""
+    def peek(self, count: int) -> array[int]:
+        """Return up to `count` next tokens without taking them."""
         try:
             for token in itertools.islice(self._stream, max(0, count - len(self.waiting))):
-                if not 0 <= token < self._known:
+                if not 0 <= token < self._vocabulary:
                     break
                 self.waiting.append(token)
                 self.given += 1
             else:
                 return self.waiting[:count]
-        except Exception as error:
-            raise Broken from error
-        raise ValueError(f"tokens must be from 0 up and below the model's {self._known}, got {token} at position "
+        except Exception as error:  # whatever the caller's iterable raises
+            raise TokenStreamFailed from error
+        raise ValueError(f"tokens must be from 0 up and below the model's {self._vocabulary}, got {token} at position "
                          f"{self.given}")
 
     def put_back(self, piece: array[int]) -> None:
-        """Let a piece come again."""
+        """Make a piece the next tokens again."""
         self.waiting = piece + self.waiting
         if self.left is not None:
             self.left += len(piece)
 
 
-def text_tokens(path: str | Path, tokenizer: Any, block: int = BLOCK) -> Iterator[int]:
+def text_tokens(path: str | Path, tokenizer: Any, block: int = TEXT_BLOCK) -> Iterator[int]:
     """Yield the tokens of a UTF-8 text file of any length, in constant memory.
 
-    A text longer than `block` characters is turned into tokens in blocks that end with a line (or with the block,
-    where no line ends in it): for a tokenizer that joins characters over line ends, tokens may differ there from the
-    whole text's. Marks that a tokenizer puts around a text stand at the first block's beginning alone.
+    A text longer than `block` characters is tokenized in blocks that end at a line end, or after `block` characters
+    without one. A tokenizer that joins characters across line ends may give other tokens there than for the whole
+    text. Special tokens are added at the beginning of the first block only.
     """
     with open(path, encoding="utf-8") as file:
         rest, first = "", True

@@ -72,9 +72,9 @@ def deserialize(model: SerializedModel, device: torch.device, *, copy: bool) -> 
 
 def transformers_call(model: Any, tokens: Tensor, before: int) -> tuple[Tensor, Any]:
     """Run an xLSTM of transformers over tokens (B, S) that follow `before` others; return last logits and cache."""
-    logits, cache = adapter.run(model, tokens)
-    adapter.move(cache, before)
-    return logits[:, -1], cache
+    logits, cache = adapter.forward_last(model, tokens)
+    adapter.advance_position(cache, before)
+    return logits, cache
 
 
 def check_transformers(model: Any) -> None:
@@ -85,7 +85,6 @@ def check_transformers(model: Any) -> None:
 
 
 def prepare_transformers(model: Any) -> None:
-    """Make an xLSTM of transformers read a shard in one call and return the logits of the last token only."""
+    """Make an xLSTM of transformers read a shard in one call."""
     model.config.mode, model.config.return_last_states = "inference", True
     model.config.max_inference_chunksize = 1 << 62
-    adapter.last_position_only(model)

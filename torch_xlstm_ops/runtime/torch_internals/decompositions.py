@@ -27,7 +27,7 @@ def register_decomposition(op: Any, function: Callable[..., Any], fake: Callable
     torch._decomp.register_decomposition(op)(function)
 
 
-def _no_functional_mode() -> None:
+def _no_functional_mode() -> type | None:
     return None
 
 

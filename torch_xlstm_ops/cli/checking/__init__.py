@@ -1,0 +1,1 @@
+"""`xlstm-ops check`: the operators, their test inputs, and the recurrences that they must equal."""

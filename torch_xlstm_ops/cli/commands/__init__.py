@@ -1,0 +1,1 @@
+"""One module per command of `xlstm-ops`: `HELP`, `add_flags(parser)` and `execute(parsed)`, the exit status."""

@@ -1,0 +1,112 @@
+"""`xlstm-ops cache`: list a folder of states, make it smaller, and check every file in it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch_xlstm_ops.cli.shared.errors import BadInput, check_extra
+from torch_xlstm_ops.cli.shared.table import aligned
+from torch_xlstm_ops.context.pool.disk import DiskEntry, DiskTier
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+HELP = "list, prune and verify a folder of states"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `cache`."""
+    parser.add_argument("action", choices=list(_ACTIONS), help="ls: every state; stats: totals a model; prune: remove "
+                        "what was not used for longest, and is not pinned; verify: read every file")
+    parser.add_argument("--pool", metavar="DIR", required=True, help="folder of states, as given to generate")
+    parser.add_argument("--bytes", metavar="SIZE", help="what prune leaves: a number of bytes, or with K, M, G or T")
+    parser.add_argument("--remove", action="store_true", help="verify removes what is damaged")
+
+
+def execute(parsed: argparse.Namespace) -> int:
+    """Execute the action, and return the exit status: 1 if a file is damaged.
+
+    Raises BadInput for flags that do not fit, a folder that does not exist, or one that prune cannot write.
+    """
+    check_extra("cache")
+    for flag, action in (("bytes", "prune"), ("remove", "verify")):
+        if getattr(parsed, flag) and parsed.action != action:
+            raise BadInput(f"--{flag} must come with {action}, got {parsed.action}")
+    if parsed.action == "prune":
+        _size(parsed.bytes)
+    folder = Path(parsed.pool)
+    if not folder.is_dir():
+        raise BadInput(f"--pool must be a folder of states, got {folder}, which is no folder")
+    return _ACTIONS[parsed.action](DiskTier(folder), parsed)
+
+
+def _list(disk: DiskTier, parsed: argparse.Namespace) -> int:
+    rows = [("model", "tokens", "piece", "bytes", "used", "")]
+    for entry in reversed(disk.entries()):
+        rows.append((entry.identity[:12], str(entry.name.position), str(entry.name.segment or "any"), str(entry.size),
+                     _ago(entry.used), "pinned" if entry.pinned else ""))
+    print(aligned(rows))
+    return 0
+
+
+def _stats(disk: DiskTier, parsed: argparse.Namespace) -> int:
+    everything = disk.entries()
+    models: dict[str, list[DiskEntry]] = {}
+    for entry in everything:
+        models.setdefault(entry.identity, []).append(entry)
+    rows = [("model", "states", "pinned", "longest", "bytes")]
+    for identity, entries in [*models.items(), ("all", everything)]:
+        longest = max((entry.name.position for entry in entries), default=0)
+        rows.append((identity[:12], str(len(entries)), str(sum(entry.pinned for entry in entries)), str(longest),
+                     str(sum(entry.size for entry in entries))))
+    print(aligned(rows))
+    return 0
+
+
+def _prune(disk: DiskTier, parsed: argparse.Namespace) -> int:
+    budget = _size(parsed.bytes)
+    try:
+        removed = disk.prune(budget)
+    except OSError as error:
+        raise BadInput(f"--pool must be a folder that can be written, got {disk.folder}: {error}") from error
+    left = disk.usage()
+    print(f"{len(removed)} states removed, {sum(entry.size for entry in removed)} bytes; {left.states} left, "
+          f"{left.bytes} bytes, {left.pinned} pinned")
+    return 0
+
+
+def _verify(disk: DiskTier, parsed: argparse.Namespace) -> int:
+    count = damaged = 0
+    for entry, wrong in disk.verify():
+        count += 1
+        if wrong is not None:
+            damaged += 1
+            print(wrong)
+            if parsed.remove:
+                disk.remove(entry.name)
+    print(f"{count} states, {damaged} damaged" + (" and removed" if damaged and parsed.remove else ""))
+    return 1 if damaged else 0
+
+
+_ACTIONS: dict[str, Callable[[DiskTier, argparse.Namespace], int]] = {
+    "ls": _list, "stats": _stats, "prune": _prune, "verify": _verify,
+}
+
+
+def _size(text: str | None) -> int:
+    if text is None:
+        raise BadInput("prune must come with --bytes SIZE, what it leaves: a number of bytes, or one with K, M, G or T")
+    found = re.fullmatch(r"(\d+)([KMGT]?)", text)
+    if found is None:
+        raise BadInput(f"--bytes must be a number of bytes, or one with K, M, G or T, got {text!r}")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def _ago(moment: float) -> str:
+    seconds = max(0.0, time.time() - moment)
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.0f} {name} ago"
+    return f"{seconds:.0f} s ago"

@@ -1,0 +1,92 @@
+"""`xlstm-ops tune`: search for the fastest plans, report on searches, and exchange tuned plans."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch_xlstm_ops import config
+from torch_xlstm_ops.cli.shared.errors import BadInput, bad_input, check_extra
+from torch_xlstm_ops.cli.shared.quiet import third_party_messages_hidden
+from torch_xlstm_ops.cli.tuning.request import OPTIONS, read
+from torch_xlstm_ops.config import tuned_plans
+from torch_xlstm_ops.runtime.extras import how_to_install
+
+_EXTRAS = {"optuna": "tune", "rich": "tune", "matplotlib": "plot"}
+HELP = "search for the plans that are fastest here"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `tune`."""
+    parser.usage = ("xlstm-ops tune [search] [--out DIR] [FLAG ...]\n       xlstm-ops tune report [--out DIR]\n"
+                    "       xlstm-ops tune ablate [--out DIR] [FLAG ...]\n"
+                    "       xlstm-ops tune (--export FILE | --import FILE)")
+    parser.add_argument("action", nargs="?", choices=("search", "report", "ablate"), default="search",
+                        help="search (default): find the fastest plans; report: write pictures and a page of the "
+                             "searches in --out, measuring nothing; ablate: change one setting at a time")
+    parser.add_argument("--out", metavar="DIR", default="xlstm-tune", help="where all is written (default %(default)s)")
+    exchange = parser.add_argument_group("tuned plans of other machines")
+    exchange.add_argument("--export", metavar="FILE", help="write what is kept for auto to a file, and search nothing")
+    exchange.add_argument("--import", metavar="FILE", dest="source", help="keep what a file holds, and search nothing")
+    flags = parser.add_argument_group("flags of search and ablate")
+    flags.add_argument("--resume", action="store_true", help="go on with the searches in --out")
+    flags.add_argument("--model", metavar="DIR", help="Hugging Face directory of an xLSTM (default: the embedded one)")
+    flags.add_argument("--no-apply", action="store_true", help="do not keep the winner for schedule auto")
+    for option in OPTIONS:
+        shown = isinstance(option.default, (str, int, float))
+        default = f" (default {option.default})" if shown else ""
+        flags.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
+
+
+def execute(parsed: argparse.Namespace) -> int:
+    """Execute the action and return the exit status. Raises BadInput."""
+    if parsed.export is not None or parsed.source is not None:
+        return _exchange(parsed)
+    with bad_input():
+        config.reload(flags={})
+    if parsed.action == "report":
+        _check_packages("tune report", "optuna", "matplotlib")
+        from torch_xlstm_ops.tune import report
+
+        with bad_input():
+            written = report.write(Path(parsed.out))
+        print("\n".join(f"wrote {path}" for path in written))
+        return 0
+    _check_packages("tune", "optuna", "rich")
+    from torch_xlstm_ops.cli.tuning import search
+
+    request = read(parsed)
+    if request.needs_model:
+        check_extra("tune")
+    with bad_input(), third_party_messages_hidden():
+        return search.search(request) if parsed.action == "search" else search.ablate(request)
+
+
+def _exchange(parsed: argparse.Namespace) -> int:
+    from torch_xlstm_ops.tune import publish
+
+    with bad_input():
+        own = tuned_plans.place(config.reload(flags={}).tuned)
+    if own is None:
+        raise BadInput("--export and --import must come with a place for tuned plans, got XLSTM_OPS_TUNED=off")
+    if parsed.export is not None and parsed.source is not None:
+        raise BadInput("--export must come without --import, got both")
+    flag, name = ("--export", parsed.export) if parsed.source is None else ("--import", parsed.source)
+    path = Path(name)
+    try:
+        count = publish.copy(own, path) if flag == "--export" else publish.copy(path, own)
+    except FileNotFoundError as error:
+        raise BadInput(f"{flag} must have tuned plans to read, got no file {error.filename}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{flag}: {error}") from None
+    print(f"{count} tuned {'plan' if count == 1 else 'plans'}: {own if flag == '--export' else path} -> "
+          f"{path if flag == '--export' else own}")
+    return 0
+
+
+def _check_packages(command: str, *packages: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        extras = ",".join(dict.fromkeys(_EXTRAS[name] for name in missing))
+        raise BadInput(f"{command} needs {', '.join(missing)}: {how_to_install(extras)}")

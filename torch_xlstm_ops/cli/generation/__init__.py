@@ -1,0 +1,1 @@
+"""`xlstm-ops generate`: from the flags to text, progress and statistics."""

@@ -1,0 +1,1 @@
+"""What several commands share: loading a model, options, errors as one line, tables."""

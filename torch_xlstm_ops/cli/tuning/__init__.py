@@ -1,0 +1,1 @@
+"""`xlstm-ops tune`: from the flags to searches and their winners."""
