@@ -25,8 +25,9 @@ class Output(Protocol):
 class Kernels(NamedTuple):
     """Functions of contiguous tensors; shapes as in `maths.mlstm`, streams q k v igate fgate (G, NC, L, ...).
 
-    On the CPU the two forward passes return None, and write nothing, where the state after the segment, or before it,
-    holds NaN or infinity: a matrix product would carry those to tokens that the recurrence keeps them from.
+    The forward passes empty the list of streams before they ask for the memory of h, which can then take theirs. On the
+    CPU `forward` returns None, and writes nothing, if the state after the segment is not finite: a matrix product carries
+    NaN and infinity to tokens that the recurrence keeps them from.
     """
 
     # streams, the state before or None for zeros, h -> the state after

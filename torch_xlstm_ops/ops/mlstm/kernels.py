@@ -54,24 +54,27 @@ def _forward(compiled: Compiled, eps: float) -> Callable[[list[Tensor], State | 
     final_state_ = compiled(mlstm.final_state_)
 
     def forward(streams: list[Tensor], state: State | None, out: Output) -> State | None:
-        q, k, v = streams[:3]
+        v, scores = streams[2], mlstm.scores(*streams[:2])
+        G, NC = v.shape[:2]
         q_gated = C_before = None
-        if state is None and q.shape[1] == 1:
-            P, *after = single_chunk([*streams, mlstm.scores(q, k)])
-        elif state is None and mlstm.prefers_zero_state(q.device.type):
-            P, q_gated, W, dC, n, m, keep, add = zero_state([*streams, mlstm.scores(q, k)])
+        if state is None and NC == 1:
+            P, *after = single_chunk([*streams, scores])
+        elif state is None and mlstm.prefers_zero_state(v.device.type):
+            P, q_gated, W, dC, n, m, keep, add = zero_state([*streams, scores])
             C_before = mlstm.inter_chunk_states(W, dC, None)
-            after = [n.new_empty((q.shape[0], q.shape[-1], v.shape[-1])), n, m]
+            after = [n.new_empty((*n.shape, v.shape[-1])), n, m]
             final_state_([dC, C_before, keep, add, after[0]])
             del W, dC
         else:
-            state = empty_state(streams, q.shape[0], zero=True) if state is None else state
-            P, q_gated, W, dC, *after = general([*streams, mlstm.scores(q, k), *state])
+            state = empty_state(streams, G, zero=True) if state is None else state
+            P, q_gated, W, dC, *after = general([*streams, scores, *state])
         if not finite(*after[:2]):
             return None
         if q_gated is not None and C_before is None:
             C_before = mlstm.inter_chunk_states(W, dC, state[0])  # type: ignore[index]
             del W, dC
+        del scores
+        streams.clear()
         _write(out, P, q_gated, C_before, v)
         return after
 
@@ -85,6 +88,8 @@ def _forward_from_summary(compiled: Compiled, eps: float) -> Callable[..., None]
     def forward(streams: list[Tensor], summary: Sequence[Tensor], state: State, out: Output) -> None:
         (q, k, v, igate, fgate), (M, dC, dn), (c, n, m) = streams, summary[4:], state
         P, q_gated, W = factors([q, igate, fgate, mlstm.scores(q, k), M, dn, n, m])
+        del q, k, igate, fgate
+        streams.clear()
         _write(out, P, q_gated, mlstm.inter_chunk_states(W, dC, c), v)
 
     return forward
