@@ -26,8 +26,8 @@ class Kernels(NamedTuple):
     """Functions of contiguous tensors; shapes as in `maths.mlstm`, streams q k v igate fgate (G, NC, L, ...).
 
     The forward passes empty the list of streams before they ask for the memory of h, which can then take theirs. On the
-    CPU `forward` returns None, and writes nothing, if the state after the segment is not finite: a matrix product carries
-    NaN and infinity to tokens that the recurrence keeps them from.
+    CPU `forward` returns None, and writes nothing, if the state after the segment is not finite: a matrix product
+    carries NaN and infinity to tokens that the recurrence keeps them from.
     """
 
     # streams, the state before or None for zeros, h -> the state after
