@@ -18,7 +18,7 @@ from tests.context_models import SEGMENT, Interrupting, build, equal, some_token
 from torch_xlstm_ops.context import StatePool, Storage, StreamError, codec, prefill, state_file, states
 from torch_xlstm_ops.context.pool.memory import MemoryTiers
 from torch_xlstm_ops.context.pool.tree import RadixTree, common_length
-from torch_xlstm_ops.context.tokens import as_array, digest
+from torch_xlstm_ops.context.tokens import TokenDigest, as_array, digest
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
 
@@ -396,3 +396,23 @@ def test_a_folder_that_cannot_be_written_is_told_and_reading_goes_on(model: Any,
         found = prefill(model, some_tokens(40), segment=64, pool=pool)
     assert found.position == 40
     assert pool.find(some_tokens(40)) is not None, "in memory"
+
+
+def test_each_token_is_hashed_once_and_the_keys_are_those_of_the_whole(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, hashed, add = some_tokens(20 * SEGMENT), [0], TokenDigest.add
+
+    def counted(self: TokenDigest, piece: array[int]) -> None:
+        hashed[0] += len(piece)
+        add(self, piece)
+
+    pool = StatePool(model, tmp_path)
+    monkeypatch.setattr(TokenDigest, "add", counted)
+    prefill(model, tokens, segment=SEGMENT, pool=pool)
+    assert hashed[0] == len(tokens)
+    monkeypatch.undo()
+    names = {path.name for path in tmp_path.rglob("*.safetensors")}
+    ends = range(SEGMENT, len(tokens) + 1, SEGMENT)
+    assert names == {f"{end:012d}-{digest(as_array(tokens[:end]))}-{SEGMENT}.safetensors" for end in ends}
+    assert [pool.find(tokens[:end], segment=SEGMENT).position for end in ends] == list(ends)

@@ -27,15 +27,14 @@ class Checkpoint:
             return None
         try:
             encoded = state_file.read(self._path)
-            snapshot = codec.decode(encoded, adapter.device_of(model))
-            states.check_fits(model, snapshot)
+            states.check_identity(model, encoded.about["identity"])
             if (wrong := codec.mismatch(encoded, states.outline(model))) is not None:
                 raise state_file.DamagedFile(f"{self._path} does not fit the model: {wrong}")
         except state_file.DamagedFile as error:
             self._refuse_foreign()
             warnings.warn(f"the prompt is read from its first token: {error}", RuntimeWarning, stacklevel=3)
             return None
-        return snapshot
+        return codec.decode(encoded, adapter.device_of(model))
 
     def _refuse_foreign(self) -> None:
         assert self._path is not None

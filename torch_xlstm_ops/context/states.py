@@ -74,10 +74,15 @@ def restore(model: Any, snapshots: Sequence[Snapshot]) -> Any:
                                  max(snapshot.position for snapshot in snapshots))
 
 
+def check_identity(model: Any, given: str) -> None:
+    """Raise StateMismatch unless a snapshot's identity is that of the model, or UNIDENTIFIED."""
+    if given != UNIDENTIFIED and given != (own := identity(model)):
+        raise StateMismatch(f"snapshot must be of the model with identity {own}, got one of {given}")
+
+
 def check_fits(model: Any, snapshot: Snapshot) -> None:
     """Raise StateMismatch unless a snapshot is of this model, TypeError unless it has the dtype of its cache."""
-    if snapshot.identity != UNIDENTIFIED and snapshot.identity != (own := identity(model)):
-        raise StateMismatch(f"snapshot must be of the model with identity {own}, got one of {snapshot.identity}")
+    check_identity(model, snapshot.identity)
     wanted = outline(model).layers[0].c.dtype
     for layer in snapshot.layers:
         for tensor in layer:

@@ -38,10 +38,12 @@ def _read(path: str | Path, max_bytes: int, follow_links: bool, *, whole: bool) 
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     if not follow_links:
         flags |= getattr(os, "O_NOFOLLOW", 0)
-    with open(os.open(path, flags), "rb") as file:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("not a regular file")
+    handle = os.open(path, flags)
+    about = os.fstat(handle)
+    if not stat.S_ISREG(about.st_mode):
+        os.close(handle)
+        raise ValueError("not a regular file")
+    with open(handle, "rb") as file:
         if whole and about.st_size > max_bytes:
             raise ValueError(f"{about.st_size} bytes, more than {max_bytes}")
         try:

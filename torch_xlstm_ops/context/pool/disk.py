@@ -8,6 +8,7 @@ dies; the next writer removes what such a process left unfinished. Links are nev
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from array import array
 from collections.abc import Iterator
@@ -209,10 +210,11 @@ class DiskTier:
 
 def _mark_used(name: StateName) -> bool:
     """Make a file the most recently used, if permissions allow it, and return whether it is there."""
-    if name.path.is_symlink():
-        return False
     try:
+        if name.path.parent.is_symlink() or not stat.S_ISREG(name.path.lstat().st_mode):
+            return False
+    except OSError:  # gone
+        return False
+    with suppress(OSError):
         os.utime(name.path)
-    except OSError:  # gone, or in a folder that may only be read
-        return name.path.exists()
     return True
