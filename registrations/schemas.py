@@ -25,12 +25,12 @@ SCHEMAS = {
     ),
     "slstm_step": f"({_CELL}, {_CELL_STATE}, *, float floor=0.0) -> (Tensor, Tensor, Tensor, Tensor)",
     "slstm_sequence": (
-        f"({_CELL}, Tensor? y=None, {_MAYBE_STATE}, {_RESET}, *, float floor=0.0)"
+        f"({_CELL}, Tensor? y=None, {_MAYBE_STATE}, {_RESET}, *, float floor=0.0, str? schedule=None)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "slstm_sequence_backward": (
         f"(Tensor dh, Tensor dy, Tensor dc, Tensor dn, Tensor dm, {_CELL}, Tensor? y, Tensor? c, Tensor? n, Tensor? m,"
-        f" Tensor h, {_RESET}, *, float floor=0.0)"
+        f" Tensor h, {_RESET}, *, float floor=0.0, str? schedule=None)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }

@@ -72,9 +72,9 @@ def mlstm_step_(
 
 def slstm_sequence(
     x: Tensor, r: Tensor, b: Tensor, y: Tensor | None = None, c: Tensor | None = None, n: Tensor | None = None,
-    m: Tensor | None = None, *, reset: Tensor | None = None, floor: float = 0.0,
+    m: Tensor | None = None, *, reset: Tensor | None = None, floor: float = 0.0, schedule: str | None = None,
 ) -> tuple[Tensor, SLSTMState]:
-    """Run an sLSTM over a sequence, step by step in compiled blocks; differentiable.
+    """Run an sLSTM over a sequence, step by step or parallel in time; differentiable.
 
         g  = x_t + R y + b, the gates i f z o          log_f = logsigmoid(f)
         m' = i where n == 0 else max(i, log_f + m)
@@ -88,12 +88,16 @@ def slstm_sequence(
         default zeros. A cell is fresh where n is 0; its m means nothing.
     reset: (B, S), bool, true where a row starts afresh at a token, as a packed document does; default nowhere.
     floor: least n, default 0.0; FlashRNN's is 1.0.
+    schedule: auto, sequential or parallel; default the configured one. parallel computes all tokens at once, in rounds
+        that end when the result is the sequential one within the dtype's tolerance.
 
     Returns h (B, S, NH, DH) in x's dtype, and the state after the last token.
-    Raises ValueError for shapes, devices and values, TypeError for dtypes.
+    Raises ValueError for shapes, devices and values, TypeError for dtypes, NotImplementedError for a schedule that
+    cannot run here.
     Source: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eq. 8 to 18.
     """
-    h, *state = torch.ops.xlstm.slstm_sequence(x, r, b, y, c, n, m, reset, floor=floor)
+    name = None if schedule is None else str(schedule)
+    h, *state = torch.ops.xlstm.slstm_sequence(x, r, b, y, c, n, m, reset, floor=floor, schedule=name)
     return h, SLSTMState(*state)
 
 

@@ -8,7 +8,7 @@ The environment, and the TOML file that ``XLSTM_OPS_CONFIG`` names, are read onc
 them again. An unknown name or a value that cannot be used is an error that says where it was given.
 """
 
-from torch_xlstm_ops.config.active import current, for_call, on_load, reload, sources, use
+from torch_xlstm_ops.config.active import current, for_call, on_load, reload, slstm_schedule, sources, use
 from torch_xlstm_ops.config.layers import FILE_VARIABLE, PATCH_VARIABLE, Source
 from torch_xlstm_ops.config.settings import (
     FRACTION,
@@ -19,6 +19,7 @@ from torch_xlstm_ops.config.settings import (
     Kind,
     Schedule,
     Setting,
+    SLSTMSchedule,
     add_flags,
     check,
     given_flags,
@@ -31,6 +32,7 @@ __all__ = [
     "PATCH_VARIABLE",
     "PREFIX",
     "SETTINGS",
+    "SLSTMSchedule",
     "WHOLE",
     "Config",
     "Kind",
@@ -45,6 +47,7 @@ __all__ = [
     "markdown",
     "on_load",
     "reload",
+    "slstm_schedule",
     "sources",
     "use",
 ]

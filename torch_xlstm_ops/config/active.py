@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch_xlstm_ops.config import layers
 from torch_xlstm_ops.config.layers import Source, Values
-from torch_xlstm_ops.config.settings import SETTINGS, Config, Schedule, check, setting
+from torch_xlstm_ops.config.settings import SETTINGS, SLSTM_SCHEDULE, Config, Schedule, SLSTMSchedule, check, setting
 from torch_xlstm_ops.runtime.state import on_reset
 
 
@@ -78,6 +78,13 @@ def for_call(*, schedule: Schedule | str | None = None, chunk_size: int | None =
     if schedule is None and chunk_size is None:
         return config
     return _over(config, schedule, chunk_size)
+
+
+def slstm_schedule(schedule: str | None) -> SLSTMSchedule:
+    """Return the sLSTM schedule of a call; None for the configured one. Raises ValueError for an unknown name."""
+    if schedule is None:
+        return current().slstm_schedule
+    return check(SLSTM_SCHEDULE, schedule, "schedule", text=False)  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=1024, typed=True)  # typed: True equals 1, but is not a chunk size

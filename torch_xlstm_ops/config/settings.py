@@ -31,6 +31,21 @@ class Schedule(str, Enum):
         return str(self.value)
 
 
+class SLSTMSchedule(str, Enum):
+    """How an sLSTM sequence is executed.
+
+    auto: parallel where it is expected to be faster. sequential: compiled steps, one after another. parallel: all
+    tokens at once, in rounds that end when the result is the sequential one within the dtype's tolerance.
+    """
+
+    AUTO = "auto"
+    SEQUENTIAL = "sequential"
+    PARALLEL = "parallel"
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Values of all settings; None leaves the choice to the plan."""
@@ -46,6 +61,7 @@ class Config:
     mem_fraction: float | None = None
     ray_address: str | None = None
     tuned: str = "on"
+    slstm_schedule: SLSTMSchedule = SLSTMSchedule.AUTO
 
 
 class Kind(NamedTuple):
@@ -102,6 +118,9 @@ FRACTION = Kind("a number above 0 and at most 1", float, lambda v: type(v) in (i
 SCHEDULE = Kind(
     "one of " + ", ".join(Schedule), _read_schedule, lambda v: isinstance(v, Schedule), textual=True
 )
+SLSTM_SCHEDULE = Kind(
+    "one of " + ", ".join(SLSTMSchedule), SLSTMSchedule, lambda v: isinstance(v, SLSTMSchedule), textual=True
+)
 TRACE_FILE = Kind(
     "a file name ending in .csv, .jsonl or .json",
     str,
@@ -129,6 +148,7 @@ SETTINGS: Mapping[str, Setting] = {
                 ("XLSTM_MEM_SOFT_PCT", "XLSTM_MEM_HARD_PCT")),
         Setting("ray_address", ADDRESS, "ADDRESS", "the Ray cluster to attach to, instead of starting Ray here"),
         Setting("tuned", TUNED, "FILE", "whether auto uses what `xlstm-ops tune` found, and where that is kept"),
+        Setting("slstm_schedule", SLSTM_SCHEDULE, "NAME", "how an sLSTM sequence is executed"),
     )
 }
 

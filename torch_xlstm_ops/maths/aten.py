@@ -97,8 +97,9 @@ def slstm_step(
 def slstm_sequence(
     x: Tensor, r: Tensor, b: Tensor, y: Tensor | None = None, c: Tensor | None = None, n: Tensor | None = None,
     m: Tensor | None = None, reset: Tensor | None = None, *, floor: float = 0.0,
+    schedule: str | None = None,
 ) -> Results:
-    """Run an sLSTM over a sequence, step by step; arguments as of the operator `slstm_sequence`."""
+    """Run an sLSTM over a sequence, step by step; arguments as of the operator `slstm_sequence`. schedule: ignored."""
     y, c, n, m = state = _slstm_state(x, (y, c, n, m))
     h, *after = slstm.recurrent(x, r, b, y, c, n, m, reset, floor=floor)
     return h, *[t.clone() if any(t is s for s in state) else t for t in after]
@@ -124,7 +125,7 @@ def mlstm_chunkwise_backward(
 def slstm_sequence_backward(
     dh: Tensor, dy: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, x: Tensor, r: Tensor, b: Tensor,
     y: Tensor | None, c: Tensor | None, n: Tensor | None, m: Tensor | None, h: Tensor, reset: Tensor | None = None,
-    *, floor: float = 0.0,
+    *, floor: float = 0.0, schedule: str | None = None,
 ) -> Results:
     """Return the gradients of `slstm_sequence`, themselves differentiable; arguments as of the operator.
 
