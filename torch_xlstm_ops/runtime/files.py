@@ -1,15 +1,17 @@
-"""Replace files atomically: a reader sees the old content or all of the new one, never a part of it."""
+"""Replace files atomically, and lock them between processes and threads."""
 
 from __future__ import annotations
 
 import os
-import secrets
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO, overload
 
+LOCK_WAIT_S = 30.0
 PARTIAL = ".partial"  # how the hidden files that are being written end
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 @overload
@@ -36,7 +38,7 @@ def replacing(path: str | Path, mode: str = "w", *, durable: bool = False) -> It
     """
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
-    partial = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}{PARTIAL}")
+    partial = os.path.join(folder, f".{name[:100]}.{os.urandom(8).hex()}{PARTIAL}")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     # Mode "x" fails for a file or link that is already there.
     with open(partial, mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
@@ -76,3 +78,47 @@ def _flush_folder(folder: str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def locked(lock: str | Path, seconds: float = LOCK_WAIT_S) -> Iterator[None]:
+    """Hold a lock file inside a ``with`` block; the system releases it when the process ends in any way.
+
+    Raises OSError if the file cannot be created, TimeoutError if another holds the lock for `seconds`.
+    """
+    end = time.monotonic() + seconds
+    while (handle := _try_lock(lock)) is None:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{lock} is still locked by another process after {seconds:g} s: wait until it ends")
+        time.sleep(0.002)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows does not delete an open file
+            os.remove(lock)
+        os.close(handle)
+
+
+def _try_lock(lock: str | Path) -> int | None:
+    """Return the handle of the lock file, locked, or None if another holds it."""
+    handle = os.open(lock, _LOCK_FLAGS, 0o666)
+    held = False
+    try:
+        with suppress(BlockingIOError, PermissionError, FileNotFoundError):
+            _lock_now(handle)
+            held = os.path.samestat(os.fstat(handle), os.stat(lock))  # else the last holder deleted it meanwhile
+    finally:
+        if not held:
+            os.close(handle)
+    return handle if held else None
+
+
+def _lock_now(handle: int) -> None:
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        import msvcrt
+
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
