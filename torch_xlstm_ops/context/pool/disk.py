@@ -23,8 +23,7 @@ from torch_xlstm_ops.context.pool.memory import Usage
 from torch_xlstm_ops.context.state_file import DamagedFile
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import TokenDigest
-from torch_xlstm_ops.runtime.file_lock import locked
-from torch_xlstm_ops.runtime.files import PARTIAL
+from torch_xlstm_ops.runtime.files import PARTIAL, locked
 
 LOCK_TIMEOUT_SECONDS = 30.0
 
