@@ -155,7 +155,7 @@ def test_directories_that_hold_no_usable_xlstm_are_one_line(
 --model must hold weights that transformers can read, got DIR/broken: SafetensorError: Error while deserializing header: header too small
 --model must hold every weight of its config.json, got DIR/broken without lm_head.weight
 --model must hold lm_head.weight of shape (257, 64), got (10, 64) in DIR/broken
-the model must give numbers after the prompt, got NaN: try --dtype float32
+the model's logits after the prompt are NaN: try --dtype float32
 --model must hold its tokenizer, got DIR/broken without tokenizer.json
 --model must hold a tokenizer that transformers can read, got DIR/broken: KeyError: 'added_tokens'""")  # noqa: E501
 

@@ -119,7 +119,7 @@ def test_an_interrupted_prompt_is_resumed(
     status, *written = long("--resume", file)
     assert (status, text_and_table(*written)[1]["ended by"]) == (130, "interrupt")
     assert written[1].endswith(f"\ninterrupted: {file} holds the state after 64 of the prompt's 128 tokens; "
-                               "run the same command to go on from there\n")
+                               "run the same command to resume\n")
     assert state_file.read(file).about["position"] == "64"
     assert text_and_table(*long("--resume", file)[1:])[0] == expected
     assert count[0] == 3 + 3  # two pieces, and the end
@@ -136,8 +136,8 @@ def test_an_interrupt_before_anything_was_read_says_that_nothing_is_kept(
     monkeypatch.setattr(reader.PromptReader, "advance", advance)
     status, _, err = long("--resume", tmp_path / "state")
     assert status == 130
-    assert err.endswith(f"\ninterrupted before a part of the prompt was read: {tmp_path / 'state'} is not written, "
-                        "the same command starts again\n")
+    assert err.endswith(f"\ninterrupted before the first piece of the prompt was read: {tmp_path / 'state'} was "
+                        "not written; run the same command again\n")
 
 
 def test_a_state_of_another_prompt_is_one_line(write: Command, long: Command, tmp_path: Path) -> None:

@@ -59,7 +59,6 @@ CONTENT: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.filterwarnings("ignore:could not save a state:RuntimeWarning")  # a folder cannot be replaced
 @pytest.mark.parametrize("kind", CONTENT)
 def test_what_is_no_state_is_damaged_and_read_again(
     model: Any, whole: states.Snapshot, tmp_path: Path, kind: str

@@ -50,7 +50,7 @@ def python(code: str, *path: Path, cwd: Path) -> list[str]:
 
 def check_one_place(files: Sequence[str], package: Path, registrations: Path) -> None:
     assert str(package / "__init__.py") in files
-    assert str(registrations / "mlstm.py") in files
+    assert str(registrations / "register.py") in files
     assert not [file for file in files if not file.startswith((f"{package}{os.sep}", f"{registrations}{os.sep}"))]
 
 

@@ -29,7 +29,7 @@ PURE = "caches a function of its arguments alone"
 EXEMPT = {
     "config.active:_listeners": IMPORT,
     "config.tuned_plans:_processor": PURE,
-    "context.states:_known": "checked against the model's weights at each use",
+    "models.identity:_known": "checked against the model's weights at each use",
     "models.transformers:_parameters": PURE,
     "patch.replacements:_active": "belongs to handles, which restore the originals",
     "registrations.devices:kept_whole": PURE,

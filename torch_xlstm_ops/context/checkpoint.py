@@ -49,13 +49,13 @@ class Checkpoint:
             self.save(snapshot)
 
     def save(self, snapshot: Snapshot | None) -> None:
-        """Save a state that the file does not hold; if that is impossible, warn and go on."""
+        """Save a state that the file does not hold; if that is impossible, warn."""
         if self._path is None or snapshot is None or snapshot is self.saved:
             return
         try:
             state_file.write(self._path, state_file.to_bytes(codec.encode(snapshot)))
         except OSError as error:
             warnings.warn(f"could not save the state after {snapshot.position} tokens to {self._path}: "
-                          f"{error.strerror}; reading goes on", RuntimeWarning, stacklevel=3)
+                          f"{error.strerror}", RuntimeWarning, stacklevel=3)
         else:
             self.saved = snapshot

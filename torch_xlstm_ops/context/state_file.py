@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from torch_xlstm_ops.context import codec
-from torch_xlstm_ops.context.codec import FORMAT, EncodedSnapshot
+from torch_xlstm_ops.context.codec import FORMAT, EncodedSnapshot, Storage
+from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.models.identity import raw_bytes
 from torch_xlstm_ops.runtime import bounded_read, files
 
 SUFFIX = ".safetensors"
-MAX_BYTES = 1 << 36  # of a file that is read; a state of a 7B model has about 2**27
-_MAX_HEADER_BYTES = 1 << 24
+MAX_BYTES = 1 << 36  # of a file that is read for any model; a state of a 7B model has about 2**27
+MAX_HEADER_BYTES = 1 << 24
 
 
 class DamagedFile(ValueError):
@@ -35,8 +36,13 @@ def write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def read(path: Path, *, follow_links: bool = True) -> EncodedSnapshot:
-    """Return the snapshot in a file.
+def max_bytes(outline: Snapshot) -> int:
+    """Return the most bytes that a file with a state of a model has, in any storage."""
+    return MAX_HEADER_BYTES + max(codec.encoded_bytes(outline, storage) for storage in Storage)
+
+
+def read(path: Path, most: int = MAX_BYTES, *, follow_links: bool = True) -> EncodedSnapshot:
+    """Return the snapshot in a file of at most `most` bytes.
 
     Raises DamagedFile for anything but a snapshot as it was written, OSError for a file that cannot be opened.
     """
@@ -44,7 +50,8 @@ def read(path: Path, *, follow_links: bool = True) -> EncodedSnapshot:
     from safetensors.torch import load
 
     try:
-        content = bounded_read.read_bytes(path, MAX_BYTES, follow_links=follow_links)
+        _header_bytes(bounded_read.read_beginning(path, 8, follow_links=follow_links))  # before the rest is read
+        content = bounded_read.read_bytes(path, most, follow_links=follow_links)
         about = _metadata(content)
         checksum = about.pop("checksum")
         encoded = EncodedSnapshot(about, load(content))
@@ -58,11 +65,15 @@ def read(path: Path, *, follow_links: bool = True) -> EncodedSnapshot:
     return encoded
 
 
-def _metadata(content: bytes) -> dict[str, str]:
-    (length,) = struct.unpack_from("<Q", content)
-    if length > _MAX_HEADER_BYTES:
+def _header_bytes(content: bytes) -> int:
+    length: int = struct.unpack_from("<Q", content)[0]
+    if not 0 < length <= MAX_HEADER_BYTES:
         raise ValueError(f"a header of {length} bytes")
-    about: dict[str, Any] = bounded_read.parse_json(content[8 : 8 + length])["__metadata__"]
+    return length
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    about: dict[str, Any] = bounded_read.parse_json(content[8 : 8 + _header_bytes(content)])["__metadata__"]
     if not all(type(value) is str for value in about.values()):
         raise TypeError("metadata that is no text")
     return about
@@ -70,7 +81,7 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 def is_state(path: Path) -> bool:
     """Return whether a file is empty, or begins as a state does, complete or not."""
-    beginning = bounded_read.read_beginning(path, 4096)
+    beginning = bounded_read.read_beginning(path, 1 << 16)
     return not beginning or FORMAT.encode() in beginning
 
 

@@ -26,9 +26,9 @@ def read_bytes(path: str | Path, max_bytes: int, *, follow_links: bool = True) -
     return _read(path, max_bytes, follow_links, whole=True)
 
 
-def read_beginning(path: str | Path, count: int) -> bytes:
+def read_beginning(path: str | Path, count: int, *, follow_links: bool = True) -> bytes:
     """Return the first `count` bytes of a regular file, or all of a shorter one. Raises as `read_bytes` does."""
-    return _read(path, count, True, whole=False)
+    return _read(path, count, follow_links, whole=False)
 
 
 def _read(path: str | Path, max_bytes: int, follow_links: bool, *, whole: bool) -> bytes:

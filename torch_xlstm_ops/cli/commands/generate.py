@@ -15,14 +15,14 @@ HELP = "write text with an xLSTM and time it"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `generate`."""
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory of an xLSTM (default: the embedded one)")
-    parser.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: two lines of Python)")
-    parser.add_argument("--prompt-file", metavar="FILE", help="file with the text to go on from")
-    parser.add_argument("--pool", metavar="DIR", help="keep the prompt's states here, and go on from those that fit")
-    parser.add_argument("--resume", metavar="FILE", help="save a long prompt's state here now and then, and go on from "
-                        "what is there")
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: two lines of Python)")
+    parser.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue")
+    parser.add_argument("--pool", metavar="DIR", help="save the prompt's states in this folder, and resume from them")
+    parser.add_argument("--resume", metavar="FILE", help="save a long prompt's state in this file now and then, and "
+                        "resume from it")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
     parser.add_argument("--no-patch", action="store_true", help="run transformers' own code instead of ours")
-    parser.add_argument("--quiet", action="store_true", help="write the text alone: no progress, no table")
+    parser.add_argument("--quiet", action="store_true", help="write the text only: no progress, no table")
     for option in request.OPTIONS:
         default = "" if option.default is None else f" (default {option.default})"
         parser.add_argument(option.flag, metavar=option.metavar, help=option.help + default)

@@ -30,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     exchange.add_argument("--export", metavar="FILE", help="write what is kept for auto to a file, and search nothing")
     exchange.add_argument("--import", metavar="FILE", dest="source", help="keep what a file holds, and search nothing")
     flags = parser.add_argument_group("flags of search and ablate")
-    flags.add_argument("--resume", action="store_true", help="go on with the searches in --out")
+    flags.add_argument("--resume", action="store_true", help="resume the searches in --out")
     flags.add_argument("--model", metavar="DIR", help="Hugging Face directory of an xLSTM (default: the embedded one)")
     flags.add_argument("--no-apply", action="store_true", help="do not keep the winner for schedule auto")
     for option in OPTIONS:

@@ -49,10 +49,11 @@ def how_to_resume(file: str, total: int) -> str:
     """Return what `--resume` does after an interrupt."""
     path = Path(file)
     if not path.exists():
-        return f"interrupted before a part of the prompt was read: {file} is not written, the same command starts again"
+        return (f"interrupted before the first piece of the prompt was read: {file} was not written; "
+                "run the same command again")
     position = state_file.read(path).about["position"]
     return (f"interrupted: {file} holds the state after {position} of the prompt's {total} tokens; "
-            "run the same command to go on from there")
+            "run the same command to resume")
 
 
 def print_table(about: dict[str, object], notes: Sequence[str]) -> None:

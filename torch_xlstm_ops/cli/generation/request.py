@@ -23,13 +23,13 @@ _STATS_FILE = Kind("a file name ending in .csv or .json", str, lambda v: str(v).
 OPTIONS = (
     Option("max_new_tokens", WHOLE, "COUNT", 200, "most tokens to write"),
     Option("temperature", _TEMPERATURE, "T", 0.0, "0 always takes the most likely token"),
-    Option("top_k", WHOLE, "COUNT", None, "sample among this many of the likeliest tokens"),
-    Option("top_p", FRACTION, "P", None, "sample among the likeliest tokens that reach this probability"),
+    Option("top_k", WHOLE, "COUNT", None, "sample among this many most likely tokens"),
+    Option("top_p", FRACTION, "P", None, "sample among the most likely tokens that reach this probability"),
     Option("seed", COUNT, "SEED", 0, "of the sampling"),
     Option("device", one_of("auto", *devices.KINDS), "NAME", "auto", "auto, cpu, cuda or mps"),
     Option("dtype", one_of("auto", *DTYPES), "NAME", "auto", "auto is the checkpoint's, and float32 on the CPU"),
     Option("stats_log", _STATS_FILE, "FILE", None, "write timings of prefill and decode: .csv or .json"),
-    Option("prefill_workers", WHOLE, "COUNT", None, "read the prompt by this many Ray actors, each a shard of it"),
+    Option("prefill_workers", WHOLE, "COUNT", None, "read the prompt by this many Ray actors, each a part of it"),
     Option("stats_every", WHOLE, "TOKENS", None, "tokens between two lines of the log (default 16)"),
 )
 

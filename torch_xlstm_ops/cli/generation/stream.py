@@ -61,7 +61,7 @@ def generate_tokens(
         logits, cache = read(prompt)
         counter(Progress(len(prompt), len(prompt), len(prompt), 0.0, None))
     if bool(logits.isnan().any()):
-        raise BadInput("the model must give numbers after the prompt, got NaN: try --dtype float32")
+        raise BadInput("the model's logits after the prompt are NaN: try --dtype float32")
     token = choose(logits)
     counter.finish()
     meter.start("decode")

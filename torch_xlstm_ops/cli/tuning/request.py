@@ -110,9 +110,9 @@ def _shape_of(model: Path) -> tuple[int, int, int, int]:
     """Return the sizes of one prompt's call in a model."""
     check_directory(model)
     try:
-        told = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        NH, width = int(told["num_heads"]), int(told["hidden_size"])
-        return 1, NH, int(width * told["qk_dim_factor"]) // NH, int(width * told["v_dim_factor"]) // NH
+        settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        NH, width = int(settings["num_heads"]), int(settings["hidden_size"])
+        return 1, NH, int(width * settings["qk_dim_factor"]) // NH, int(width * settings["v_dim_factor"]) // NH
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"--model must be a directory of a Hugging Face xLSTM, got {model}: {type(error).__name__}: "
                        f"{error}") from None

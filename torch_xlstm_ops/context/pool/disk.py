@@ -23,8 +23,7 @@ from torch_xlstm_ops.context.pool.memory import Usage
 from torch_xlstm_ops.context.state_file import DamagedFile
 from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import TokenDigest
-from torch_xlstm_ops.runtime.file_lock import locked
-from torch_xlstm_ops.runtime.files import PARTIAL
+from torch_xlstm_ops.runtime.files import PARTIAL, locked
 
 LOCK_TIMEOUT_SECONDS = 30.0
 
@@ -85,7 +84,8 @@ class DiskTier:
         outline: of the model whose states the snapshot must fit; default any model.
         """
         try:
-            encoded = state_file.read(name.path, follow_links=False)
+            most = state_file.MAX_BYTES if outline is None else state_file.max_bytes(outline)
+            encoded = state_file.read(name.path, most, follow_links=False)
             check_name(encoded, name)
             if outline is not None and (wrong := codec.mismatch(encoded, outline)) is not None:
                 raise DamagedFile(f"{name.path} does not fit the model: {wrong}")
@@ -93,7 +93,11 @@ class DiskTier:
             warnings.warn(f"removed a damaged state, its tokens are read again: {error}", RuntimeWarning, stacklevel=4)
             self.remove(name)
             return None
-        except OSError:
+        except FileNotFoundError:  # another process removed it
+            return None
+        except OSError as error:
+            warnings.warn(f"could not read the state {name.path}, its tokens are read again: {error.strerror}",
+                          RuntimeWarning, stacklevel=4)
             return None
         _mark_used(name)
         return encoded
@@ -188,8 +192,10 @@ class DiskTier:
         return removed
 
     def remove(self, name: StateName) -> None:
-        """Remove a file and its pin, if permissions allow it."""
+        """Remove a file and its pin, if permissions allow it; a folder of that name is renamed, with its content."""
         with suppress(OSError):
+            if name.path.is_dir() and not name.path.is_symlink():
+                name.path.rename(name.path.with_name(f".{name.path.name}.{os.urandom(8).hex()}.aside"))
             name.path.unlink(missing_ok=True)
             name.pin.unlink(missing_ok=True)
 

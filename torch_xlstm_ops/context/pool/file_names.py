@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from torch_xlstm_ops.context.codec import EncodedSnapshot
 from torch_xlstm_ops.context.state_file import SUFFIX, DamagedFile
 
 PIN = ".pin"
+# O_NOFOLLOW: a link must not create a file outside the pool's folder.
+_PIN_FLAGS = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class StateName(NamedTuple):
@@ -25,9 +28,9 @@ class StateName(NamedTuple):
         return self.path.with_suffix(PIN)
 
     def set_pin(self, pinned: bool) -> None:
-        """Protect the file from eviction, or end the protection. Raises OSError."""
+        """Protect the file from eviction, or end the protection. Raises OSError, also for a pin that is a link."""
         if pinned:
-            self.pin.touch()
+            os.close(os.open(self.pin, _PIN_FLAGS, 0o666))
         else:
             self.pin.unlink(missing_ok=True)
 
