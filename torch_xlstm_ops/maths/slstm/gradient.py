@@ -78,7 +78,7 @@ def _cell_backward(
     dn = dn - torch.where(n == 0, 0.0, dy * h / one_if_zero(n))
     if floor:
         unfloored = keep * n_before + add
-        dn = dn * _share(unfloored > floor, unfloored == floor)
+        dn = dn * share(unfloored > floor, unfloored == floor)
 
     # Gradients of the exponents log_f + m - m' and i - m'; the first is clamped at 0 where the cell is empty. The
     # argument of the maximum m' is the one whose exponent is 0 (its factor 1); at a tie both are.
@@ -87,11 +87,11 @@ def _cell_backward(
     dcarried = torch.where(fresh & (keep == 1), 0.0, dcarried)
     dm = dm - dcarried - digate
     from_carried, from_igate = (keep == 1) & ~fresh, add == 1
-    digate = digate + dm * _share(from_igate, from_igate & from_carried)
-    dcarried = dcarried + dm * _share(from_carried, from_igate & from_carried)
+    digate = digate + dm * share(from_igate, from_igate & from_carried)
+    dcarried = dcarried + dm * share(from_carried, from_igate & from_carried)
     return [digate, dcarried * not_f, dc * add * (1 - z * z), dogate], dc * keep, dn * keep, dcarried
 
 
-def _share(takes: Tensor, tie: Tensor) -> Tensor:
+def share(takes: Tensor, tie: Tensor) -> Tensor:
     """Return the share of a maximum's gradient that an argument receives, as in torch.maximum."""
     return torch.where(tie, 0.5, torch.where(takes, 1.0, 0.0))

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import trace
+from torch_xlstm_ops import config, trace
+from torch_xlstm_ops.config import SLSTMSchedule
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.ops.slstm.arguments import check_gradients, check_sequence
 from torch_xlstm_ops.ops.slstm.kernels import DEFAULTS, block_dtype, kernels, product_dtype, product_of
+from torch_xlstm_ops.ops.slstm.parallel import Parallel, why_not
 from torch_xlstm_ops.runtime import compiler, devices
 from torch_xlstm_ops.schedules.slstm import blocks
 from torch_xlstm_ops.schedules.slstm.cuda_graphs import CudaGraphs
@@ -26,50 +28,55 @@ compiler.forget_with(graphs.clear)
 
 def run(
     x: Tensor, r: Tensor, b: Tensor, y: Tensor | None = None, c: Tensor | None = None, n: Tensor | None = None,
-    m: Tensor | None = None, reset: Tensor | None = None, *, floor: float = 0.0,
+    m: Tensor | None = None, reset: Tensor | None = None, *, floor: float = 0.0, schedule: str | None = None,
 ) -> Results:
     """Return h and the state y, c, n, m after a sequence."""
     check_sequence(x, r, b, (y, c, n, m), reset, floor)
+    chosen = _choose(x, schedule)
     with devices.submission(x.device):
         state = _initial_state(x, (y, c, n, m))
         if x.numel() == 0:
             return x.new_empty(x[:, :, 0].shape), *state
+        forward = _forward if chosen is SLSTMSchedule.SEQUENTIAL else parallel.forward
         if not trace.active():
-            return _forward(x, r, b, state, reset, floor)
-        with trace.span(OP, device=x.device):
-            return _forward(x, r, b, state, reset, floor)
+            return forward(x, r, b, state, reset, floor)
+        with trace.span(OP, schedule=str(chosen), device=x.device):
+            return forward(x, r, b, state, reset, floor)
 
 
 def fake(
     x: Tensor, r: Tensor, b: Tensor, y: Tensor | None = None, c: Tensor | None = None, n: Tensor | None = None,
-    m: Tensor | None = None, reset: Tensor | None = None, *, floor: float = 0.0,
+    m: Tensor | None = None, reset: Tensor | None = None, *, floor: float = 0.0, schedule: str | None = None,
 ) -> Results:
     """Check the arguments of a sequence and allocate its results."""
     check_sequence(x, r, b, (y, c, n, m), reset, floor)
+    config.slstm_schedule(schedule)
     B, S, _, NH, DH = x.shape
     wide = state_dtype(x.dtype)
     return x.new_empty((B, S, NH, DH)), *[x.new_empty((B, NH, DH), dtype=wide) for _ in range(4)]
 
 
-def run_backward(*tensors: Any, floor: float = 0.0) -> Results:
+def run_backward(*tensors: Any, floor: float = 0.0, schedule: str | None = None) -> Results:
     """Return the gradients of x r b y c n m; tensors: dh dy dc dn dm x r b y? c? n? m? h reset?."""
     _check_backward(tensors, floor)
     dh, *given = tensors[:5]
     x, r, b, *before = tensors[5:12]
     h, *mask = tensors[12:]
     reset = mask[0] if mask else None
+    chosen = _choose(x, schedule)
     with devices.submission(x.device):
         dstate = [t.clone(memory_format=torch.contiguous_format) for t in given]
         if x.numel() == 0:
             return *[torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, r, b)], *dstate
         state = _initial_state(x, before)
+        backward = _backward if chosen is SLSTMSchedule.SEQUENTIAL else parallel.backward
         if not trace.active():
-            return _backward(dh, dstate, x, r, b, state, h, reset, floor)
-        with trace.span(OP, phase="backward", device=x.device):
-            return _backward(dh, dstate, x, r, b, state, h, reset, floor)
+            return backward(dh, dstate, x, r, b, state, h, reset, floor)
+        with trace.span(OP, schedule=str(chosen), phase="backward", device=x.device):
+            return backward(dh, dstate, x, r, b, state, h, reset, floor)
 
 
-def fake_backward(*tensors: Any, floor: float = 0.0) -> Results:
+def fake_backward(*tensors: Any, floor: float = 0.0, schedule: str | None = None) -> Results:
     """Check the arguments of a gradient and allocate its results."""
     _check_backward(tensors, floor)
     return tuple(t.new_empty(t.shape) for t in (*tensors[5:8], *tensors[1:5]))
@@ -79,6 +86,20 @@ def save(args: Sequence[Any], results: Results) -> Sequence[Any]:
     """Return what the gradient reads: the arguments, None for those left out, with h before the reset mask."""
     args = [*args, *[None] * (8 - len(args))]
     return *args[:7], results[0], args[7]
+
+
+def _choose(x: Tensor, schedule: str | None) -> SLSTMSchedule:
+    """Return how a call runs, sequential or parallel; raise NotImplementedError if it must be parallel and cannot.
+
+    auto is sequential: the parallel functions take minutes to compile for each new head dimension.
+    """
+    asked = config.slstm_schedule(schedule)
+    if asked is not SLSTMSchedule.PARALLEL:
+        return SLSTMSchedule.SEQUENTIAL
+    reason = why_not(x)
+    if reason is not None:
+        raise NotImplementedError(f"schedule must be auto or sequential here, got parallel ({reason})")
+    return asked
 
 
 def _check_backward(tensors: Sequence[Any], floor: float) -> None:
@@ -134,3 +155,6 @@ def _initial_state(x: Tensor, state: Sequence[Tensor | None]) -> list[Tensor]:
 
 def _time_first(reset: Tensor | None, at: slice) -> tuple[Tensor, ...]:
     return () if reset is None else (reset[:, at].t(),)
+
+
+parallel = Parallel(_forward, _backward)

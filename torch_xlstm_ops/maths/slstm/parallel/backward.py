@@ -1,0 +1,104 @@
+"""One round of the backward pass over all tokens of a window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops.maths.slstm.cell import one_if_zero
+from torch_xlstm_ops.maths.slstm.parallel.backward_tokens import Factors, backwards, from_y, has_masks, times
+from torch_xlstm_ops.maths.slstm.parallel.window import Window, walk
+
+
+def record(
+    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float
+) -> tuple[Tensor, ...]:
+    """Return the factors of every token; c, n, m are those before each chunk, (NC, G, NH, DH)."""
+    found = [
+        Factors(step.keep, step.add, step.z, step.o, torch.sigmoid(-step.fgate), step.c, step.n)
+        for step in walk(Window.of(x, b, start, rest), (c, n, m), floor)
+    ]
+    return tuple(torch.stack(each, 1) for each in zip(*found, strict=True))
+
+
+def emit_back(
+    dh: Tensor, keep: Tensor, add: Tensor, z: Tensor, o: Tensor, not_f: Tensor, c: Tensor, n: Tensor, c_before: Tensor,
+    n_before: Tensor, dc: Tensor, dn: Tensor, w: Tensor, *rest: Tensor, floor: float, dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the gates i f z o, (NC, L, G, NH, DH) each, in a dtype; dc, dn, w: from after each chunk.
+    """
+    factors = Factors(keep, add, z, o, not_f, c, n)
+    found = [gates for _, gates in _gates(dh, factors, (c_before, n_before), (dc, dn, w), rest, floor)]
+    return tuple(torch.stack([t.to(dtype) for t in each], 1) for each in zip(*reversed(found), strict=True))
+
+
+def settle_back(
+    dh: Tensor, keep: Tensor, add: Tensor, z: Tensor, o: Tensor, not_f: Tensor, c: Tensor, n: Tensor, c_before: Tensor,
+    n_before: Tensor, dc: Tensor, dn: Tensor, w: Tensor, dgates: Tensor, *rest: Tensor, floor: float,
+) -> tuple[Tensor, ...]:
+    """Run `emit_back`, and tell how far the gradients moved and their size, as `settle` does.
+
+    dgates: those of the round before, (NC, L, G, NH, 4, DH).
+    """
+    factors = Factors(keep, add, z, o, not_f, c, n)
+    moved = squares = torch.zeros_like(dc)
+    stored = []
+    for t, gates in _gates(dh, factors, (c_before, n_before), (dc, dn, w), rest, floor):
+        stored.append([value.to(dgates.dtype) for value in gates])
+        for gate, value in enumerate(stored[-1]):
+            now, before = value.to(moved.dtype), dgates[:, t, :, :, gate].to(moved.dtype)
+            by = torch.where((now == before) | (now.isnan() & before.isnan()), 0.0, now - before)
+            moved, squares = moved + by * by, squares + torch.where(now.isnan(), 0.0, now * now)
+    return *(torch.stack(each, 1) for each in zip(*reversed(stored), strict=True)), moved, squares
+
+
+def _gates(
+    dh: Tensor, factors: Factors, before: Sequence[Tensor], after: Sequence[Tensor], rest: Sequence[Tensor],
+    floor: float,
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield each token, the last first, with the gradients of its gates i f z o, (NC, G, NH, DH) each."""
+    dc, dn, w = after
+    for token in backwards(dh, factors, before[0], before[1], rest, floor):
+        f, dy = token.f, token.dy
+        idle = (dy == 0) & (dc == 0) & (dn == 0) & (w == 0)
+        to_c, to_n, to_w = from_y(token)
+        if token.share is not None and token.unfloored is not None:
+            w = w + times(f.n - token.share * token.unfloored, dn, has_masks(rest)) + to_w
+        dc, dn = dc + to_c, dn + to_n
+        if token.share is not None:
+            dn = dn * token.share
+        found = [
+            f.add * (dc * f.z + dn) + w * token.taken,
+            (f.keep * (dc * token.c_before + dn * token.n_before) + w * token.carried) * f.not_f,
+            dc * f.add * (1 - f.z * f.z),
+            dy * (f.c / one_if_zero(f.n)) * f.o * (1 - f.o),
+        ]
+        dc, dn, w = f.keep * dc, f.keep * dn, token.carried * w
+        if token.reset is not None and token.pad is not None:
+            found = [torch.where(idle | token.pad, 0.0, gate) for gate in found]
+            dc, dn, w = (torch.where(idle | token.reset, 0.0, s) for s in (dc, dn, w))
+        yield token.t, found
+
+
+def operand_gradients(dgates: Tensor, r: Tensor, out: torch.dtype) -> Tensor:
+    """Return what R y asks of the gradient of y for every token at once, in a dtype.
+
+    dgates: (NC, L, G, NH, 4, DH); r: (NH, 4 DH, DH), as `slstm.weights_backward` lays it out.
+    Returns (NH, NC, L, G, DH).
+    """
+    NC, L, G, NH, _, DH = dgates.shape
+    operand = dgates.view(NC * L * G, NH, 4 * DH).transpose(0, 1).to(r.dtype)
+    found = torch.bmm(operand, r) if r.dtype == out else torch.bmm(operand, r, out_dtype=out)
+    return found.view(NH, NC, L, G, DH)
+
+
+def enter(dc: Tensor, dn: Tensor, dm: Tensor, c: Tensor, n: Tensor, *, masked: bool) -> tuple[Tensor]:
+    """Return w after the last cell, whose gradients are dc, dn, dm, and its state c, n."""
+    return (dm - times(c, dc, masked) - times(n, dn, masked),)
+
+
+def leave(dc: Tensor, dn: Tensor, w: Tensor, c: Tensor, n: Tensor, *, masked: bool) -> tuple[Tensor]:
+    """Return dm before the first cell, whose state is c, n; where it is fresh, m means nothing."""
+    return (torch.where(n == 0, 0.0, w + times(c, dc, masked) + times(n, dn, masked)),)

@@ -1,0 +1,79 @@
+"""The scan of gradients over chunks, from the last to the first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops.maths.slstm.parallel.backward_tokens import Factors, backwards, from_y, has_masks, times
+
+
+def summarize_back(
+    dh: Tensor, keep: Tensor, add: Tensor, o: Tensor, c: Tensor, n: Tensor, c_before: Tensor, n_before: Tensor,
+    *rest: Tensor, floor: float,
+) -> tuple[Tensor, ...]:
+    """Reduce each chunk to what it does to the gradients that come from after it, all (NC, G, NH, DH).
+
+    dc' = keep dc + sc, dn' = keep_n dn + sn, w' = keep_w w + from_n dn + sw. Returns keep, sc, sn, keep_w, and with a
+    floor keep_n, from_n, sw.
+    """
+    factors, masked = Factors(keep, add, keep, o, keep, c, n), has_masks(rest)
+    sc = sn = sw = from_n = torch.zeros_like(c[:, 0])
+    kept = kept_n = kept_w = torch.ones_like(c[:, 0])
+    for token in backwards(dh, factors, c_before, n_before, rest, floor):
+        f = token.f
+        to_c, to_n, to_w = from_y(token)
+        if token.share is not None and token.unfloored is not None:
+            slack = f.n - token.share * token.unfloored
+            sw = token.carried * (sw + times(slack, sn, masked) + to_w)
+            from_n = token.carried * (from_n + slack * kept_n)
+            kept_n = f.keep * token.share * kept_n
+            sn = times(f.keep * token.share, sn + to_n, masked)
+        else:
+            sn = times(f.keep, sn + to_n, masked)
+        sc, kept, kept_w = times(f.keep, sc + to_c, masked), f.keep * kept, token.carried * kept_w
+        if token.reset is not None:
+            sc, sn, sw, kept, kept_n, kept_w, from_n = (
+                torch.where(token.reset, 0.0, s) for s in (sc, sn, sw, kept, kept_n, kept_w, from_n)
+            )
+    return (kept, sc, sn, kept_w, kept_n, from_n, sw) if floor else (kept, sc, sn, kept_w)
+
+
+def group_back(*parts: Tensor, floor: float, masked: bool) -> tuple[Tensor, ...]:
+    """Reduce the summaries of K chunks each, (N, K, G, NH, DH), to summaries of them together, (N, G, NH, DH)."""
+    last = parts[0].shape[1] - 1
+    whole = [part[:, last] for part in parts]
+    for k in reversed(range(last)):
+        this = [part[:, k] for part in parts]
+        keep_n = this[4] if floor else this[0]
+        found = [
+            this[0] * whole[0], times(this[0], whole[1], masked) + this[1],
+            times(keep_n, whole[2], masked) + this[2], this[3] * whole[3],
+        ]
+        if floor:
+            from_n = this[3] * whole[5] + this[5] * whole[4]
+            to_w = times(this[3], whole[6], masked) + times(this[5], whole[2], masked) + this[6]
+            found += [keep_n * whole[4], from_n, to_w]
+        if masked:  # what a reset cuts off stays 0, whatever comes from after it
+            zero = (0, 3, 4, 5) if floor else (0, 3)
+            found = [torch.where(this[0] == 0, 0.0, f) if i in zero else f for i, f in enumerate(found)]
+        whole = found
+    return tuple(whole)
+
+
+def across_back(*tensors: Tensor, floor: float, masked: bool) -> tuple[Tensor, ...]:
+    """Return dc, dn, w as they come from after each of K chunks, (N, K, G, NH, DH), and from the first, (N, G, NH, DH).
+
+    tensors: the summaries of `summarize_back` or `group_back`, (N, K, G, NH, DH); dc, dn, w after, (N, G, NH, DH).
+    """
+    keep, sc, sn, keep_w, *rest = tensors[:-3]
+    dc, dn, w = tensors[-3:]
+    states = []
+    for k in reversed(range(keep.shape[1])):
+        states.append((dc, dn, w))
+        w = times(keep_w[:, k], w, masked)
+        if floor:
+            w = w + times(rest[1][:, k], dn, masked) + rest[2][:, k]
+        dc = times(keep[:, k], dc, masked) + sc[:, k]
+        dn = times(rest[0][:, k] if floor else keep[:, k], dn, masked) + sn[:, k]
+    return *(torch.stack(each, 1) for each in zip(*reversed(states), strict=True)), dc, dn, w

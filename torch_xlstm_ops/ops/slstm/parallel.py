@@ -1,0 +1,192 @@
+"""The sLSTM's sequences parallel in time, with the arguments and results of the sequential schedule."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_xlstm_ops.maths import slstm
+from torch_xlstm_ops.maths.slstm import Product
+from torch_xlstm_ops.maths.slstm.parallel import window as codes
+from torch_xlstm_ops.ops.slstm.kernels import product_dtype
+from torch_xlstm_ops.ops.slstm.parallel_kernels import TOLERANCE, Caller, compile_call, kernels
+from torch_xlstm_ops.runtime import compiler
+from torch_xlstm_ops.schedules.slstm import parallel as schedule
+from torch_xlstm_ops.schedules.slstm import rounds
+from torch_xlstm_ops.schedules.slstm.cuda_graphs import CudaGraphs
+
+_Results = tuple[Tensor, ...]
+Forward = Callable[[Tensor, Tensor, Tensor, list[Tensor], Tensor | None, float], _Results]
+Backward = Callable[
+    [Tensor, list[Tensor], Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor | None, float], _Results
+]
+CHUNK = 8  # tokens of a chunk
+GRADIENTS = 4.0  # times the tolerance
+LIMITS = {
+    torch.float64: rounds.Limits(first=16), torch.float32: rounds.Limits(first=10),
+    torch.bfloat16: rounds.Limits(first=6), torch.float16: rounds.Limits(first=7),
+}
+
+
+def why_not(x: Tensor) -> str | None:
+    """Return why tensors like x cannot run parallel in time here, or None."""
+    if x.device.type == "cuda" and x.shape[-1] % 8:
+        return f"DH must be a multiple of 8, got {x.shape[-1]}"
+    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "the stream must not be captured as a CUDA graph: the error is read from the device"
+    return None
+
+
+class Parallel:
+    """Run sequences parallel in time; windows without a certificate run sequentially.
+
+    forward, backward: the sequential schedule. caller: makes a callable of a function of the maths. limits: by dtype.
+    """
+
+    def __init__(
+        self, forward: Forward, backward: Backward, graphs: CudaGraphs | None = None, caller: Caller = compile_call,
+        limits: dict[torch.dtype, rounds.Limits] = LIMITS,
+    ) -> None:
+        self._forward, self._backward, self._caller, self._limits = forward, backward, caller, limits
+        self._known = {dtype: rounds.KnownRounds(limit.first) for dtype, limit in limits.items()}
+        self._graphs = graphs or CudaGraphs(capacity=16)
+        compiler.forget_with(self._graphs.clear)
+        compiler.forget_with(self.clear)
+        self.report = rounds.Report(0, 0.0, 0.0, 0, 0)  # of the last call
+
+    def clear(self) -> None:
+        """Forget how many rounds each kind of window needs."""
+        for known in self._known.values():
+            known.clear()
+
+    def forward(
+        self, x: Tensor, r: Tensor, b: Tensor, state: list[Tensor], reset: Tensor | None, floor: float
+    ) -> _Results:
+        """Return h (B, S, NH, DH) and the state y, c, n, m."""
+        limits, tolerance = self._limits[x.dtype], TOLERANCE[x.dtype]
+        found = kernels(x, _masked(x, reset, limits), floor, tolerance, self._caller)
+        laid_out = slstm.weights(r, Product.MATMUL, product_dtype(x))
+
+        def by_rounds(window: schedule.Window, state: _Results, k: int) -> tuple[_Results, Tensor]:
+            mask = _mask(x, reset, window, limits)[:1]
+
+            def compute(ready: Sequence[Tensor]) -> _Results:
+                tokens, r, b, cells, *mask = ready
+                h, *after = schedule.forward_window(found, k, window.length, tokens, r, b, *cells.unbind(), *mask)
+                return h, torch.stack(after[:4]), torch.stack(after[4:])
+
+            args = [_tokens(x, window), laid_out, b, torch.stack(list(state)), *mask]
+            h, cells, flags = self._graphs.run(("forward", floor, k, window.length), compute, args)
+            return (h.flatten(0, 1)[: window.length].transpose(0, 1), *cells.unbind()), flags
+
+        def sequential(window: schedule.Window, state: _Results) -> _Results:
+            return self._forward(x[:, window.at], r, b, list(state), _part(reset, window), floor)
+
+        job = rounds.Job(_kind("forward", x, reset, floor), tolerance, limits, by_rounds, lambda f: f[1:], sequential)
+        order = schedule.windows(x.shape[1], CHUNK, limits.window)
+        parts, self.report = rounds.solve(job, self._known[x.dtype], order, tuple(state))
+        h = torch.cat([h for h, *_ in parts], 1) if len(parts) > 1 else parts[0][0]
+        return h.contiguous(), *(t.clone() for t in parts[-1][1:])
+
+    def backward(
+        self, dh: Tensor, dstate: list[Tensor], x: Tensor, r: Tensor, b: Tensor, state: list[Tensor], h: Tensor,
+        reset: Tensor | None, floor: float,
+    ) -> _Results:
+        """Return the gradients of x, r, b, y, c, n, m; dstate: of y, c, n, m after the last token."""
+        limits, tolerance = self._limits[x.dtype], GRADIENTS * TOLERANCE[x.dtype]
+        masked = _masked(x, reset, limits)
+        found, dense = kernels(x, masked, floor, tolerance, self._caller), product_dtype(x)
+        laid_out = slstm.weights(r, Product.MATMUL, dense)
+        laid_back = slstm.weights_backward(r, Product.MATMUL, dense)
+        order = schedule.windows(x.shape[1], CHUNK, limits.window)
+        states = self._states(order, found, x, h, laid_out, b, state, reset, floor)
+
+        def by_rounds(window: schedule.Window, dstate: _Results, k: int) -> tuple[_Results, Tensor]:
+            def compute(ready: Sequence[Tensor]) -> _Results:
+                dh, dcells, *given, y, cells = ready[:9]
+                results = schedule.backward_window(
+                    found, k, dh, *dcells.unbind(), *given, y, *cells.unbind(), *ready[9:]
+                )
+                return *results[:3], torch.stack(results[3:7]), torch.stack(results[7:])
+
+            dy, *dcells = dstate
+            y, *cells = states[window.start]
+            args = [
+                _tokens(_with_last(dh[:, window.at], dy), window), torch.stack(dcells), _tokens(x, window),
+                _tokens(h, window), laid_out, laid_back, b, y, torch.stack(cells), *_mask(x, reset, window, limits),
+            ]
+            dgates, dr, db, before, flags = self._graphs.run(("backward", floor, k, window.length), compute, args)
+            dx = dgates[: window.length].permute(1, 0, 3, 2, 4)
+            return (dx, dr.to(dy.dtype), db, *before.unbind()), flags
+
+        def sequential(window: schedule.Window, dstate: _Results) -> _Results:
+            at, (y, *cells) = window.at, states[window.start]
+            before = [state[0] if window.start == 0 else y.to(state[0].dtype), *cells]
+            return self._backward(
+                dh[:, at], list(dstate), x[:, at], r, b, before, h[:, at],
+                _part(reset, window), floor,
+            )
+
+        job = rounds.Job(_kind("backward", x, reset, floor), tolerance, limits, by_rounds, lambda f: f[3:], sequential)
+        parts, self.report = rounds.solve(job, self._known[x.dtype], order[::-1], tuple(dstate))
+        dr, db = (torch.stack([part[i].to(dstate[0].dtype) for part in parts]).sum(0) for i in (1, 2))
+        dx = torch.cat([part[0] for part in reversed(parts)], 1).contiguous()
+        return dx, dr.to(r.dtype), db.to(b.dtype), *(t.clone() for t in parts[-1][3:])
+
+    def _states(
+        self, order: list[schedule.Window], found: schedule.Kernels, x: Tensor, h: Tensor, r: Tensor, b: Tensor,
+        state: list[Tensor], reset: Tensor | None, floor: float,
+    ) -> dict[int, _Results]:
+        """Return the state before each window, by its start; y as R is multiplied with it."""
+        cells: _Results = (state[0].to(x.dtype), *state[1:])
+        states = {0: cells}
+        for window, after in itertools.pairwise(order):
+            mask = _mask(x, reset, window, self._limits[x.dtype])[:1]
+            args = [_tokens(x, window), _tokens(h, window), r, b, *cells, *mask]
+            cells = self._graphs.run(
+                ("replay", floor, window.length), lambda ready: schedule.replay_window(found, *ready), args
+            )
+            cells = (h[:, after.start - 1].contiguous(), *cells)
+            states[after.start] = cells
+        return states
+
+
+def _kind(what: str, x: Tensor, reset: Tensor | None, floor: float) -> tuple[object, ...]:
+    """Return what windows have in common that need the same number of rounds."""
+    return what, x.device, x.shape[0], x.shape[3:], reset is None, floor
+
+
+def _tokens(t: Tensor, window: schedule.Window) -> Tensor:
+    """Return a window of t (B, S, ...), or what has its tokens alone, time first in chunks, padded by zeros."""
+    part = t[:, window.at] if t.shape[1] != window.length else t
+    beyond = window.chunks * CHUNK - window.length
+    return torch.unflatten(F.pad(part.transpose(0, 1), (*(0, 0) * (t.dim() - 1), 0, beyond)), 0, (window.chunks, CHUNK))
+
+
+def _masked(x: Tensor, reset: Tensor | None, limits: rounds.Limits) -> bool:
+    """Return whether the windows of a call have masks: resets, or a last window that is padded."""
+    last = schedule.windows(x.shape[1], CHUNK, limits.window)[-1]
+    return reset is not None or last.length != last.chunks * CHUNK
+
+
+def _mask(x: Tensor, reset: Tensor | None, window: schedule.Window, limits: rounds.Limits) -> tuple[Tensor, ...]:
+    """Return the masks (NC, L, B) of a window's tokens and of those after each, or none where the call has none."""
+    if not _masked(x, reset, limits):
+        return ()
+    mask = x.new_full((window.chunks * CHUNK + 1, x.shape[0]), codes.PAD, dtype=torch.uint8)
+    mask[: window.length] = codes.TOKEN if reset is None else reset[:, window.at].t().to(torch.uint8)
+    mask[-1] = codes.TOKEN
+    return tuple(torch.unflatten(part, 0, (window.chunks, CHUNK)) for part in (mask[:-1], mask[1:]))
+
+
+def _part(reset: Tensor | None, window: schedule.Window) -> Tensor | None:
+    return None if reset is None else reset[:, window.at]
+
+
+def _with_last(dh: Tensor, dy: Tensor) -> Tensor:
+    """Return dh (B, T, NH, DH), wide, with dy added to its last token's."""
+    return torch.cat([dh[:, :-1].to(dy.dtype), (dh[:, -1] + dy)[:, None]], 1)

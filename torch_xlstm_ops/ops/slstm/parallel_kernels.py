@@ -1,0 +1,74 @@
+"""The compiled functions of a round of the sLSTM parallel in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops.maths.shapes import state_dtype
+from torch_xlstm_ops.maths.slstm.parallel import backward, backward_scan, forward
+from torch_xlstm_ops.maths.slstm.parallel.axes import axes
+from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
+from torch_xlstm_ops.runtime import compiler
+from torch_xlstm_ops.schedules.slstm import parallel as schedule
+
+Caller = Callable[..., schedule.Call]  # from a function and its keywords
+
+# Of the estimated error of a chunk, relative to its row and head: a rounding or two of y in its dtype. Below NOISE a
+# change of y is its rounding.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 4e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
+UNIT = 0.72  # of a rounding step relative to what is rounded, on the average
+NOISE = {torch.float64: 5e-13, torch.float32: 3e-7, torch.bfloat16: 1.0e-3, torch.float16: 1.3e-4}
+def compile_call(fn: compiler.PureFunction, **static: Any) -> schedule.Call:
+    """Return what calls `fn` compiled for the arguments that it is given."""
+    return lambda args: compiler.get(fn, axes(fn, args), args, **static)(args)
+
+
+def eager_call(fn: compiler.PureFunction, **static: Any) -> schedule.Call:
+    """Return what calls `fn` as it is."""
+    return torch.no_grad()(lambda args: fn(*args, **static))
+
+
+def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Caller = compile_call) -> schedule.Kernels:
+    """Return the functions of a round for tensors like x."""
+    wide = state_dtype(x.dtype)
+    narrow = x.dtype if x.device.type == "cuda" else wide  # only CUDA accumulates a narrow product in a wide dtype
+
+    def products(h: Tensor, r: Tensor, early: bool) -> Tensor:
+        return forward.products(h, r, narrow if early else wide)
+
+    def operand_gradients(dgates: Tensor, r: Tensor, early: bool) -> Tensor:
+        return backward.operand_gradients(dgates, r, narrow if early else wide)
+
+    return schedule.Kernels(
+        products=products, operand_gradients=operand_gradients,
+        summarize=caller(forward.summarize, floor=floor), group=caller(forward.group, floor=floor),
+        across=caller(forward.across, floor=floor), emit=caller(forward.emit, floor=floor),
+        settle=caller(forward.settle, floor=floor),
+        judge=caller(
+            judge, unit=UNIT * torch.finfo(x.dtype).eps, noise=tolerance * NOISE[x.dtype] / TOLERANCE[x.dtype],
+            tolerance=tolerance,
+        ),
+        record=caller(backward.record, floor=floor),
+        summarize_back=caller(backward_scan.summarize_back, floor=floor),
+        group_back=caller(backward_scan.group_back, floor=floor, masked=masked),
+        across_back=caller(backward_scan.across_back, floor=floor, masked=masked),
+        emit_back=caller(backward.emit_back, floor=floor, dtype=x.dtype),
+        settle_back=caller(backward.settle_back, floor=floor),
+        enter=caller(backward.enter, masked=masked), leave=caller(backward.leave, masked=masked),
+        weight_gradients=weight_gradients,
+    )
+
+
+def weight_gradients(dgates: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dr (4, NH, DH, DH) and db (4, NH, DH), sums over all tokens.
+
+    dgates: (T, G, NH, 4, DH); h_before: what R was multiplied with, (T, G, NH, DH).
+    """
+    T, G, NH, _, DH = dgates.shape
+    left, right = dgates.view(T * G, NH, 4 * DH).permute(1, 2, 0), h_before.reshape(T * G, NH, DH).transpose(0, 1)
+    dr = torch.bmm(left, right).view(NH, 4, DH, DH).transpose(0, 1)
+    return dr, dgates.sum((0, 1), dtype=state_dtype(dgates.dtype)).transpose(0, 1)

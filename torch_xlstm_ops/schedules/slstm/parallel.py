@@ -1,0 +1,166 @@
+"""One window of an sLSTM parallel in time: a fixed number of rounds, forward or backward, without synchronising."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Results = tuple[Tensor, ...]
+Call = Callable[[list[Tensor]], Sequence[Tensor]]
+RESET = 1  # of a mask, as in the maths
+
+
+class Kernels(NamedTuple):
+    """The functions of a round; arguments as in the maths, a mask last where there is one."""
+
+    products: Callable[[Tensor, Tensor, bool], Tensor]  # h, r, whether an early round
+    summarize: Call
+    group: Call
+    across: Call
+    emit: Call
+    settle: Call
+    judge: Call
+    record: Call
+    operand_gradients: Callable[[Tensor, Tensor, bool], Tensor]
+    summarize_back: Call
+    group_back: Call
+    across_back: Call
+    emit_back: Call
+    settle_back: Call
+    enter: Call
+    leave: Call
+    weight_gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Window(NamedTuple):
+    """Tokens that are solved together, and the number of chunks that hold them."""
+
+    start: int
+    length: int
+    chunks: int
+
+    @property
+    def at(self) -> slice:
+        return slice(self.start, self.start + self.length)
+
+
+def windows(S: int, L: int, longest: int) -> list[Window]:
+    """Cut S tokens into windows of at most `longest`, in few different numbers of chunks of L."""
+    return [
+        Window(start, min(longest, S - start), _chunks(min(longest, S - start), L)) for start in range(0, S, longest)
+    ]
+
+
+def _chunks(tokens: int, L: int) -> int:
+    """Return how many chunks hold so many tokens: a power of 2 up to GROUP, or a multiple of it."""
+    chunks = -(-tokens // L)
+    return 1 << (chunks - 1).bit_length() if chunks <= GROUP else -(-chunks // GROUP) * GROUP
+
+
+def forward_window(
+    kernels: Kernels, rounds: int, length: int, x: Tensor, r: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor,
+    m: Tensor, *mask: Tensor,
+) -> Results:
+    """Return h (NC, L, G, NH, DH), y, c, n, m after `length` tokens, the error's estimate and the residual.
+
+    x: (NC, L, G, 4, NH, DH); r: (NH, DH, 4 DH); mask: (NC, L, G), if given. rounds: 2 at least.
+    """
+    window = [x, b, _start(kernels, y.to(x.dtype), r)]
+    products: list[Tensor] = []
+    h, moved = x.new_zeros(()), []
+    for left in reversed(range(rounds)):
+        if left < rounds - 1:
+            products = [kernels.products(h, r, left > 1)]
+        summary = kernels.summarize([*window, *products, *mask])
+        before, after = _scan(kernels.group, kernels.across, summary, (c, n, m))
+        if left > 1:
+            h = kernels.emit([*window, *before, *products, *mask])[0]
+            continue
+        if not h.dim():
+            h = torch.zeros_like(x[:, :, :, 0])
+        h, y_after, change, size = kernels.settle([*window, *before, h, *products, *mask])
+        moved.append(change)
+    return h, y_after[(length - 1) // x.shape[1]], *after, *kernels.judge([moved[1], moved[0], size])
+
+
+def replay_window(
+    kernels: Kernels, x: Tensor, h: Tensor, r: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor, m: Tensor,
+    *mask: Tensor,
+) -> Results:
+    """Return c, n, m after a window whose h (NC, L, G, NH, DH) are known; y: what R is multiplied with at first."""
+    summary = kernels.summarize([x, b, _start(kernels, y, r), kernels.products(h, r, False), *mask])
+    return tuple(_scan(kernels.group, kernels.across, summary, (c, n, m))[1])
+
+
+def backward_window(
+    kernels: Kernels, rounds: int, dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, x: Tensor, h: Tensor,
+    r: Tensor, r_back: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor, m: Tensor, *masks: Tensor,
+) -> Results:
+    """Return dgates (T, G, NH, 4, DH), dr, db, the gradients of y, c, n, m before, the error's estimate, the residual.
+
+    dh: (NC, L, G, NH, DH), wide, with what comes after asks of the last y. y: what R is multiplied with at first.
+    masks: of each token and of that after it.
+    """
+    mask = masks[:1]
+    window = [x, b, _start(kernels, y, r)]
+    products = [kernels.products(h, r, False), *mask]
+    before, last = _scan(kernels.group, kernels.across, kernels.summarize([*window, *products]), (c, n, m))
+    keep, add, _, o, _, c_all, n_all = factors = kernels.record([*window, *before, *products])
+    w = kernels.enter([dc, dn, dm, last[0], last[1]])[0]
+
+    asked: list[Tensor] = []
+    dgates, moved = x.new_zeros(()), []
+    for left in reversed(range(rounds)):
+        if left < rounds - 1:
+            asked = [kernels.operand_gradients(dgates, r_back, left > 1)]
+        summary = kernels.summarize_back([dh, keep, add, o, c_all, n_all, *before[:2], *asked, *masks])
+        after, first = _scan(kernels.group_back, kernels.across_back, summary, (dc, dn, w))
+        args = [dh, *factors, *before[:2], *after]
+        if left > 1:
+            found = kernels.emit_back([*args, *asked, *masks])
+        else:
+            if not dgates.dim():
+                dgates = torch.zeros_like(x).transpose(3, 4).contiguous()
+            *found, change, size = kernels.settle_back([*args, dgates, *asked, *masks])
+            moved.append(change)
+        dgates = torch.stack(list(found), 4)
+    judged = kernels.judge([moved[1], moved[0], size])
+    dm = kernels.leave([*first, c, n])[0]
+    dy = kernels.operand_gradients(dgates[:1, :1], r_back, False).flatten(0, 2).transpose(0, 1)
+    h_before = torch.cat([y[None], h.flatten(0, 1)[:-1]])
+    dgates = dgates.flatten(0, 1)
+    if masks:
+        reset = mask[0].flatten(0, 1) == RESET
+        dy = torch.where(reset[0, :, None, None], 0.0, dy)
+        # Tokens whose gradient is 0 add nothing to those of R, though what R was multiplied with may be NaN.
+        idle = (dgates == 0).all(-1).all(-1).all(-1)
+        h_before = torch.where((idle | reset)[..., None, None], 0.0, h_before)
+    dr, db = kernels.weight_gradients(dgates, h_before)
+    return dgates, dr, db, dy.to(dc.dtype), *first[:2], dm, *judged
+
+
+def _start(kernels: Kernels, y: Tensor, r: Tensor) -> Tensor:
+    """Return R y (G, NH, 4, DH) of what R is multiplied with at first, (G, NH, DH)."""
+    return kernels.products(y[None, None], r, False).flatten(0, 2).transpose(0, 1).contiguous()
+
+
+GROUP = 16  # chunks that one thread walks over
+
+
+def _scan(
+    group: Call, across: Call, summary: Sequence[Tensor], given: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return the states at each chunk, (NC, G, NH, DH), and that at the far end, from the one given at the near end.
+
+    summary: of the chunks, (NC, G, NH, DH). More than GROUP chunks are taken in groups.
+    """
+    NC = summary[0].shape[0]
+    if NC <= GROUP:
+        *each, last, second, third = across([*(s[None] for s in summary), *(s[None] for s in given)])
+        return [s[0] for s in each], [last[0], second[0], third[0]]
+    split = [torch.unflatten(s, 0, (NC // GROUP, GROUP)) for s in summary]
+    ends, end = _scan(group, across, group([*split]), given)
+    return [s.flatten(0, 1) for s in across([*split, *ends])[:3]], end
