@@ -9,11 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, assert_close, error
+from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, assert_close, error, weigh
 from tests.test_slstm import DH, NH, draw, draw_reset, exact
+from torch_xlstm_ops import config, slstm_sequence, trace
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
 from torch_xlstm_ops.ops.slstm import parallel as operators
+from torch_xlstm_ops.ops.slstm import sequence
 from torch_xlstm_ops.ops.slstm.parallel_kernels import compile_call, eager_call
 from torch_xlstm_ops.schedules.slstm import rounds
 
@@ -218,18 +220,53 @@ def test_more_rounds_follow_the_rate():
     assert rounds.more_rounds(6, 8e-3, 8e-3, TOLERATED) == 9  # halved three times
 
 
-# --- compiled ---
+# --- the operator ---
+
+
+@pytest.fixture
+def eager_rounds(monkeypatch):
+    """Have the operator run rounds without compiling them."""
+    limits = {dtype: rounds.Limits(WINDOW, 32, 8) for dtype in operators.LIMITS}
+    parallel = operators.Parallel(sequence._forward, sequence._backward, caller=eager_call, limits=limits)
+    monkeypatch.setattr(sequence, "parallel", parallel)
+    return parallel
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_operator_and_its_gradient_are_those_of_the_sequential_schedule(eager_rounds, masked):
+    args = draw(11)
+    reset = draw_reset(11) if masked else None
+    found = []
+    for schedule in ("sequential", "parallel"):
+        leaves = [t.clone().requires_grad_() for t in args]
+        h, state = slstm_sequence(*leaves, reset=reset, schedule=schedule)
+        found.append([h, *state, *torch.autograd.grad(weigh([h, *state]), leaves)])
+    assert eager_rounds.report.rounds > 0
+    assert_close(found[1], found[0], GRADIENT_TOLERANCE[torch.float32])
+
+
+def test_the_setting_chooses_and_the_trace_shows_it(eager_rounds):
+    args = draw(11)
+    for name, chosen in (("auto", "sequential"), ("sequential", "sequential"), ("parallel", "parallel")):
+        with config.use(slstm_schedule=name), trace.record() as recording:
+            slstm_sequence(*args)
+        assert {span.schedule for span in recording.entries()} == {chosen}
+    with config.use(slstm_schedule="parallel"), trace.record() as recording:
+        slstm_sequence(*args, schedule="sequential")
+    assert {span.schedule for span in recording.entries()} == {"sequential"}
+
+
+def test_an_unknown_schedule_is_an_error():
+    with pytest.raises(ValueError, match="schedule must be one of auto, sequential, parallel, got 'queued'"):
+        slstm_sequence(*draw(2), schedule="queued")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_compiled_rounds_are_the_eager_ones():
     x, r, b, *state = draw(7)
-    reset = draw_reset(7)
-    dh, results = torch.randn(3, 7, NH, DH), []
+    results = []
     for caller in (eager_call, compile_call):
-        parallel = solver(caller=caller)
         with torch.no_grad():
-            found = parallel.forward(x, r, b, state, reset, 1.0)
-            back = parallel.backward(dh, [s * 0 + 1 for s in state], x, r, b, state, found[0], reset, 1.0)
-        results.append([*found, *back])
+            results.append(solver(caller=caller).forward(x, r, b, state, draw_reset(7), 1.0))
     assert_close(results[1], results[0], 1e-5)
