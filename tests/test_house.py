@@ -129,13 +129,22 @@ def test_functions_are_short():
     assert not long
 
 
+# Writes to registries of torch and of Python, and the only other file that may hold each.
+EFFECTS = {
+    "register_backend": None, "substitute_in_graph": None, "custom_op(": None, "torch.library.": None, ".impl(": None,
+    "register_sharding": None, "register_flop_formula": None, "meta_path": "torch_xlstm_ops/runtime/import_hook.py",
+    "_decomp.register_decomposition": "torch_xlstm_ops/runtime/torch_internals/decompositions.py",  # for registrations
+    "make_fallback": "torch_xlstm_ops/runtime/torch_internals/decompositions.py",
+}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_effects_are_in_registrations_alone(path):
     if room(path) in ("registrations", "backend"):
         return
     text = path.read_text()
-    for effect in ("register_backend", "substitute_in_graph", "custom_op(", "library."):
-        assert effect not in text, f"{effect} outside registrations/"
+    for effect, allowed in EFFECTS.items():
+        assert effect not in text or str(path.relative_to(ROOT)) == allowed, f"{effect} outside registrations/"
 
 
 def test_importing_starts_nothing():

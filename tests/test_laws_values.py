@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, float32_tolerance, weigh
 from tests.parameters import tail
-from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_
+from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_, trace
 from torch_xlstm_ops.api import slstm_sequence, slstm_step
 from torch_xlstm_ops.maths import mlstm, packing, slstm
 
@@ -474,3 +474,18 @@ def test_an_slstms_document_sees_nothing_of_another(dtype, name, value):
     hold([found[0][:, start:], *found[3:]], [expected[0][:, start:], *expected[3:]], GRADIENT_TOLERANCE[dtype])
     assert_close([found[0][:, :start]], [expected[0][:, :start]], 0.0) if start else None
     assert_close(found[1:3], expected[1:3], GRADIENT_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("schedule", ["inductor", "queued"])
+def test_a_trace_shows_which_segments_ran_token_by_token(schedule: str) -> None:
+    q, k, v, igate, fgate = (t.requires_grad_() for t in draw(Sizes(S=3 * L), state=False))
+    with torch.no_grad():
+        v[0, 0, L + 1] = math.nan
+    settings = {"segment": L, "heads_per_band": 6, "workers": 1}
+    with config.use(**settings), trace.record() as recording:
+        h, _ = mlstm_chunkwise(q, k, v, igate, fgate, chunk_size=L, schedule=schedule)
+        h[:, :, :L].sum().backward()
+    phases = {phase: {span.segment for span in recording.entries() if span.phase == phase}
+              for phase in ("token_by_token", "token_by_token_backward")}
+    assert phases["token_by_token"] == {1, 2}
+    assert phases["token_by_token_backward"] >= {1, 2}
