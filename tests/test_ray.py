@@ -373,7 +373,7 @@ ALONE = """
 import sys, time, torch
 from torch_xlstm_ops import mlstm_chunkwise
 from torch_xlstm_ops.parallel import Workers
-from torch_xlstm_ops.parallel.state_directory import StateLink
+from torch_xlstm_ops.parallel.state_link import StateLink
 from torch_xlstm_ops.schedules import ray as schedule
 from torch_xlstm_ops.schedules.queue.task_runner import TaskError
 from torch_xlstm_ops.schedules.ray import actor_pool, cluster

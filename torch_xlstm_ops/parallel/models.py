@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_xlstm_ops.models import transformers as adapter
+from torch_xlstm_ops.parallel import device_links, transport
 from torch_xlstm_ops.schedules.ray import serialization
 
 Call = Callable[[Any, Tensor, int], tuple[Tensor, Any]]
@@ -23,7 +24,7 @@ class SerializedModel(NamedTuple):
     """A pickled object, and the tensors in it."""
 
     pickled: bytes
-    tensors: list[serialization.TensorBytes]
+    tensors: list[serialization.TensorBytes] | transport.DeviceTensors
 
 
 class _TensorReference(NamedTuple):
@@ -33,8 +34,10 @@ class _TensorReference(NamedTuple):
     requires_grad: bool | None  # of a parameter; None for other tensors
 
 
-def serialize(value: object) -> SerializedModel:
-    """Serialise a model or a cache."""
+def serialize(
+    value: object, pack: Callable[[Sequence[Tensor]], Any] = serialization.to_bytes
+) -> SerializedModel:
+    """Serialise a model or a cache; `pack` returns how its tensors travel."""
     from ray import cloudpickle
 
     found: dict[int, tuple[int, Tensor]] = {}
@@ -48,7 +51,7 @@ def serialize(value: object) -> SerializedModel:
 
     file = io.BytesIO()
     Pickler(file).dump(value)
-    return SerializedModel(file.getvalue(), serialization.to_bytes(part for _, part in found.values()))
+    return SerializedModel(file.getvalue(), pack([part for _, part in found.values()]))
 
 
 def deserialize(model: SerializedModel, device: torch.device, *, copy: bool) -> Any:
@@ -56,7 +59,11 @@ def deserialize(model: SerializedModel, device: torch.device, *, copy: bool) -> 
 
     copy: copy the tensors out of the store; otherwise, on the CPU, they may be its read-only memory.
     """
-    tensors = serialization.from_bytes(model.tensors, device)
+    if isinstance(model.tensors, transport.DeviceTensors):
+        tensors, copy = device_links.take(model.tensors, device), False
+    else:
+        read = transport.from_bytes if copy else serialization.from_bytes  # weights would pin much memory
+        tensors = read(model.tensors, device)
     made: dict[_TensorReference, Tensor] = {}
 
     class Unpickler(pickle.Unpickler):

@@ -1,110 +1,75 @@
-"""The actors of `Workers`: reserved, started, replaced and ended together."""
+"""Where workers run: the resources that each wants, and the placement group that reserves them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch_xlstm_ops.parallel import models
-from torch_xlstm_ops.parallel.state_directory import StateDirectory
-from torch_xlstm_ops.parallel.worker import Worker
-from torch_xlstm_ops.schedules.ray import actor_pool, cluster, serialization
+from torch_xlstm_ops.schedules.ray import actor_pool, cluster
 
 RESERVE_SECONDS = 15.0  # in which a cluster must find resources for all workers
+STRATEGIES = {"spread": "SPREAD", "pack": "PACK"}  # Ray's names
+NODE_LABEL = "ray.io/node-id"
 
 
-class WorkerActors:
-    """A state directory and workers with one model each, on reserved resources of the cluster."""
+class Placement(NamedTuple):
+    """What each worker wants, and where."""
 
-    def __init__(self, count: int, device: str, threads: int) -> None:
-        """device: its type; threads: CPUs of each worker, unless on a GPU. Starts nothing."""
-        self._count, self._device, self._threads = count, device, threads
-        self._bundle = {"CPU": threads} if device == "cpu" else {"GPU": 1}
-        self.workers: list[Any] = []
-        self.directory: Any = None
-        self._reservation: Any = None
-        self._arguments: tuple[Any, ...] = ()  # of a worker
+    resource: str  # CPU or GPU
+    units: float  # of the resource, for each worker
+    strategy: str  # Ray's name
+    labels: Mapping[str, str]  # of the nodes
 
-    def start(self, model: models.SerializedModel, call: models.Call, settings: Mapping[str, Any]) -> None:
-        """Start the actors, and return when all have loaded the model."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        with serialization.store_errors("the model", serialization.nbytes(model.tensors)):
-            stored = ray.put(model)
-        self._arguments = stored, call, settings, self._device, self._threads
-        self._reservation = self._reserve()
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.directory = ray.remote(StateDirectory).options(num_cpus=0, scheduling_strategy=here).remote()
-        self.workers = [self._start_worker(number) for number in range(self._count)]
-        _wait_until_ready(self.workers)
-
-    def _reserve(self) -> Any:
-        """Reserve resources for all workers or for none, so that two callers never each wait for the other's part."""
-        from ray.util import placement_group, remove_placement_group
-
-        (resource, units), = self._bundle.items()
-        if cluster.available(resource) < self._count * units:
-            actor_pool.release()  # the ray schedule starts its actors again
-        reservation = placement_group([self._bundle] * self._count, strategy="SPREAD")
-        if not reservation.wait(RESERVE_SECONDS):
-            remove_placement_group(reservation)
-            raise RuntimeError(f"Ray had no room for {self._count} workers of {units} {resource} within "
-                               f"{RESERVE_SECONDS:g} s: {cluster.available(resource)} {resource} are free; use fewer "
-                               "workers")
-        return reservation
-
-    def _start_worker(self, number: int) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        strategy = PlacementGroupSchedulingStrategy(self._reservation, placement_group_bundle_index=number)
-        resources = {f"num_{name.lower()}s": units for name, units in self._bundle.items()}
-        options = {"num_cpus": 0, **resources, "scheduling_strategy": strategy, "max_restarts": 0}
-        return ray.remote(Worker).options(**options).remote(*self._arguments)
-
-    def replace(self, number: int) -> None:
-        """Start a new worker in the place of a dead one; retry while Ray places it on a node that has just died."""
-        import ray
-        from ray.exceptions import RayActorError
-
-        until = time.monotonic() + actor_pool.START_SECONDS
-        while True:
-            ray.kill(self.workers[number])  # it may be disconnected and alive
-            self.workers[number] = self._start_worker(number)
-            try:
-                return _wait_until_ready([self.workers[number]])
-            except RayActorError:
-                if time.monotonic() > until:
-                    raise
-            time.sleep(1)
-
-    def pids(self) -> list[int]:
-        """Return the workers' processes."""
-        import ray
-
-        return ray.get([worker.ready.remote() for worker in self.workers])  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """End the actors and release the resources."""
-        import ray
-        from ray.util import remove_placement_group
-
-        if ray.is_initialized():
-            for actor in filter(None, (*self.workers, self.directory)):
-                ray.kill(actor)
-            if self._reservation is not None:
-                remove_placement_group(self._reservation)
-        self.workers, self.directory, self._reservation, self._arguments = [], None, None, ()
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Return the resources of a worker."""
+        return {self.resource: self.units}
 
 
-def _wait_until_ready(workers: Sequence[Any]) -> None:
-    import ray
+def placement(
+    device: str, threads: int, gpus: float | None, strategy: str, nodes: Sequence[str] | None,
+    labels: Mapping[str, str] | None,
+) -> Placement:
+    """Return a placement from the arguments of `Workers`; device: the type of the model's. Raises ValueError."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"placement must be one of {', '.join(STRATEGIES)}, got {strategy}")
+    wanted = dict(labels or {})
+    if isinstance(nodes, str) or (nodes is not None and not nodes):
+        raise ValueError(f"nodes must be a sequence of Ray's node ids, got {nodes!r}")
+    if nodes is not None:
+        wanted[NODE_LABEL] = f"in({','.join(nodes)})"
+    if device == "cpu":
+        if gpus is not None:
+            raise ValueError(f"gpus must come with a model on a GPU, got {gpus} and a model on the CPU")
+        return Placement("CPU", threads, STRATEGIES[strategy], wanted)
+    gpus = 1 if gpus is None else gpus
+    if isinstance(gpus, bool) or not isinstance(gpus, (int, float)) or not (0 < gpus <= 1):
+        raise ValueError(f"gpus must be a number above 0 and at most 1, got {gpus}")
+    return Placement("GPU", gpus, STRATEGIES[strategy], wanted)
 
-    ready = [worker.ready.remote() for worker in workers]
-    started, missing = ray.wait(ready, num_returns=len(ready), timeout=actor_pool.START_SECONDS)
-    ray.get(started)  # raises what a worker raised
-    if missing:
-        raise RuntimeError(f"Ray started {len(started)} of {len(ready)} workers within {actor_pool.START_SECONDS:g} s; "
-                           "use fewer workers, or end other work on the cluster")
+
+def reserve(count: int, wanted: Placement) -> Any:
+    """Reserve resources for all workers or for none, so that two callers never each wait for the other's part.
+
+    Returns the placement group. Raises RuntimeError that says what the cluster has.
+    """
+    from ray.util import placement_group, remove_placement_group
+
+    if cluster.free(wanted.resource) < count * wanted.units:
+        actor_pool.release()  # the ray schedule starts its actors again
+    selector = [dict(wanted.labels)] * count if wanted.labels else None
+    reservation = placement_group([wanted.bundle] * count, strategy=wanted.strategy, bundle_label_selector=selector)
+    if not reservation.wait(RESERVE_SECONDS):
+        remove_placement_group(reservation)
+        raise RuntimeError(_no_room(count, wanted))
+    return reservation
+
+
+def _no_room(count: int, wanted: Placement) -> str:
+    free = f"{cluster.free(wanted.resource):g} {wanted.resource}"
+    where = f" on nodes with {dict(wanted.labels)}" if wanted.labels else ""
+    advice = "use fewer workers"
+    if wanted.resource == "GPU":
+        advice += ", or gpus= a smaller part of a GPU for each (--worker-gpus)"
+    return (f"Ray had no room for {count} workers of {wanted.units:g} {wanted.resource}{where} within "
+            f"{RESERVE_SECONDS:g} s: {free} are free; the cluster has {cluster.describe()}; {advice}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torch_xlstm_ops.maths import mlstm
 from torch_xlstm_ops.ops.mlstm import sequence
-from torch_xlstm_ops.parallel.state_directory import StateLink
+from torch_xlstm_ops.parallel.state_link import StateLink
 from torch_xlstm_ops.runtime.torch_internals import OperatorMode, operator_name
 
 MLSTM, SLSTM = "xlstm::mlstm_chunkwise", "xlstm::slstm_sequence"

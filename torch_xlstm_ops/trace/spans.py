@@ -100,6 +100,17 @@ def span(
     return _DeviceSpan(recordings, mark)
 
 
+def add(
+    op: str, seconds: float, *, schedule: str, phase: str, layer: int | None = None, segment: int | None = None,
+    nbytes: int | None = None,
+) -> None:
+    """Record work that took so many seconds in another process; it is put at the present time."""
+    mark = Mark(op, schedule, phase, layer, None, segment, _CPU, threading.current_thread().name, nbytes, None)
+    now = time.perf_counter()
+    for recording in _recordings:
+        recording.add(mark.at((now - seconds - recording.began) * 1e6, seconds * 1e6))
+
+
 def set_layer(layer: int | None) -> None:
     """Set the layer of a model that runs next in this context; a schedule passes `current_layer` to its workers."""
     _layer.set(layer)

@@ -1,7 +1,8 @@
-"""The process's connection to Ray; one that we made is closed by us."""
+"""The process's connection to Ray; one that we made is closed by us, and a Ray that we start is this process's alone."""
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import threading
 
 from torch_xlstm_ops import config
 from torch_xlstm_ops.runtime.state import on_reset
+from torch_xlstm_ops.schedules.ray import private_ray
 
 SECONDS = 12.0  # in which a cluster must answer: `ray.init` itself waits for minutes
 _PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
@@ -33,7 +35,7 @@ def connect() -> bool:
             return False
         address = config.current().ray_address
         if address is None:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", address="local")
+            private_ray.start()
         else:
             check_reachable(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -50,14 +52,29 @@ def close() -> None:
             import ray
 
             ray.shutdown()
+            private_ray.remove()
         _ours = False
 
 
 def available(resource: str) -> int:
+    """Return how many whole units of a resource, CPU or GPU, are free in the cluster."""
+    return math.floor(free(resource))
+
+
+def free(resource: str) -> float:
     """Return how many units of a resource, CPU or GPU, are free in the cluster."""
     import ray
 
-    return int(ray.available_resources().get(resource, 0))
+    return float(ray.available_resources().get(resource, 0))
+
+
+def describe() -> str:
+    """Return what the nodes of the cluster have, as text."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    have = [", ".join(f"{node['Resources'].get(name, 0):g} {name}" for name in ("CPU", "GPU")) for node in nodes]
+    return f"{len(nodes)} node{'s' * (len(nodes) != 1)} ({'; '.join(have)})"
 
 
 def check_reachable(address: str) -> None:

@@ -1,0 +1,121 @@
+"""A Ray for this process alone: on the loopback, without dashboard, behind a token, in a folder that is removed.
+
+The folder holds the process's id: that of a process which was killed is removed when another starts Ray.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch_xlstm_ops.runtime.state import on_reset
+
+LOOPBACK = "127.0.0.1"
+_PREFIX = "xlstm-ray-"
+# Ray takes the loopback for a node's address only where clusters are off, as on macOS; so its servers listen there only.
+_ONE_HOST = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+_folder: Path | None = None
+_token: str | None = None  # of the Ray that was started
+
+
+def start() -> None:
+    """Start Ray and connect to it."""
+    global _folder
+    _use_token()
+    with _one_host():
+        import ray
+        from ray._private import ray_constants
+
+        _remove_left_over()
+        _folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_base()))
+        atexit.register(remove)  # before Ray registers its own: so it runs after that
+        enabled = ray_constants.ENABLE_RAY_CLUSTER
+        ray_constants.ENABLE_RAY_CLUSTER = False  # Ray may have been imported before
+        try:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                     _node_ip_address=LOOPBACK, _temp_dir=str(_folder))
+        except BaseException:
+            remove()
+            raise
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = enabled
+
+
+@on_reset
+def remove() -> None:
+    """Remove the folder and the token of the Ray that was started, which must have ended."""
+    global _folder, _token
+    if _folder is not None:
+        atexit.unregister(remove)
+        shutil.rmtree(_folder, ignore_errors=True)
+    if _token is not None and os.environ.get(_TOKEN) == _token:
+        _set_token(None)
+    _folder = _token = None
+
+
+def _use_token() -> None:
+    """Have Ray ask for a token that only this process and its children know, unless the user has set what it asks."""
+    global _token
+    if not any(name in os.environ for name in (_MODE, _TOKEN, _TOKEN_FILE)):
+        _token = secrets.token_hex(32)
+        _set_token(_token)
+
+
+def _set_token(token: str | None) -> None:
+    for name, value in ((_MODE, "token"), (_TOKEN, token)):
+        if token is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value or ""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")  # Ray reads the environment once
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _one_host() -> Iterator[None]:
+    """Set what keeps Ray on the loopback; the processes that it starts inherit it."""
+    before = os.environ.get(_ONE_HOST)
+    os.environ[_ONE_HOST] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ONE_HOST]
+        else:
+            os.environ[_ONE_HOST] = before
+
+
+def _base() -> str:
+    """Return the folder for ours; its name is short, as those of sockets may have about 100 characters."""
+    given = os.environ.get("RAY_TMPDIR")
+    return given or ("/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir())
+
+
+def _remove_left_over() -> None:
+    for folder in Path(_base()).glob(f"{_PREFIX}*-*"):
+        named = re.fullmatch(rf"{_PREFIX}(\d+)-\w+", folder.name)
+        if named is None or folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            continue
+        if not _lives(int(named[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
