@@ -24,7 +24,8 @@ from torch_xlstm_ops import mlstm_chunkwise
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.ops.mlstm import sequence
 from torch_xlstm_ops.parallel import Workers, shards
-from torch_xlstm_ops.parallel.state_directory import StateDirectory, StateLink
+from torch_xlstm_ops.parallel.state_directory import StateDirectory
+from torch_xlstm_ops.parallel.state_link import StateLink
 from torch_xlstm_ops.patch import patch
 
 CPU = torch.device("cpu")
@@ -68,6 +69,11 @@ def seconds(costs: Costs, tokens: int, workers: int, layers: int) -> float:
     """Return what `simulate` says of equal shards, with or without summaries as `Workers` would choose."""
     cuts = shards.split(tokens, [1.0] * workers)
     return simulate(costs, [cut.stop - cut.start for cut in cuts], layers, shards.summarize_first(workers, layers))
+
+
+def seconds_on_gpus(costs: Costs, tokens: int, workers: int, layers: int, result: float) -> float:
+    """Return the seconds of workers, and of handing logits and cache to the caller."""
+    return seconds(costs, tokens, workers, layers) + result
 
 
 def paper() -> list[dict[str, Any]]:

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from torch_xlstm_ops.runtime import devices
+
 
 class WaitClock:
     """Measures waits one after another."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[Any, Any]] = []
         self._began: Any = None
@@ -33,6 +36,6 @@ class WaitClock:
     def _now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = devices.event(self._device, timing=True)
         event.record()
         return event

@@ -24,7 +24,7 @@ class SerializedModel(NamedTuple):
     """A pickled object, and the tensors in it."""
 
     pickled: bytes
-    tensors: list[serialization.TensorBytes] | transport.DeviceTensors
+    tensors: Any  # a list of TensorBytes, or DeviceTensors
 
 
 class _TensorReference(NamedTuple):

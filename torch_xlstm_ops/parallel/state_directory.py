@@ -9,9 +9,9 @@ from typing import Any
 class StateDirectory:
     """Where the states after each layer of each shard of the current prompt are; runs as a Ray actor.
 
-    Such a place is a list of an object of Ray's store or a handle to memory of a GPU, and the time when the state was
-    there (seconds since the epoch). The states themselves go from worker to worker. A state that is lost with a worker or a node is reported in
-    `missed`, and `find` waits until its shard has been read again.
+    A place is a list of an object of Ray's store, or a handle to memory of a GPU, and the time when the state was there
+    (seconds since the epoch). The states themselves go from worker to worker. A state that is lost with a worker or a
+    node is reported in `missed`, and `find` waits until its shard has been read again.
     """
 
     def __init__(self) -> None:

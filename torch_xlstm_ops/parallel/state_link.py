@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_xlstm_ops.parallel import transport
 from torch_xlstm_ops.parallel.clock import WaitClock
 from torch_xlstm_ops.parallel.device_memory import DeviceMemoryError, Mappings
+from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules.ray import serialization
 
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ class StateLink:
         size = transport.buffer_bytes(transport.layout_of(tensors))
         buffer = self._buffers.get(layer, size, device)
         transport.pack(tensors, buffer)
-        event = torch.cuda.Event()
+        event = devices.event(self._device, timing=False)
         event.record()
         if self._way == transport.DEVICE:
             where = transport.exported(tensors, buffer)

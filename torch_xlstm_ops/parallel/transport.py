@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.parallel import device_memory
+from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules.ray import serialization
 from torch_xlstm_ops.schedules.ray.serialization import TensorBytes
 
@@ -113,12 +114,12 @@ class Sender:
     """A thread that waits for the GPU, and then does what sends its results; the thread of the model never waits."""
 
     def __init__(self) -> None:
-        self._work: queue.SimpleQueue[tuple[torch.cuda.Event, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[devices.Event, Callable[[], None]] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._failed: BaseException | None = None
         threading.Thread(target=self._run, name="xlstm-sender", daemon=True).start()
 
-    def after(self, event: torch.cuda.Event, action: Callable[[], None]) -> None:
+    def after(self, event: devices.Event, action: Callable[[], None]) -> None:
         """Have an action done once the GPU has reached an event; actions are done in order."""
         self._work.put((event, action))
 
@@ -140,5 +141,5 @@ class Sender:
             try:
                 event.synchronize()
                 action()
-            except BaseException as error:  # noqa: BLE001 - `flush` raises it
+            except BaseException as error:  # `flush` raises it
                 self._failed = self._failed or error

@@ -102,7 +102,7 @@ class Worker:
 
     def read(
         self, directory: Any, prompt: int, tokens: serialization.TensorBytes, shard: Shard, summarize_first: bool,
-        ways: Ways = Ways(transport.HOST, transport.HOST),
+        ways: Ways,
     ) -> ShardRead:
         """Read a shard's tokens (B, S), starting from the states of the previous shard in the directory.
 

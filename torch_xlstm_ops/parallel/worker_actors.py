@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,6 +72,10 @@ class WorkerActors:
                     raise
             time.sleep(1)
 
+    def travel(self, way: str | None) -> None:
+        """Have tensors travel in another way from the next prompt on; None: as is possible."""
+        self._way, self._ways = way, None
+
     def connect(self) -> None:
         """Find out how each worker can send; before a prompt, as workers do one thing after another."""
         if self._ways is not None:
@@ -97,7 +102,7 @@ class WorkerActors:
         taken = [*ray.get(following), False]
         names = {True: transport.DEVICE, False: transport.HOST}
         nodes = [worker.node for worker in started]
-        same = [*(a == b for a, b in zip(nodes, nodes[1:], strict=False)), False]
+        same = [*(a == b for a, b in itertools.pairwise(nodes)), False]
         return [
             Ways(names[same[number] and taken[number]],
                  names[nodes[number] == here and device_links.accepts(offers[number], self._device)])

@@ -1,4 +1,4 @@
-"""The process's connection to Ray; one that we made is closed by us, and a Ray that we start is this process's alone."""
+"""The process's connection to Ray; one that we made is closed by us."""
 
 from __future__ import annotations
 

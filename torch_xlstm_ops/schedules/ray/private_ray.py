@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch_xlstm_ops.runtime.state import on_reset
 
 LOOPBACK = "127.0.0.1"
 _PREFIX = "xlstm-ray-"
-# Ray takes the loopback for a node's address only where clusters are off, as on macOS; so its servers listen there only.
+# Ray takes the loopback for a node's address only where clusters are off, as on macOS; so servers stay there.
 _ONE_HOST = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
@@ -76,10 +77,11 @@ def _set_token(token: str | None) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value or ""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray import _raylet
 
-    Config.initialize("")  # Ray reads the environment once
-    AuthenticationTokenLoader.instance().reset_cache()
+    raylet: Any = _raylet
+    raylet.Config.initialize("")  # Ray reads the environment once
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager
