@@ -11,6 +11,7 @@ runs out of memory in a prompt and reads the next. What does not fit in `--secon
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import statistics
@@ -121,13 +122,24 @@ class Run:
         out = adapter.forward(self.model, ids.to(self.args.device))
         return ids, out.logits[:, -1], [[t.clone() for t in layer] for layer in adapter.layers(out.cache)]
 
+    def try_device(self, workers: Workers) -> None:
+        """Leave the way from device to device out if there is none."""
+        if self.args.device != "cuda":
+            return
+        workers._actors.travel("device")
+        try:
+            workers._actors.connect()
+        except RuntimeError as failed:
+            self.ways = ("host",)
+            self.result["device"] = str(failed)
+
     def speed(self, workers: Workers, S: int) -> dict[str, Any]:
         """Time a prompt by each contender in turn."""
         ids, logits, states = self.one_process(S)
         here = ids.to(self.args.device)
         calls: dict[str, Callable[[], Any]] = {"one process": lambda: adapter.forward(self.model, here)}
         for way in self.ways:
-            for n in sorted({1, self.count}):
+            for n in sorted({1, self.count} if self.args.alone >= S else {self.count}):
                 calls[f"{n} {way}"] = lambda way=way, n=n: by(workers, way, ids, n)  # type: ignore[misc]
         taken: dict[str, list[float]] = {name: [] for name in calls}
         errors, reports = {}, {}
@@ -142,7 +154,8 @@ class Run:
                     reports[name] = told(found.report)
                 del found
         medians = {name: statistics.median(times) for name, times in taken.items()}
-        return {"tokens": S, "seconds": medians, "all seconds": taken, "errors": errors, "reports": reports,
+        cell = self.cell(min(S, 16_384)) * 1e6
+        return {"tokens": S, "cell_us": cell, "seconds": medians, "all seconds": taken, "errors": errors, "reports": reports,
                 "speedup": {name: medians["one process"] / s for name, s in medians.items()}}
 
     def killed(self, workers: Workers, S: int, after: float) -> dict[str, Any]:
@@ -190,13 +203,13 @@ class Run:
     def predict(self) -> dict[str, Any]:
         """Return what the model says from one process, a token's mLSTM, and hops, beside what was measured."""
         found = {}
-        cell = self.cell(16_384 if self.args.device == "cuda" else 512)
         rows = [row for row in self.result["rows"] if row["phase"] == "speed"]
+        alone = min(rows, key=lambda row: row["tokens"])["seconds"]
         for row in rows:
             for way in self.ways:
-                reports = row["reports"]
+                reports, cell = row["reports"], row["cell_us"] / 1e6
                 hop = (reports[f"{self.count} {way}"]["hop_ms"] or 0.0) / 1e3
-                result = row["seconds"][f"1 {way}"] - row["seconds"]["one process"]
+                result = alone[f"1 {way}"] - alone["one process"]
                 rest = row["seconds"]["one process"] / self.args.layers / row["tokens"] - cell
                 costs = Costs(rest, cell, cell / 3, hop)
                 said = seconds_on_gpus(costs, row["tokens"], self.count, self.args.layers, result)
@@ -213,8 +226,9 @@ class Run:
         with patch("transformers"), torch.inference_mode():
             with Workers(self.model, self.count) as workers:
                 print("workers started", flush=True)
+                self.try_device(workers)
                 for S in args.tokens:
-                    self.phase("speed", 15, lambda S=S: self.speed(workers, S))  # type: ignore[misc]
+                    self.phase("speed", 3, lambda S=S: self.speed(workers, S))  # type: ignore[misc]
                 self.phase("prediction", 5, self.predict)
                 if args.kill:
                     self.phase("killed", 30, lambda: self.killed(workers, args.tokens[-1], args.kill))
@@ -236,8 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--kill", type=float, help="kill a worker so many seconds after a prompt's start")
     add("--halves", action="store_true", help="have two workers share one GPU")
     add("--memory", type=int, help="tokens that do not fit in half a GPU")
+    add("--alone", type=int, default=65_536, help="longest prompt that one worker reads too")
     add("--seconds", type=float, default=3600, help="time for all")
     add("--json", type=Path, help="where to write the result")
+    logging.basicConfig(level=logging.INFO)
     run = Run(parser.parse_args(arguments))
     run.all()
     print(run.result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch_xlstm_ops.parallel import transport
 from torch_xlstm_ops.parallel.device_memory import DeviceMemoryError, Mappings
 
+_log = logging.getLogger("torch_xlstm_ops.ray")
 _PATTERN = 90  # of the bytes that are tried
 
 
@@ -20,7 +22,8 @@ def offer(buffers: transport.Buffers, device: torch.device) -> transport.DeviceT
     tried = [torch.full((1024,), _PATTERN, dtype=torch.uint8, device=device)]
     try:
         return share(tried, buffers, device, "offer")
-    except DeviceMemoryError:
+    except DeviceMemoryError as error:
+        _log.info("the memory of this GPU cannot be shared: %s", error)
         return None
 
 
@@ -33,7 +36,8 @@ def accepts(offered: transport.DeviceTensors | None, device: torch.device) -> bo
         mappings = Mappings(device)
         (found,) = transport.received(offered, mappings, device)
         return bool((found == _PATTERN).all())
-    except DeviceMemoryError:
+    except DeviceMemoryError as error:
+        _log.info("the GPU memory of another process cannot be read: %s", error)
         return False
     finally:
         if mappings is not None:

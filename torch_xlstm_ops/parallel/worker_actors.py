@@ -27,6 +27,7 @@ class WorkerActors:
         self._count, self._device, self._threads, self._placement = count, device, threads, placement
         self._way = way
         self._ways: list[Ways] | None = None  # of each worker; unknown after one was replaced
+        self._known: dict[str | None, list[Ways]] = {}  # of each worker, by `way`
         self.workers: list[Any] = []
         self.directory: Any = None
         self._reservation: Any = None
@@ -61,6 +62,7 @@ class WorkerActors:
         from ray.exceptions import RayActorError
 
         self._ways = None
+        self._known.clear()
         until = time.monotonic() + actor_pool.START_SECONDS
         while True:
             ray.kill(self.workers[number])  # it may be disconnected and alive
@@ -74,7 +76,7 @@ class WorkerActors:
 
     def travel(self, way: str | None) -> None:
         """Have tensors travel in another way from the next prompt on; None: as is possible."""
-        self._way, self._ways = way, None
+        self._way, self._ways = way, self._known.get(way)
 
     def connect(self) -> None:
         """Find out how each worker can send; before a prompt, as workers do one thing after another."""
@@ -87,6 +89,7 @@ class WorkerActors:
         if self._way == transport.DEVICE and host.result in {way for ways in self._ways[:-1] for way in ways}:
             raise RuntimeError("transport must be host or auto for workers that cannot read each other's GPU memory, "
                                "got device")
+        self._known[self._way] = self._ways
 
     def ways(self, number: int) -> Ways:
         """Return how a worker sends, through the host until `connect` knows better."""
