@@ -155,7 +155,8 @@ class Run:
                 del found
         medians = {name: statistics.median(times) for name, times in taken.items()}
         cell = self.cell(min(S, 16_384)) * 1e6
-        return {"tokens": S, "cell_us": cell, "seconds": medians, "all seconds": taken, "errors": errors, "reports": reports,
+        return {"tokens": S, "cell_us": cell, "seconds": medians, "all seconds": taken, "errors": errors,
+                "reports": reports,
                 "speedup": {name: medians["one process"] / s for name, s in medians.items()}}
 
     def killed(self, workers: Workers, S: int, after: float) -> dict[str, Any]:

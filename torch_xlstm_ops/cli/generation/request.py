@@ -30,6 +30,7 @@ OPTIONS = (
     Option("dtype", one_of("auto", *DTYPES), "NAME", "auto", "auto is the checkpoint's, and float32 on the CPU"),
     Option("stats_log", _STATS_FILE, "FILE", None, "write timings of prefill and decode: .csv or .json"),
     Option("prefill_workers", WHOLE, "COUNT", None, "read the prompt by this many Ray actors, each a part of it"),
+    Option("worker_gpus", FRACTION, "GPUS", None, "part of a GPU for each of these, of its memory too (default 1)"),
     Option("stats_every", WHOLE, "TOKENS", None, "tokens between two lines of the log (default 16)"),
 )
 
@@ -63,6 +64,8 @@ def read(parsed: argparse.Namespace) -> GenerateRequest:
         raise BadInput(f"--no-patch must come without flags of our schedules, got {', '.join(idle)}")
     if values["prefill_workers"] is not None:
         _check_prefill_workers(parsed)
+    elif values["worker_gpus"] is not None:
+        raise BadInput(f"--worker-gpus must come with --prefill-workers, got {values['worker_gpus']:g} without")
     if parsed.pool is not None and Path(parsed.pool).exists() and not Path(parsed.pool).is_dir():
         raise BadInput(f"--pool must be a folder, or one to be made, got {parsed.pool}, which is a file")
     model = Path(parsed.model) if parsed.model is not None else DEMO_MODEL

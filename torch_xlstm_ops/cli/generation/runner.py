@@ -80,7 +80,7 @@ def _start_workers(
         return None
     from torch_xlstm_ops.cli.generation.workers import PrefillWorkers
 
-    return undo.enter_context(PrefillWorkers(loaded, prompt, count))
+    return undo.enter_context(PrefillWorkers(loaded, prompt, count, request.values["worker_gpus"]))
 
 
 def _warm_up(run: _Run) -> WarmUp:

@@ -18,14 +18,16 @@ WARM_UP_TOKENS = 2048  # most tokens per worker in the warm-up, which compiles
 class PrefillWorkers:
     """Workers that hold a model, for a ``with`` block; a call reads a prompt.
 
+    count: of workers; gpus: part of a GPU for each, default 1.
+
     Raises BadInput if Ray or the model cannot do that.
     """
 
-    def __init__(self, loaded: Loaded, prompt: Prompt, count: int) -> None:
+    def __init__(self, loaded: Loaded, prompt: Prompt, count: int, gpus: float | None = None) -> None:
         if len(prompt) < 2:
             raise BadInput(f"--prefill-workers must have a prompt of at least 2 tokens, got {len(prompt)}")
         with bad_input():
-            self._workers = Workers(loaded.model, count)
+            self._workers = Workers(loaded.model, count, gpus=gpus)
         self._count = count
         self.report: Report | None = None
 
