@@ -23,7 +23,7 @@ from benchmarks.timing import machine, save
 from torch_xlstm_ops import mlstm_chunkwise
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.ops.mlstm import sequence
-from torch_xlstm_ops.parallel import Workers, shards
+from torch_xlstm_ops.parallel import Workers, scan, shards
 from torch_xlstm_ops.parallel.state_directory import StateDirectory
 from torch_xlstm_ops.parallel.state_link import StateLink
 from torch_xlstm_ops.patch import patch
@@ -33,8 +33,11 @@ CPU = torch.device("cpu")
 # on an H100 (README), a summary is a third of it; the rest is taken to run at 400 TFLOP/s.
 LAYERS_7B, PARAMETERS_7B, STATE_7B = 32, 6.5e9, 8 * (256 * 512 + 256 + 1) * 4
 CELL_7B, FLOPS = 3.98e-3 / 65_536, 400e12
-LATENCY = 3e-3  # of a hop through the object store, measured on a loaded CPU; plus the time of the bytes
-LINKS = (10, 100, 400)  # Gb/s
+# Seconds of a hop. "host" was measured: the median wait of workers that had little else to wait for, 4 H200 of one host,
+# 16,384 tokens, states by pageable memory and Ray's store. The others are assumed: such a latency and the bytes over a
+# link, and memory of another GPU that is announced through Ray.
+HOP_HOST = 2.1e-3
+HOPS = {"host": HOP_HOST, "100 Gb/s (assumed)": HOP_HOST + STATE_7B * 8 / 100e9, "device (assumed)": 5e-4}
 PROMPTS = (32_768, 1_000_000, 10_000_000, 100_000_000)
 WORKERS = (1, 2, 4, 8, 16, 64, 256, 1024)
 
@@ -76,22 +79,48 @@ def seconds_on_gpus(costs: Costs, tokens: int, workers: int, layers: int, result
     return seconds(costs, tokens, workers, layers) + result
 
 
+def tree_seconds(costs: Costs, tokens: int, workers: int, layers: int) -> float:
+    """Return the seconds of workers whose sums go up and down a tree in each layer; all pass a layer together."""
+    up, down = scan.rounds(workers)
+    count = -(-tokens // workers)
+    hops = costs.hop * (len(up) + len(down))
+    return layers * (count * (costs.rest + costs.summary + costs.cell) + hops)
+
+
+def crossover(costs: Costs, tokens: int, layers: int) -> int | None:
+    """Return the power of two of workers from which on, up to 1,024, the tree is faster than the chain; None if none."""
+    found = None
+    for workers in (2**power for power in range(10, 0, -1)):
+        if tree_seconds(costs, tokens, workers, layers) >= seconds(costs, tokens, workers, layers):
+            break
+        found = workers
+    return found
+
+
+def costs_7b(hop: float) -> Costs:
+    """Return the costs of xLSTM-7B, with a hop of so many seconds."""
+    return Costs(2 * PARAMETERS_7B / LAYERS_7B / FLOPS, CELL_7B, CELL_7B / 3, hop)
+
+
 def paper() -> list[dict[str, Any]]:
-    """Print and return the prediction for xLSTM-7B."""
+    """Print and return the prediction for xLSTM-7B: a chain through the host, and the tree, by number of workers."""
     rows = []
-    print(f"{'tokens':>11} {'workers':>7} " + "".join(f"{f'{link} Gb/s':>20}" for link in LINKS))
+    print(f"{'tokens':>11} {'workers':>7} " + "".join(f"{name:>26}" for name in HOPS) + "   speedup of chain, tree")
     for tokens in PROMPTS:
         for workers in WORKERS:
             row: dict[str, Any] = {"tokens": tokens, "workers": workers}
-            for link in LINKS:
-                rest = 2 * PARAMETERS_7B / LAYERS_7B / FLOPS
-                costs = Costs(rest, CELL_7B, CELL_7B / 3, LATENCY + STATE_7B * 8 / (link * 1e9))
-                taken = seconds(costs, tokens, workers, LAYERS_7B)
-                row[f"{link} Gb/s"] = taken
-                row[f"{link} Gb/s speedup"] = seconds(costs, tokens, 1, LAYERS_7B) / taken
+            for name, hop in HOPS.items():
+                costs = costs_7b(hop)
+                alone = seconds(costs, tokens, 1, LAYERS_7B)
+                row[name] = {"chain": seconds(costs, tokens, workers, LAYERS_7B),
+                             "tree": tree_seconds(costs, tokens, workers, LAYERS_7B),
+                             "crossover": crossover(costs, tokens, LAYERS_7B)}
+                row[name] |= {f"{kind} speedup": alone / row[name][kind] for kind in ("chain", "tree")}
             rows.append(row)
-            cells = "".join(f"{row[f'{link} Gb/s']:>11.3f} s {row[f'{link} Gb/s speedup']:>5.0f}x" for link in LINKS)
-            print(f"{tokens:>11} {workers:>7} {cells}")
+            both = ((row[name]["chain speedup"], row[name]["tree speedup"]) for name in HOPS)
+            print(f"{tokens:>11} {workers:>7} " + "".join(f"{chain:>12.0f}x {tree:>11.0f}x" for chain, tree in both))
+        for name in HOPS:
+            print(f"{tokens:>11} {name}: the tree is faster from {rows[-1][name]['crossover']} workers on")
     return rows
 
 

@@ -57,8 +57,8 @@ class Workers:
     gpus: GPUs of each worker, above 0 and at most 1, for a model on a GPU; of its memory a worker takes that part.
     placement: "spread" over the nodes, or "pack" into few.
     nodes, labels: Ray's ids or labels of the nodes that workers may run on.
-    transport: how states and results travel: "host", through pinned memory and Ray's object store; "device", from GPU to
-        GPU of one host, which was never run on a GPU; "auto", the latter where two workers can.
+    transport: how states and results travel: "host", through pinned memory and Ray's object store; "device", from GPU
+        to GPU of one host; "auto", the latter where two workers can.
 
     Raises ValueError for a model that needs `call` and for bad arguments, NotImplementedError without Ray or for layers
     that mix tokens other than through a recurrent state, RuntimeError if Ray has no room for the workers.

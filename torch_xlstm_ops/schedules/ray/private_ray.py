@@ -38,7 +38,7 @@ def start() -> None:
 
         _remove_left_over()
         _folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_base()))
-        atexit.register(remove)  # before Ray registers its own: so it runs after that
+        atexit.register(_end)
         enabled = ray_constants.ENABLE_RAY_CLUSTER
         ray_constants.ENABLE_RAY_CLUSTER = False  # Ray may have been imported before
         try:
@@ -56,11 +56,19 @@ def remove() -> None:
     """Remove the folder and the token of the Ray that was started, which must have ended."""
     global _folder, _token
     if _folder is not None:
-        atexit.unregister(remove)
+        atexit.unregister(_end)
         shutil.rmtree(_folder, ignore_errors=True)
     if _token is not None and os.environ.get(_TOKEN) == _token:
         _set_token(None)
     _folder = _token = None
+
+
+def _end() -> None:
+    """End Ray at the exit of the process; Ray's own function for that runs later, and would write into the folder."""
+    import ray
+
+    ray.shutdown()
+    remove()
 
 
 def _use_token() -> None:

@@ -27,7 +27,10 @@ def to_bytes(tensors: Iterable[Tensor]) -> list[TensorBytes]:
 
 def from_bytes(tensors: Iterable[TensorBytes], device: torch.device | None = None) -> list[Tensor]:
     """Return the tensors. On the CPU they may be shared memory of the store, which must not be written."""
-    found = [torch.from_numpy(data).view(dtype).view(shape) for data, dtype, shape in tensors]
+    found = [
+        torch.from_numpy(data).view(dtype).view(shape) if data.size else torch.empty(shape, dtype=dtype)
+        for data, dtype, shape in tensors
+    ]
     return found if device is None or device.type == "cpu" else [t.to(device) for t in found]
 
 
