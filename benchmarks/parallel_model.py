@@ -33,8 +33,8 @@ CPU = torch.device("cpu")
 # on an H100 (README), a summary is a third of it; the rest is taken to run at 400 TFLOP/s.
 LAYERS_7B, PARAMETERS_7B, STATE_7B = 32, 6.5e9, 8 * (256 * 512 + 256 + 1) * 4
 CELL_7B, FLOPS = 3.98e-3 / 65_536, 400e12
-# Seconds of a hop. "host" was measured: the median wait of workers that had little else to wait for, 4 H200 of one
-# host, 16,384 tokens, states by pageable memory and Ray's store. The others are assumed: such a latency and the bytes over a
+# Seconds of a hop. "host" was measured: median wait of workers that had little else to wait for, 4 H200 of one host,
+# 16,384 tokens, states by pageable memory and Ray's store. The others are assumed: such a latency and the bytes over a
 # link, and memory of another GPU that is announced through Ray.
 HOP_HOST = 2.1e-3
 HOPS = {"host": HOP_HOST, "100 Gb/s (assumed)": HOP_HOST + STATE_7B * 8 / 100e9, "device (assumed)": 5e-4}
@@ -88,7 +88,7 @@ def tree_seconds(costs: Costs, tokens: int, workers: int, layers: int) -> float:
 
 
 def crossover(costs: Costs, tokens: int, layers: int) -> int | None:
-    """Return the power of two of workers from which on, up to 1,024, the tree beats the chain; None if it never does."""
+    """Return the power of two of workers from which on, up to 1,024, the tree beats the chain; None if none."""
     found = None
     for workers in (2**power for power in range(10, 0, -1)):
         if tree_seconds(costs, tokens, workers, layers) >= seconds(costs, tokens, workers, layers):

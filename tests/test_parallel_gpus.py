@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.test_parallel import Toy, flat, tokens, toy_call
 from torch_xlstm_ops import trace
+from torch_xlstm_ops.schedules.ray import serialization
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 from torch_xlstm_ops.parallel import Workers, device_links, device_memory, placement, transport  # noqa: E402
@@ -34,7 +35,8 @@ def test_tensors_of_any_dtype_survive_a_buffer():
     for found, wanted in zip(transport.views(buffer, layout), tensors, strict=True):
         assert found.dtype == wanted.dtype
         assert torch.equal(found, wanted)
-    for found, wanted in zip(transport.from_bytes(transport.pinned_bytes(tensors, buffer), CPU), tensors, strict=True):
+    sent = transport.pinned_bytes(tensors, buffer)
+    for found, wanted in zip(serialization.from_bytes(sent, CPU), tensors, strict=True):
         assert torch.equal(found, wanted)
 
 

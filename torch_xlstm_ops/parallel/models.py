@@ -62,8 +62,7 @@ def deserialize(model: SerializedModel, device: torch.device, *, copy: bool) -> 
     if isinstance(model.tensors, transport.DeviceTensors):
         tensors, copy = device_links.take(model.tensors, device), False
     else:
-        read = transport.from_bytes if copy else serialization.from_bytes  # weights would pin much memory
-        tensors = read(model.tensors, device)
+        tensors = serialization.from_bytes(model.tensors, device)
     made: dict[_TensorReference, Tensor] = {}
 
     class Unpickler(pickle.Unpickler):

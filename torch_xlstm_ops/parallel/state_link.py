@@ -74,7 +74,7 @@ class StateLink:
         if isinstance(state, transport.DeviceTensors):
             assert self._mappings is not None
             return transport.received(state, self._mappings, self._device)
-        return transport.from_bytes(ray.get(state), self._device)
+        return serialization.from_bytes(ray.get(state), self._device)
 
     def store(self, layer: int, state: Sequence[Tensor]) -> None:
         """Store the state after a layer, for the next shard."""

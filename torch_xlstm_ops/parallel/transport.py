@@ -1,4 +1,4 @@
-"""Tensors between processes: over the GPUs of one host directly, or as bytes through pinned memory and Ray's store."""
+"""Tensors between processes: from GPU to GPU of one host, or as bytes through Ray's store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from torch_xlstm_ops.parallel import device_memory
 from torch_xlstm_ops.runtime import devices
-from torch_xlstm_ops.schedules.ray import serialization
 from torch_xlstm_ops.schedules.ray.serialization import TensorBytes
 
 ALIGNMENT = 16  # bytes, of a tensor in a buffer
@@ -78,25 +77,6 @@ def pinned_bytes(tensors: Sequence[Tensor], buffer: Tensor) -> list[TensorBytes]
     """Return the bytes of tensors packed into pinned memory, once they are there."""
     return [TensorBytes(part.reshape(-1).view(torch.uint8).numpy(), part.dtype, tuple(part.shape))
             for part in views(buffer, layout_of(tensors))]
-
-
-def to_bytes(tensors: Sequence[Tensor]) -> list[TensorBytes]:
-    """Return the bytes of tensors, those of a GPU through pinned memory."""
-    found = list(tensors)
-    if not any(t.is_cuda for t in found):
-        return serialization.to_bytes(found)
-    buffer = Buffers().get(None, buffer_bytes(layout_of(found)), torch.device("cpu"))
-    pack(found, buffer)
-    torch.cuda.synchronize()
-    return pinned_bytes(found, buffer)
-
-
-def from_bytes(data: Sequence[TensorBytes], device: torch.device) -> list[Tensor]:
-    """Return tensors on a device, on a GPU through pinned memory; on the CPU they may be read-only memory."""
-    found = serialization.from_bytes(data)
-    if device.type != "cuda":
-        return serialization.from_bytes(data, device)
-    return [t.pin_memory().to(device, non_blocking=True) for t in found]
 
 
 def received(data: DeviceTensors, mappings: device_memory.Mappings, device: torch.device) -> list[Tensor]:

@@ -148,6 +148,6 @@ class Worker:
         if way == transport.DEVICE:
             with torch.inference_mode():
                 return models.serialize(found, lambda tensors: device_links.share(tensors, self._buffers, self._device))
-        result = models.serialize(found, transport.to_bytes)
+        result = models.serialize(found)
         with serialization.store_errors("the logits and states after the prompt", serialization.nbytes(result.tensors)):
             return ray.put(result)

@@ -57,8 +57,8 @@ class Workers:
     gpus: GPUs of each worker, above 0 and at most 1, for a model on a GPU; of its memory a worker takes that part.
     placement: "spread" over the nodes, or "pack" into few.
     nodes, labels: Ray's ids or labels of the nodes that workers may run on.
-    transport: how states and results travel: "host", through pinned memory and Ray's object store; "device", from GPU
-        to GPU of one host; "auto", the latter where two workers can.
+    transport: how states and results travel: "device", from GPU to GPU of one host; "host", through Ray's object store;
+        "auto", the default, "device" where two workers can.
 
     Raises ValueError for a model that needs `call` and for bad arguments, NotImplementedError without Ray or for layers
     that mix tokens other than through a recurrent state, RuntimeError if Ray has no room for the workers.
@@ -67,7 +67,7 @@ class Workers:
     def __init__(
         self, model: torch.nn.Module, workers: int = 2, *, threads: int = 1, call: models.Call | None = None,
         gpus: float | None = None, placement: str = "spread", nodes: Sequence[str] | None = None,
-        labels: Mapping[str, str] | None = None, transport: str = transport.HOST,
+        labels: Mapping[str, str] | None = None, transport: str = "auto",
     ) -> None:
         config.check(config.WHOLE, workers, "workers", text=False)
         config.check(config.WHOLE, threads, "threads", text=False)

@@ -29,7 +29,7 @@ OPTIONS = (
     Option("device", one_of("auto", *devices.KINDS), "NAME", "auto", "auto, cpu, cuda or mps"),
     Option("dtype", one_of("auto", *DTYPES), "NAME", "auto", "auto is the checkpoint's, and float32 on the CPU"),
     Option("stats_log", _STATS_FILE, "FILE", None, "write timings of prefill and decode: .csv or .json"),
-    Option("prefill_workers", WHOLE, "COUNT", None, "read the prompt by this many Ray actors, each a shard of it"),
+    Option("prefill_workers", WHOLE, "COUNT", None, "read the prompt by this many Ray actors, each a part of it"),
     Option("worker_gpus", FRACTION, "GPUS", None, "part of a GPU for each of these, of its memory too (default 1)"),
     Option("stats_every", WHOLE, "TOKENS", None, "tokens between two lines of the log (default 16)"),
 )

@@ -19,7 +19,8 @@ from typing import Any
 from torch_xlstm_ops.runtime.state import on_reset
 
 LOOPBACK = "127.0.0.1"
-_PREFIX = "xlstm-ray-"
+_PREFIX = "xlr-"
+_SOCKET_BYTES = 107  # most that the path of a socket may have
 # Ray takes the loopback for a node's address only where clusters are off, as on macOS; so servers stay there.
 _ONE_HOST = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -107,9 +108,12 @@ def _one_host() -> Iterator[None]:
 
 
 def _base() -> str:
-    """Return the folder for ours; its name is short, as those of sockets may have about 100 characters."""
-    given = os.environ.get("RAY_TMPDIR")
-    return given or ("/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir())
+    """Return the folder for ours: RAY_TMPDIR, unless paths of sockets in it would be too long."""
+    given, pid = os.environ.get("RAY_TMPDIR"), os.getpid()
+    socket = f"/{_PREFIX}{pid}-12345678/session_2000-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+    if given and len(os.fsencode(given + socket)) <= _SOCKET_BYTES:
+        return given
+    return "/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()
 
 
 def _remove_left_over() -> None:
