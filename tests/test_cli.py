@@ -97,6 +97,7 @@ configuration
   mem_fraction    the plan chooses  default
   ray_address     none              default
   tuned           on                default
+  slstm_schedule  auto              default
 
 tuned plans
   none: xlstm-ops tune finds them

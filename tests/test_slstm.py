@@ -511,10 +511,10 @@ class Interface(expecttest.TestCase):
 xlstm::slstm_step(Tensor x, Tensor r, Tensor b, Tensor y, Tensor c, Tensor n, Tensor m, *, float floor=0.) ->
 (Tensor, Tensor, Tensor, Tensor)
 xlstm::slstm_sequence(Tensor x, Tensor r, Tensor b, Tensor? y=None, Tensor? c=None, Tensor? n=None, Tensor?
-m=None, Tensor? reset=None, *, float floor=0.) -> (Tensor, Tensor, Tensor, Tensor, Tensor)
+m=None, Tensor? reset=None, *, float floor=0., str? schedule=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)
 xlstm::slstm_sequence_backward(Tensor dh, Tensor dy, Tensor dc, Tensor dn, Tensor dm, Tensor x, Tensor r,
-Tensor b, Tensor? y, Tensor? c, Tensor? n, Tensor? m, Tensor h, Tensor? reset=None, *, float floor=0.) ->
-(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)""")
+Tensor b, Tensor? y, Tensor? c, Tensor? n, Tensor? m, Tensor h, Tensor? reset=None, *, float floor=0., str?
+schedule=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)""")
 
     def test_errors(self):
         x, r, b, *state = draw(5)
