@@ -125,6 +125,7 @@ with torch._subclasses.FakeTensorMode() as mode:
 with torch_internals.OperatorMode(lambda op, args, kwargs: op(*args, **kwargs)):
     mlstm_step(*token)
 torch_internals.reduction_choices(), torch_internals.compiler_missing(), torch_internals.user_stack()
+torch_internals.functional_mode()
 torch_internals.traced(lambda: (), []), torch_internals.hooks(model), torch_internals.global_hooks()
 unused = [name for name in gone if NEEDS[name].moved is None]
 assert not unused, unused
