@@ -19,8 +19,11 @@ from .schemas import LIBRARY
 
 def register(operator: Operator) -> None:
     """Give an operator that writes its rule for functional tensors."""
-    in_place, mode_type = operator.in_place, torch_internals.functional_mode()
-    if in_place is None or mode_type is None:
+    in_place = operator.in_place
+    if in_place is None:
+        return
+    mode_type = torch_internals.functional_mode()
+    if mode_type is None:
         return
 
     def rule(mode: Any, op: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:

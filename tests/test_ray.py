@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, Sizes, assert_close, draw, exact, weigh
 from tests.parameters import tail
+from tests.processes import marked
 from torch_xlstm_ops import config, mlstm_chunkwise, schedules, trace
 from torch_xlstm_ops.config import Config, Schedule
 from torch_xlstm_ops.schedules.plan import Machine, Shape, make
@@ -454,7 +455,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
             process.communicate(timeout=60)
         finally:
             process.kill()
-            for pid in processes(mark):
+            for pid in marked(mark):
                 os.kill(pid, signal.SIGKILL)
 
 
@@ -484,18 +485,6 @@ def test_an_interrupt_leaves_no_process(alone):
     _, err = alone.process.communicate(timeout=60)
     assert "KeyboardInterrupt" in err
     until = time.monotonic() + 30
-    while (left := processes(alone.mark)) and time.monotonic() < until:
+    while (left := marked(alone.mark)) and time.monotonic() < until:
         time.sleep(0.2)
     assert not left
-
-
-def processes(mark: str) -> list[int]:
-    """Return the processes whose environment holds a mark."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:  # gone, or not ours
-            continue
-    return found

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import marked
+
 pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = [pytest.mark.ray, pytest.mark.slow,
               pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads /proc")]
@@ -36,18 +38,6 @@ if sys.argv[1] == "close":
     left = {name for name in os.environ if name.startswith(("RAY_AUTH", "RAY_ENABLE_WINDOWS"))}
     Path("left").write_text(repr((left, os.listdir(os.environ["RAY_TMPDIR"]))))
 """
-
-
-def marked(mark: str) -> list[int]:
-    """Return the processes whose environment holds a mark."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:  # gone, or not ours
-            continue
-    return found
 
 
 def listening(pids: list[int]) -> list[str]:

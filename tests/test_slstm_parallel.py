@@ -16,12 +16,17 @@ from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
 from torch_xlstm_ops.ops.slstm import parallel as operators
 from torch_xlstm_ops.ops.slstm import sequence
-from torch_xlstm_ops.ops.slstm.parallel_kernels import compile_call, eager_call
+from torch_xlstm_ops.ops.slstm.parallel_kernels import compile_call
 from torch_xlstm_ops.schedules.slstm import rounds
 
 INF, NAN = math.inf, math.nan
 CHUNK, WINDOW = 2, 32
 KIND, TOLERATED = "kind", 1e-3
+
+
+def eager_call(fn, **static):
+    """Return what calls a function of the maths without compiling it."""
+    return torch.no_grad()(lambda args: fn(*args, **static))
 
 
 def sequential(x, r, b, state, reset, floor):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_xlstm_ops.maths.shapes import STREAM_DTYPES
+from torch_xlstm_ops.maths.shapes import STREAM_DTYPES, dtype_name
 from torch_xlstm_ops.patch import upstream_functions as functions
 
 TensorInfo = tuple[torch.dtype, int] | None  # dtype and rank of an argument; None if no tensor was given
@@ -85,16 +85,17 @@ def refusal(rule: Rule, infos: Sequence[TensorInfo], conditions: Mapping[str, An
         if info is not None and info[1] != rank:
             return f"{name} must have {rank} axes, got {info[1]}"
         if info is not None and not info[0].is_floating_point:
-            return f"{name} must have a floating dtype, got {_short(info[0])}"
+            return f"{name} must have a floating dtype, got {dtype_name(info[0])}"
     found = [info[0] if info is not None else None for info in infos[:rule.streams]]
     if found[0] not in STREAM_DTYPES or any(dtype != found[0] for dtype in found):
+        dtypes = ", ".join("None" if dtype is None else dtype_name(dtype) for dtype in found)
         return (f"{', '.join(names[:rule.streams])} must share one of float32, float16, bfloat16 and float64, got "
-                f"{', '.join(map(_short, found))}")
+                f"{dtypes}")
     eps = conditions.get("eps", 0.0)
     if not isinstance(eps, (float, int)) or not eps >= 0:
         return f"eps must be a number of at least 0, got {eps}"
     if conditions.get("dtype_state") == torch.float64 and stream is not None and stream[0] != torch.float64:
-        return f"dtype_state must be at most float32 beside {_short(stream[0])}, got float64"
+        return f"dtype_state must be at most float32 beside {dtype_name(stream[0])}, got float64"
     if not conditions.get("stabilize_rowwise", True):
         return "stabilize_rowwise must be True, got False"
     return _other_recurrence(conditions.get("mlstm_chunkwise_kernel"), conditions.get("pointwise_forward"))
@@ -109,7 +110,3 @@ def _other_recurrence(kernel: Any, pointwise: Any) -> str | None:
     if pointwise is not None and not pointwise.__module__.endswith(".slstm"):
         return f"pointwise_forward must be the sLSTM's, got that of {pointwise.__module__}"
     return None
-
-
-def _short(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

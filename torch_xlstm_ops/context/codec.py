@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.context.states import Snapshot
-from torch_xlstm_ops.maths.shapes import MLSTMState
+from torch_xlstm_ops.maths.shapes import MLSTMState, dtype_name
 
 FORMAT = "xlstm-state-1"
 
@@ -133,7 +133,7 @@ def relative_error(exact: Tensor, kept: Tensor) -> float:
 
 
 def _dtype_name(snapshot: Snapshot) -> str:
-    return str(snapshot.layers[0].c.dtype).removeprefix("torch.")
+    return dtype_name(snapshot.layers[0].c.dtype)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from torch_xlstm_ops.runtime import environment
 from torch_xlstm_ops.runtime.state import on_reset, warn_once
 
 if TYPE_CHECKING:
@@ -54,12 +55,5 @@ def writable_folder(error: OSError | None) -> Iterator[None]:
         _temporary.append(tempfile.TemporaryDirectory(prefix="xlstm-ops-inductor-", ignore_cleanup_errors=True))
     warn_once(f"Inductor's cache cannot be written ({error}): kernels are compiled in a temporary folder and not kept; "
               f"name a folder that can be written in {VARIABLE}")
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = _temporary[0].name
-    try:
+    with environment.variable(VARIABLE, _temporary[0].name):
         yield
-    finally:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before

@@ -17,6 +17,7 @@ from torch_xlstm_ops.cli.checking.cases import CASES, MLSTM, SLSTM, Case
 from torch_xlstm_ops.cli.commands import info
 from torch_xlstm_ops.cli.shared.errors import bad_input
 from torch_xlstm_ops.cli.shared.table import aligned
+from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.maths.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error
 from torch_xlstm_ops.runtime import devices, files
 
@@ -76,7 +77,7 @@ def summary(results: Sequence[Result]) -> str:
 def check(case: Case, dtype: torch.dtype, device: torch.device, end: float) -> Result:
     """Compare a case with the recurrence and time it; an error is recorded as the failure."""
     tolerance = (GRADIENT_TOLERANCE if case.inputs else TOLERANCE)[dtype]
-    failed = Result(case.name, str(dtype).removeprefix("torch."), None, tolerance, None, "")
+    failed = Result(case.name, dtype_name(dtype), None, tolerance, None, "")
     if time.perf_counter() > end:
         return failed._replace(failure=NOT_RUN)
     try:

@@ -12,6 +12,7 @@ from torch_xlstm_ops.cli.generation.request import GenerateRequest
 from torch_xlstm_ops.cli.generation.stream import StateStore, WarmUp
 from torch_xlstm_ops.cli.shared.loading import Loaded
 from torch_xlstm_ops.context import state_file
+from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.runtime import devices
 
 
@@ -23,7 +24,7 @@ def facts(request: GenerateRequest, loaded: Loaded, ran: WarmUp, meter: Meter) -
     return {
         "model": str(request.model),
         "device": str(loaded.device),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": dtype_name(loaded.dtype),
         "schedule": schedule if request.patched else "none, as not patched",
         "prefill kernel": ", ".join(ran.prefill) or "transformers native",
         "decode kernel": ", ".join(ran.decode) or "transformers native",

@@ -17,6 +17,7 @@ from torch_xlstm_ops.cli.shared.table import aligned
 from torch_xlstm_ops.cli.tuning import model_phases
 from torch_xlstm_ops.cli.tuning.request import MODEL_PHASES, TuneRequest
 from torch_xlstm_ops.config import tuned_plans
+from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.schedules.defaults import STEP_TOKENS
 from torch_xlstm_ops.schedules.machine import machine
 from torch_xlstm_ops.tune import bench, publish, space, study, workloads
@@ -124,7 +125,7 @@ def _phases(request: TuneRequest) -> str:
 
 def _name(request: TuneRequest, length: int) -> str:
     B, NH, DHQK, DHHV = request.shape
-    dtype = str(request.dtype).removeprefix("torch.")
+    dtype = dtype_name(request.dtype)
     return (f"{_phases(request)}-{B}x{NH}x{length}x{DHQK}x{DHHV}-{dtype}-{request.device.type}-"
             f"{request.values['method']}-seed{request.values['seed']}")
 

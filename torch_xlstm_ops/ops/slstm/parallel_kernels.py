@@ -27,11 +27,6 @@ def compile_call(fn: compiler.PureFunction, **static: Any) -> schedule.Call:
     return lambda args: compiler.get(fn, axes(fn, args), args, **static)(args)
 
 
-def eager_call(fn: compiler.PureFunction, **static: Any) -> schedule.Call:
-    """Return what calls `fn` as it is."""
-    return torch.no_grad()(lambda args: fn(*args, **static))
-
-
 def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Caller = compile_call) -> schedule.Kernels:
     """Return the functions of a round for tensors like x."""
     wide = state_dtype(x.dtype)

@@ -11,11 +11,10 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch_xlstm_ops.runtime import environment
 from torch_xlstm_ops.runtime.state import on_reset
 
 LOOPBACK = "127.0.0.1"
@@ -33,7 +32,7 @@ def start() -> None:
     """Start Ray and connect to it."""
     global _folder
     _use_token()
-    with _one_host():
+    with environment.variable(_ONE_HOST, "0"):  # the processes that Ray starts inherit it: they keep to the loopback
         import ray
         from ray._private import ray_constants
 
@@ -91,20 +90,6 @@ def _set_token(token: str | None) -> None:
     raylet: Any = _raylet
     raylet.Config.initialize("")  # Ray reads the environment once
     raylet.AuthenticationTokenLoader.instance().reset_cache()
-
-
-@contextmanager
-def _one_host() -> Iterator[None]:
-    """Set what keeps Ray on the loopback; the processes that it starts inherit it."""
-    before = os.environ.get(_ONE_HOST)
-    os.environ[_ONE_HOST] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_ONE_HOST]
-        else:
-            os.environ[_ONE_HOST] = before
 
 
 def _base() -> str:
