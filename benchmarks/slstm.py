@@ -25,10 +25,10 @@ from torch import Tensor
 
 from benchmarks.timing import alternate, machine, save, timed
 from torch_xlstm_ops.api import slstm_sequence, slstm_step
+from torch_xlstm_ops.kernels.slstm import DEFAULTS
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.ops.slstm import sequence
-from torch_xlstm_ops.ops.slstm.kernels import DEFAULTS
 from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules.slstm.cuda_graphs import CudaGraphs
 

@@ -17,6 +17,7 @@ FLOORS = [
     ["checkout"],
     ["runtime"],
     ["maths", "config", "trace"],
+    ["kernels"],
     ["schedules"],
     ["ops"],
     ["registrations"],
@@ -33,7 +34,8 @@ FLOORS = [
 # Floors that see less than what lies below them.
 ONLY = {
     "maths": set(),
-    "schedules": {"runtime", "config", "trace", "maths"},
+    "kernels": {"runtime", "maths"},
+    "schedules": {"runtime", "config", "trace", "maths", "kernels"},
     "api": {"maths"},
     "models": set(),
 }

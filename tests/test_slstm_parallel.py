@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, assert_close, error, weigh
 from tests.test_slstm import DH, NH, draw, draw_reset, exact
 from torch_xlstm_ops import config, slstm_sequence, trace
+from torch_xlstm_ops.kernels.slstm_parallel import compile_call
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
 from torch_xlstm_ops.ops.slstm import parallel as operators
 from torch_xlstm_ops.ops.slstm import sequence
-from torch_xlstm_ops.ops.slstm.parallel_kernels import compile_call
 from torch_xlstm_ops.schedules.slstm import rounds
 
 INF, NAN = math.inf, math.nan

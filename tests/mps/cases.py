@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.kernels.slstm import DEFAULTS
 from torch_xlstm_ops.maths import mlstm, slstm
 from torch_xlstm_ops.maths.slstm import Product
 from torch_xlstm_ops.models import transformers as adapter
-from torch_xlstm_ops.ops.slstm.kernels import DEFAULTS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STATIC = {"eps": 1e-6, "floor": 0.0}

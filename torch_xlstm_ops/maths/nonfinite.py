@@ -1,4 +1,4 @@
-"""NaN and infinity in packed documents: kept within their document, as the recurrence keeps them.
+"""NaN and infinity: whether there are any, and how they stay within their document.
 
 A matrix product would carry them to other documents, as 0 * NaN is NaN.
 """
@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from torch_xlstm_ops.maths.shapes import state_dtype
 
 # The gates of a token that changes nothing: it adds nothing and keeps everything.
 IDENTITY_IGATE, IDENTITY_FGATE = -math.inf, math.inf
@@ -114,3 +116,16 @@ def _until_reset(marked: Tensor, reset: Tensor) -> Tensor:
     """Return for each token (B, NH, S) whether one is marked from itself to its document's end; reset: (B, 1, S)."""
     ends = torch.cat([reset[..., 1:], torch.ones_like(reset[..., :1])], -1)
     return _since_reset(marked.flip(-1), ends.flip(-1)).flip(-1)
+
+
+def finite(*tensors: Tensor) -> bool:
+    """Return whether all values are finite; True on other devices than the CPU, as reading them would synchronise."""
+    if tensors[0].device.type != "cpu":
+        return True
+    return math.isfinite(sum(t.sum(dtype=state_dtype(t.dtype)).item() for t in tensors))
+
+
+def finite_state(state: Sequence[Tensor]) -> bool:
+    """Return whether c, n, m are finite, or m -inf; as of `finite`."""
+    c, n, m = state
+    return finite(c, n, m.clamp(min=0))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torch_xlstm_ops import trace
-from torch_xlstm_ops.schedules.kernels import OP, Kernels, State
+from torch_xlstm_ops.kernels.mlstm import Kernels, State
 from torch_xlstm_ops.schedules.plan import Plan, Segment
 from torch_xlstm_ops.schedules.sequential import backward as backward
-from torch_xlstm_ops.schedules.slicing import Rows
+from torch_xlstm_ops.schedules.slicing import OP, Rows
 from torch_xlstm_ops.schedules.token_by_token import step_through
 
 

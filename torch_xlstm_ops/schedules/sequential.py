@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import trace
-from torch_xlstm_ops.schedules.kernels import OP, Kernels, State
+from torch_xlstm_ops.kernels.mlstm import Kernels, State, empty_state
+from torch_xlstm_ops.maths.nonfinite import finite
 from torch_xlstm_ops.schedules.plan import Plan, Segment
-from torch_xlstm_ops.schedules.slicing import Rows, empty_state, write_band
-from torch_xlstm_ops.schedules.token_by_token import fall_back, finite, gradient, state_after
+from torch_xlstm_ops.schedules.slicing import OP, Rows, write_band
+from torch_xlstm_ops.schedules.token_by_token import fall_back, gradient, state_after
 
 Summary = tuple[Tensor, Tensor, Tensor, Tensor]  # F M dC dn
 

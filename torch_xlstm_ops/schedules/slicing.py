@@ -6,14 +6,13 @@ import functools
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_xlstm_ops.maths.shapes import state_dtype
-from torch_xlstm_ops.schedules.kernels import State
+from torch_xlstm_ops.kernels.mlstm import State, empty_state
 from torch_xlstm_ops.schedules.plan import Plan, Segment
 
+OP = "mlstm_chunkwise"  # its name in traces
 # What a padding token holds, in the order q k v igate fgate: the monoid's identity.
 _PADDING = (0.0, 0.0, 0.0, -math.inf, math.inf)
 
@@ -88,14 +87,6 @@ class OutputSlice:
         if self._temporary is not None:
             self._rows.put(self._rows.h, self._band, self._segment, self._temporary)
             self._temporary = None
-
-
-def empty_state(streams: Sequence[Tensor], rows: int, *, zero: bool = False) -> State:
-    """Return memory for c (rows, DHQK, DHHV), n (rows, DHQK), m (rows, 1). zero: filled with zeros."""
-    q, v = streams[0], streams[2]
-    new = functools.partial(torch.zeros if zero else torch.empty, dtype=state_dtype(q.dtype), device=q.device)
-    DHQK = q.shape[-1]
-    return [new((rows, DHQK, v.shape[-1])), new((rows, DHQK)), new((rows, 1))]
 
 
 def write_band(whole: State, band: slice, state: Sequence[Tensor]) -> None:

@@ -16,23 +16,9 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import trace
-from torch_xlstm_ops.maths.shapes import state_dtype
-from torch_xlstm_ops.schedules.kernels import OP, Kernels, State
+from torch_xlstm_ops.kernels.mlstm import Kernels, State
 from torch_xlstm_ops.schedules.plan import Segment
-from torch_xlstm_ops.schedules.slicing import Rows
-
-
-def finite(*tensors: Tensor) -> bool:
-    """Return whether all values are finite; True on other devices than the CPU, as reading them would synchronise."""
-    if tensors[0].device.type != "cpu":
-        return True
-    return math.isfinite(sum(t.sum(dtype=state_dtype(t.dtype)).item() for t in tensors))
-
-
-def finite_state(state: State) -> bool:
-    """Return whether c, n, m are finite, or m -inf; as of `finite`."""
-    c, n, m = state
-    return finite(c, n, m.clamp(min=0))
+from torch_xlstm_ops.schedules.slicing import OP, Rows
 
 
 def step_through(kernels: Kernels, rows: Rows, band: slice, segment: Segment, state: State) -> State:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from torch_xlstm_ops import config, schedules
 from torch_xlstm_ops.config import Schedule
+from torch_xlstm_ops.kernels.mlstm import Kernels, kernels
 from torch_xlstm_ops.ops.call_cache import CallCache
 from torch_xlstm_ops.ops.mlstm.arguments import Gradients, split
-from torch_xlstm_ops.ops.mlstm.kernels import kernels
 from torch_xlstm_ops.schedules import plan, tuned
-from torch_xlstm_ops.schedules.kernels import Kernels
 from torch_xlstm_ops.schedules.machine import machine
 
 

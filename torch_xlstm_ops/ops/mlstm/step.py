@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from torch_xlstm_ops.kernels.threads import step_threads
 from torch_xlstm_ops.maths import mlstm
 from torch_xlstm_ops.maths.shapes import EPS, check_mlstm_step, check_not_negative
 from torch_xlstm_ops.ops import overlap
 from torch_xlstm_ops.ops.call_cache import CallCache
-from torch_xlstm_ops.ops.operator import copy_to_state, overload, step_threads, without_view
+from torch_xlstm_ops.ops.operator import copy_to_state, overload, without_view
 from torch_xlstm_ops.runtime import compiler, devices, torch_internals
 
 STATE = slice(5, 8)  # c, n, m among the arguments

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_xlstm_ops.kernels.slstm import product_dtype
+from torch_xlstm_ops.kernels.slstm_parallel import TOLERANCE, Caller, Kernels, compile_call, kernels
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.slstm import Product
 from torch_xlstm_ops.maths.slstm.parallel import window as codes
-from torch_xlstm_ops.ops.slstm.kernels import product_dtype
-from torch_xlstm_ops.ops.slstm.parallel_kernels import TOLERANCE, Caller, compile_call, kernels
 from torch_xlstm_ops.runtime import compiler
 from torch_xlstm_ops.schedules.slstm import parallel as schedule
 from torch_xlstm_ops.schedules.slstm import rounds
@@ -138,7 +138,7 @@ class Parallel:
         return dx, dr.to(r.dtype), db.to(b.dtype), *(t.clone() for t in parts[-1][3:])
 
     def _states(
-        self, order: list[schedule.Window], found: schedule.Kernels, x: Tensor, h: Tensor, r: Tensor, b: Tensor,
+        self, order: list[schedule.Window], found: Kernels, x: Tensor, h: Tensor, r: Tensor, b: Tensor,
         state: list[Tensor], reset: Tensor | None, floor: float,
     ) -> dict[int, _Results]:
         """Return the state before each window, by its start; y as R is multiplied with it."""

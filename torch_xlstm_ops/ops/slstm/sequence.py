@@ -10,10 +10,10 @@ from torch import Tensor
 
 from torch_xlstm_ops import config, trace
 from torch_xlstm_ops.config import SLSTMSchedule
+from torch_xlstm_ops.kernels.slstm import DEFAULTS, block_dtype, kernels, product_dtype, product_of
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.ops.slstm.arguments import check_gradients, check_sequence
-from torch_xlstm_ops.ops.slstm.kernels import DEFAULTS, block_dtype, kernels, product_dtype, product_of
 from torch_xlstm_ops.ops.slstm.parallel import Parallel, why_not
 from torch_xlstm_ops.runtime import compiler, devices
 from torch_xlstm_ops.schedules.slstm import blocks

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.kernels.threads import step_threads
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.slstm import Product
 from torch_xlstm_ops.ops.call_cache import CallCache
-from torch_xlstm_ops.ops.operator import overload, step_threads
+from torch_xlstm_ops.ops.operator import overload
 from torch_xlstm_ops.ops.slstm.arguments import check_step
 from torch_xlstm_ops.runtime import compiler, devices
 

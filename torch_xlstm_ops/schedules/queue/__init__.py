@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.kernels.mlstm import Kernels, State, empty_state
+from torch_xlstm_ops.maths.nonfinite import finite_state
 from torch_xlstm_ops.schedules import sequential
-from torch_xlstm_ops.schedules.kernels import OP, Kernels, State
 from torch_xlstm_ops.schedules.plan import Plan, Segment
 from torch_xlstm_ops.schedules.queue import worker_threads
 from torch_xlstm_ops.schedules.queue.band_queues import (
@@ -21,8 +22,8 @@ from torch_xlstm_ops.schedules.queue.band_queues import (
     Summary,
 )
 from torch_xlstm_ops.schedules.queue.task_runner import TaskRunner
-from torch_xlstm_ops.schedules.slicing import Rows, empty_state, write_band
-from torch_xlstm_ops.schedules.token_by_token import fall_back, finite_state
+from torch_xlstm_ops.schedules.slicing import OP, Rows, write_band
+from torch_xlstm_ops.schedules.token_by_token import fall_back
 
 
 def forward(plan: Plan, kernels: Kernels, streams: Sequence[Tensor], state: State | None) -> tuple[Tensor, State]:

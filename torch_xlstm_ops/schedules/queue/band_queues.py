@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from torch_xlstm_ops.schedules.kernels import State
+from torch_xlstm_ops.kernels.mlstm import State
 
 Summary = Sequence[Tensor]
 OnDone = Callable[[], None]

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.config import Config, Schedule
+from torch_xlstm_ops.kernels.mlstm import Kernels, Run, State, empty_state
 from torch_xlstm_ops.schedules import queue, sequential
-from torch_xlstm_ops.schedules.kernels import OP, Kernels, Run, State
 from torch_xlstm_ops.schedules.plan import Machine, Plan, Shape, make
 from torch_xlstm_ops.schedules.queue.band_queues import SegmentFunctions, Summary
 from torch_xlstm_ops.schedules.queue.task_runner import TaskRunner
 from torch_xlstm_ops.schedules.ray import actor_pool
-from torch_xlstm_ops.schedules.slicing import Rows, empty_state
+from torch_xlstm_ops.schedules.slicing import OP, Rows
 
 HOST = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from torch_xlstm_ops.config import SETTINGS
-from torch_xlstm_ops.schedules.kernels import Run
+from torch_xlstm_ops.kernels.mlstm import Run
 from torch_xlstm_ops.schedules.ray import serialization
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from torch_xlstm_ops import trace
+from torch_xlstm_ops.kernels.mlstm import Run
 from torch_xlstm_ops.runtime.state import on_reset
-from torch_xlstm_ops.schedules.kernels import Run
 from torch_xlstm_ops.schedules.queue import task_runner
 from torch_xlstm_ops.schedules.ray import cluster, serialization
 from torch_xlstm_ops.schedules.ray.actor import ActorHandle

@@ -6,36 +6,13 @@ arguments: nothing is allocated or copied between blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Run = Callable[[list[Tensor]], object]
-Lookup = Callable[[list[Tensor]], Run]  # from the arguments of a block to what runs such blocks
-
-
-class Lengths(NamedTuple):
-    """Steps a block, by the kernel that runs it."""
-
-    block: int
-    replay: int
-    backward: int
-
-
-class Kernels(NamedTuple):
-    """The functions of the op, those in blocks by a look-up; their arguments as in `slstm`, (written) and optional?."""
-
-    lengths: Lengths
-    block: Lookup  # x r b h_before c n m (h y c_after n_after m_after) reset?
-    activate: Run  # x products b (log_f igate z o not_f), of all tokens at once
-    replay: Lookup  # log_f igate (which become keep add) z c_before n_before (m c n) reset?
-    backward: Lookup  # dh keep add z o not_f c_before n_before c n r (gradients after) (gradients before) reset?
-    products: Callable[[Tensor, Tensor], Tensor]
-    operand_gradient: Callable[[Sequence[Tensor], Tensor], Tensor]
-    weight_gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+from torch_xlstm_ops.kernels.slstm import Kernels, Lookup, Run
 
 
 def forward(

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.kernels.slstm_parallel import Call, Kernels
+
 Results = tuple[Tensor, ...]
-Call = Callable[[list[Tensor]], Sequence[Tensor]]
 RESET = 1  # of a mask, as in the maths
-
-
-class Kernels(NamedTuple):
-    """The functions of a round; arguments as in the maths, a mask last where there is one."""
-
-    products: Callable[[Tensor, Tensor, bool], Tensor]  # h, r, whether an early round
-    summarize: Call
-    group: Call
-    across: Call
-    emit: Call
-    settle: Call
-    judge: Call
-    record: Call
-    operand_gradients: Callable[[Tensor, Tensor, bool], Tensor]
-    summarize_back: Call
-    group_back: Call
-    across_back: Call
-    emit_back: Call
-    settle_back: Call
-    enter: Call
-    leave: Call
-    weight_gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Window(NamedTuple):

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from torch_xlstm_ops.maths import mlstm
+from torch_xlstm_ops.maths.nonfinite import finite
+from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.runtime import compiler
-from torch_xlstm_ops.schedules.kernels import Kernels, Output, Run, State
-from torch_xlstm_ops.schedules.slicing import empty_state
-from torch_xlstm_ops.schedules.token_by_token import finite
 
+Run = Callable[[list[Tensor]], Sequence[Tensor]]
 Compiled = Callable[..., Run]  # from a function and its keywords to the compiled function
+State = list[Tensor]  # c (G, DHQK, DHHV), n (G, DHQK), m (G, 1)
+
+
+class Output(Protocol):
+    """Where a task writes its h."""
+
+    def begin(self) -> Tensor:
+        """Return memory for h (G*NC, L, DHHV)."""
+
+    def end(self) -> None:
+        """Take what was written there."""
+
+
+class Kernels(NamedTuple):
+    """Functions of contiguous tensors; shapes as in `maths.mlstm`, streams q k v igate fgate (G, NC, L, ...).
+
+    The forward passes empty the list of streams before they ask for the memory of h, which can then take theirs. On the
+    CPU `forward` returns None, and writes nothing, if the state after the segment is not finite: a matrix product
+    carries NaN and infinity to tokens that the recurrence keeps them from.
+    """
+
+    # streams, the state before or None for zeros, h -> the state after
+    forward: Callable[[list[Tensor], State | None, Output], State | None]
+    # streams, their summary, the state before, h
+    forward_from_summary: Callable[[list[Tensor], Sequence[Tensor], State, Output], None]
+    summarize: Run  # k v igate fgate -> F M dC dn, and M dC dn of the chunks
+    absorb: Run  # F M dC dn c n m -> c n m
+    final_state: Run  # k v igate fgate c n m -> c n m
+    backward: Run  # q k v igate fgate c n m dh dc dn dm -> their gradients
+    step: Run  # q k v igate fgate c n m -> h c n m, of one token
+    step_gradient: Run  # of one token: q k v igate fgate c n m dh dc dn dm -> their gradients
 
 
 def kernels(eps: float, *, release_gil: bool = False, strict: bool = False) -> Kernels:
@@ -124,3 +157,11 @@ def _step(advance: Run) -> Run:
 def in_one_piece(c: Tensor) -> Tensor:
     """Return the c of `mlstm.advance` as (B, NH, DHQK, DHHV), a view."""
     return c if c.dim() == 4 else c.flatten(2, 3)
+
+
+def empty_state(streams: Sequence[Tensor], rows: int, *, zero: bool = False) -> State:
+    """Return memory for c (rows, DHQK, DHHV), n (rows, DHQK), m (rows, 1). zero: filled with zeros."""
+    q, v = streams[0], streams[2]
+    new = functools.partial(torch.zeros if zero else torch.empty, dtype=state_dtype(q.dtype), device=q.device)
+    DHQK = q.shape[-1]
+    return [new((rows, DHQK, v.shape[-1])), new((rows, DHQK)), new((rows, 1))]

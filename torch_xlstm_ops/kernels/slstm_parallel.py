@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,21 +13,45 @@ from torch_xlstm_ops.maths.slstm.parallel import backward, backward_scan, forwar
 from torch_xlstm_ops.maths.slstm.parallel.axes import axes
 from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
 from torch_xlstm_ops.runtime import compiler
-from torch_xlstm_ops.schedules.slstm import parallel as schedule
 
-Caller = Callable[..., schedule.Call]  # from a function and its keywords
+Call = Callable[[list[Tensor]], Sequence[Tensor]]
+Caller = Callable[..., Call]  # from a function and its keywords
 
 # Of the estimated error of a chunk, relative to its row and head: a rounding or two of y in its dtype. Below NOISE a
 # change of y is its rounding.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 4e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
 UNIT = 0.72  # of a rounding step relative to what is rounded, on the average
 NOISE = {torch.float64: 5e-13, torch.float32: 3e-7, torch.bfloat16: 1.0e-3, torch.float16: 1.3e-4}
-def compile_call(fn: compiler.PureFunction, **static: Any) -> schedule.Call:
+
+
+class Kernels(NamedTuple):
+    """The functions of a round; arguments as in the maths, a mask last where there is one."""
+
+    products: Callable[[Tensor, Tensor, bool], Tensor]  # h, r, whether an early round
+    summarize: Call
+    group: Call
+    across: Call
+    emit: Call
+    settle: Call
+    judge: Call
+    record: Call
+    operand_gradients: Callable[[Tensor, Tensor, bool], Tensor]
+    summarize_back: Call
+    group_back: Call
+    across_back: Call
+    emit_back: Call
+    settle_back: Call
+    enter: Call
+    leave: Call
+    weight_gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def compile_call(fn: compiler.PureFunction, **static: Any) -> Call:
     """Return what calls `fn` compiled for the arguments that it is given."""
     return lambda args: compiler.get(fn, axes(fn, args), args, **static)(args)
 
 
-def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Caller = compile_call) -> schedule.Kernels:
+def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Caller = compile_call) -> Kernels:
     """Return the functions of a round for tensors like x."""
     wide = state_dtype(x.dtype)
     narrow = x.dtype if x.device.type == "cuda" else wide  # only CUDA accumulates a narrow product in a wide dtype
@@ -38,7 +62,7 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
     def operand_gradients(dgates: Tensor, r: Tensor, early: bool) -> Tensor:
         return backward.operand_gradients(dgates, r, narrow if early else wide)
 
-    return schedule.Kernels(
+    return Kernels(
         products=products, operand_gradients=operand_gradients,
         summarize=caller(forward.summarize, floor=floor), group=caller(forward.group, floor=floor),
         across=caller(forward.across, floor=floor), emit=caller(forward.emit, floor=floor),
