@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.quality.report import check_plots, table
 from benchmarks.suites import SUITES, Row, on
 
@@ -38,7 +39,7 @@ def show(found: Kept) -> None:
     from rich.table import Table
 
     grid = Table(*HEAD, title=f"{found['suite']}, {found['device']}")
-    for row in _rows(found):
+    for row in rows(found):
         grid.add_row(*_cells(row))
     console = Console()
     console.print(grid)
@@ -55,10 +56,12 @@ def write() -> None:
         measured = [part["result"] for part in found["parts"] if "result" in part]
         about = {key: value for result in measured for key, value in result["machine"].items()}
         machine = ", ".join(f"{key} {value}" for key, value in about.items())
-        lines += ["", f"## {found['suite']}, {found['device']}", "", f"{machine}; commit {found['commit']}.", ""]
-        lines += table(HEAD, [_cells(row) for row in _rows(found)])
-        if _plot(found, path.with_suffix(".png")):
-            lines += ["", f"![Ratios to the best peer](results/{path.stem}.png)"]
+        lines += ["", f"## {found['suite']}, {found['device']}", ""]
+        lines += [f"{machine}; {found['date']}, commit {found['commit']}.", ""]
+        lines += table(HEAD, [_cells(row) for row in rows(found)])
+        title = f"{found['suite']}, {about.get('name', found['device'])}, {found['date']}, commit {found['commit']}"
+        if plots.suite(path.with_suffix(".png"), title, [*rows(found)]):
+            lines += ["", f"![Times beside the best other package](results/{path.stem}.png)"]
         lines += ["", *(f"- {line}" for line in _absent(found))]
     REPORT.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
@@ -67,7 +70,8 @@ def _place(found: Kept) -> Path:
     return FOLDER / f"{found['suite']}.{found['device']}.json"
 
 
-def _rows(found: Kept) -> Iterator[Row]:
+def rows(found: Kept) -> Iterator[Row]:
+    """Yield the table rows of a stored result."""
     for part, kept in zip(on(found["suite"], found["device"]), found["parts"], strict=True):
         if "result" in kept:
             yield from part.rows(kept["result"])
@@ -83,25 +87,6 @@ def _cells(row: Row) -> list[str]:
 
 def _absent(found: Kept) -> list[str]:
     """Return who was excluded, grouped by reason."""
-    reasons = {f"{name}: {why}": None for row in _rows(found) for name, why in row.no_part.items()}
+    reasons = {f"{name}: {why}": None for row in rows(found) for name, why in row.no_part.items()}
     errors = [f"{part['module']}: {part['error']}" for part in found["parts"] if "error" in part]
     return [*errors, *reasons]
-
-
-def _plot(found: Kept, path: Path) -> bool:
-    """Plot the ratios to the best other package, if there are any."""
-    rows = [row for row in _rows(found) if row.ratio is not None]
-    if not rows:
-        return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 1 + 0.4 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    bars = axis.barh([row.what for row in rows], [row.ratio or 0 for row in rows], color="#4477aa")
-    axis.bar_label(bars, fmt="%.2f", padding=3)
-    axis.axvline(1, color="0.5", linewidth=1)
-    axis.invert_yaxis()
-    axis.margins(x=0.1)  # for the labels of the longest
-    axis.set(xlabel="ours over the best peer's (lower is better)", xlim=(0, None))
-    figure.savefig(path, dpi=110)
-    return True

@@ -11,6 +11,7 @@ Other packages are included if they are installed: pip install -e ".[peers]".
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import subprocess
 import sys
@@ -58,9 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     device = devices.resolve_device(given.device).type
     found, measured = [], commit()  # before the results change files
+    today = datetime.date.today().isoformat()
     for suite in SUITES if given.suite == "all" else [given.suite]:
         parts = [run(part, device, given.quick) for part in on(suite, device)]
-        kept = {"suite": suite, "device": device, "commit": measured, "quick": given.quick, "parts": parts}
+        kept = {"suite": suite, "device": device, "commit": measured, "date": today, "quick": given.quick,
+                "parts": parts}
         results.show(kept)
         found.append(kept)
         if not given.quick:

@@ -21,7 +21,7 @@ CASE = {
 }
 MACHINE = {"device": "cpu", "threads": 2}
 KEPT = {
-    "suite": "mlstm_prefill", "device": "cpu", "commit": "abc", "quick": False,
+    "suite": "mlstm_prefill", "device": "cpu", "commit": "abc", "date": "2026-11-23", "quick": False,
     "parts": [{"module": "mlstm", "result": {"machine": MACHINE, "cases": [CASE]}},
               {"module": "mlstm", "error": "it broke"}],
 }
@@ -44,13 +44,13 @@ def test_the_report_has_the_stored_results(folder):
 
 ## mlstm_prefill, cpu
 
-device cpu, threads 2; commit abc.
+device cpu, threads 2; 2026-11-23, commit abc.
 
 | what | ours | spread | to the floor | best peer | ratio |
 | --- | --- | --- | --- | --- | --- |
 | prefill (1, 4, 64, 64), S 2,048, float32 | 1.500 ms, 1,365,333 tokens/s | 2.0% | 1.50 | 3.000 ms, theirs 64 | 0.500 |
 
-![Ratios to the best peer](results/mlstm_prefill.cpu.png)
+![Times beside the best other package](results/mlstm_prefill.cpu.png)
 
 - mlstm: it broke
 - triton: needs CUDA
@@ -119,4 +119,4 @@ def test_every_suite_runs(suite, tmp_path):
     command = [sys.executable, "-m", "benchmarks.run", suite, "--quick", "--device", "cpu", "--json", str(file)]
     subprocess.run(command, check=True, cwd=run.ROOT, timeout=1700)
     (found,) = json.loads(file.read_text())
-    assert [*results._rows(found)]
+    assert [*results.rows(found)]

@@ -129,9 +129,9 @@ def test_reading_on_from_a_written_state_is_reading_it_all(model: Any, pool: Sta
     assert pool.stats().hits == 2
 
 
-def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (Path(__file__).parent.parent / "csrc_free_README.md").read_text(encoding="utf-8")
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "ChatSession" in block)
+def test_the_documented_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = (Path(__file__).parent.parent / "torch_xlstm_ops/docs/context.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", document, re.S) if "ChatSession" in block)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "BIG.txt").write_text("import os\n" * 20, encoding="utf-8")
     scope: dict[str, Any] = {}

@@ -38,19 +38,20 @@ class _Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="xlstm-ops", description="xLSTM operators for PyTorch.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=torch_xlstm_ops.__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    whole = _Parser(prog="xlstm-ops", description="xLSTM operators for PyTorch.", allow_abbrev=False)
+    whole.add_argument("--version", action="version", version=torch_xlstm_ops.__version__)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.add_flags(commands.add_parser(name, help=command.HELP, allow_abbrev=False))
-    return parser
+    return whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `xlstm-ops` and return its exit status: 2 for input that cannot be used, 130 after an interrupt."""
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = parser().parse_args(arguments)
         return COMMANDS[parsed.command].execute(parsed)
     except BadInput as error:
         print(f"xlstm-ops: error: {error}", file=sys.stderr)

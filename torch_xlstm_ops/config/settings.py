@@ -1,4 +1,4 @@
-"""The settings: the frozen `Config`, the kinds of values, and the one table, with its flags and its README table."""
+"""The settings: the frozen `Config`, the kinds of values, and the one table, its flags and its Markdown."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Kind(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """One row of the table from which variables, flags, TOML keys, and the README are made."""
+    """One row of the table from which variables, flags, TOML keys, and documents are made."""
 
     field: str
     kind: Kind
@@ -177,7 +177,7 @@ def setting(field: str, where: str, origin: str) -> Setting:
 
 
 def markdown() -> str:
-    """Return the table of settings as the README shows it."""
+    """Return the table of settings for the documents."""
     rows = ["| environment | flag | TOML key | value | meaning | also read |", "|---|---|---|---|---|---|"]
     for setting in SETTINGS.values():
         also = ", ".join(f"`{name}`" for name in setting.aliases)

@@ -29,7 +29,7 @@ def patch(*targets: str | torch.nn.Module, compat: bool = False) -> Handle:
 
     targets: import or pip names of `PACKAGES`; or one model, of which only the layers are changed. Default every
         package of the table that is installed; one of these that cannot be patched is skipped with a warning.
-    compat: repeat results that a package computes wrong, default false; the README has the table.
+    compat: repeat results that a package computes wrong, default false; docs/patching.md has the table.
     Raises ValueError for an unknown name or a model without xLSTM layers, ImportError for a package that is missing,
     RuntimeError for one that is too old, differs from the releases that we know, or is held with the other `compat`.
     Nothing is changed then.

@@ -1,0 +1,81 @@
+"""Benchmarks at a glance: a table for the README and a picture, both from stored results.
+
+    python -m benchmarks.glance          # writes the table between its marks in the README, and results/glance.png
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import plots, results
+from benchmarks.quality.report import check_plots, table
+from benchmarks.suites import Row
+
+README = Path(__file__).parent.parent / "csrc_free_README.md"
+PICTURE = results.FOLDER / "glance.png"
+BEGIN, END = "<!-- glance: python -m benchmarks.glance -->\n", "<!-- /glance -->"
+HEAD = ("what", "device", "ours", "best other package", "ratio", "date, commit")
+
+
+class Shown(NamedTuple):
+    """One row: its suite and device, the row's beginning, and what the README calls it."""
+
+    suite: str
+    device: str
+    what: str
+    name: str
+
+
+SHOWN = (
+    Shown("mlstm_prefill", "cpu", "prefill (1, 8, 256, 512), S 2,048, float32", "mLSTM prompt, 2,048 tokens, float32"),
+    Shown("mlstm_step", "cpu", "step (1, 8, 256, 512)", "mLSTM token, float32"),
+    Shown("slstm", "cpu", "forward + backward (4, 4, 64)", "sLSTM training, 256 tokens, float32"),
+    Shown("model", "cpu", "decode, patched", "transformers model, a token, patched"),
+    Shown("mlstm_prefill", "cuda", "prefill (1, 8, 256, 512), S 65,536", "mLSTM prompt, 65,536 tokens, bfloat16"),
+    Shown("mlstm_train", "cuda", "train (8, 8, 256, 512)", "mLSTM training, 8 x 8,192 tokens, bfloat16"),
+    Shown("mlstm_train", "cuda", "train (8, 16, 128, 256)", "the same, narrow heads"),
+    Shown("slstm", "cuda", "forward + backward (8, 4, 64)", "sLSTM training, 1,024 tokens, bfloat16"),
+    Shown("model", "cuda", "prefill, patched", "transformers model, prompt of 63 tokens, patched"),
+)
+
+
+def found() -> Iterator[tuple[Shown, dict[str, Any], Row]]:
+    """Yield what is shown, the stored result that has it, and its row."""
+    for shown in SHOWN:
+        kept = json.loads((results.FOLDER / f"{shown.suite}.{shown.device}.json").read_text(encoding="utf-8"))
+        yield shown, kept, next(row for row in results.rows(kept) if row.what.startswith(shown.what))
+
+
+def lines() -> str:
+    """Return the table."""
+    return "\n".join(table(HEAD, [
+        (shown.name, _device(kept), row.ours.split(",")[0], row.peer, f"{row.ratio:.2f}",
+         f"{kept['date']}, {kept['commit'].split(';')[0]}")
+        for shown, kept, row in found()
+    ])) + "\n"
+
+
+def write() -> None:
+    """Write the table and the picture."""
+    check_plots()
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    README.write_text(before + BEGIN + lines() + END + rest.split(END)[1], encoding="utf-8")
+    every = [*found()]
+    dates = sorted({kept["date"] for _, kept, _ in every})
+    plots.glance(PICTURE, f"torch_xlstm_ops, measured {dates[0]} to {dates[-1]}" if len(dates) > 1 else
+                 f"torch_xlstm_ops, measured {dates[0]}",
+                 [(f"{shown.name} ({_device(kept)})", row) for shown, kept, row in every])
+
+
+def _device(kept: dict[str, Any]) -> str:
+    machine = next(part["result"]["machine"] for part in kept["parts"] if "result" in part)
+    name = machine.get("name", kept["device"])
+    return f"CPU, {machine['threads']} cores" if kept["device"] == "cpu" else name.replace("NVIDIA ", "").split()[0]
+
+
+if __name__ == "__main__":
+    write()
