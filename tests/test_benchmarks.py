@@ -100,6 +100,7 @@ def test_wrong_results_are_excluded():
     assert out == {"wrong": "it is 1.0e+00 from the recurrence", "absent": "not installed"}
 
 
+@pytest.mark.slow
 def test_gradients_that_leave_the_normaliser_out_are_named(monkeypatch):
     simpler = mlstm._constant_normaliser
     contenders = {"simpler": simpler, "wrong": lambda *args: (2 * simpler(*args)[0],)}

@@ -42,7 +42,7 @@ def on_two_processes(law, tmp_path):
 @pytest.mark.parametrize("law", [
     dtensor_laws.operators,
     pytest.param(dtensor_laws.options, marks=pytest.mark.slow),
-    dtensor_laws.in_place,
+    pytest.param(dtensor_laws.in_place, marks=pytest.mark.slow),
     pytest.param(dtensor_laws.heads_in_parallel, marks=pytest.mark.slow),
 ], ids=lambda law: law.__name__)
 def test_sharded_calls_equal_whole_ones(law, tmp_path):

@@ -42,7 +42,7 @@ ONLY = {
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 SOURCES = [
     path for top in ("torch_xlstm_ops", "registrations") for path in sorted((ROOT / top).rglob("*.py"))
-    if path != ROOT / "torch_xlstm_ops/__init__.py" and path.name != "__main__.py"
+    if path != ROOT / "torch_xlstm_ops/__init__.py" and path.name != "__main__.py" and "examples" not in path.parts
 ]
 
 

@@ -94,7 +94,8 @@ PACKAGES: dict[str, tuple[str, Callable[[], Any]]] = {
     "tirex-2 sLSTM": ("tirex-2", tirex2_slstm),
 }
 every_package = pytest.mark.parametrize("package", [
-    pytest.param(name, marks=[pytest.mark.slow] if name.startswith("tirex") else []) for name in PACKAGES
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith(("tirex", "transformers")) else [])
+    for name in PACKAGES
 ])
 
 

@@ -62,6 +62,7 @@ def test_no_plan_changes_the_result(S, seed, plan):
     assert_close(found, wanted, float32_tolerance(args, wanted[0]))
 
 
+@pytest.mark.slow
 @FEWER
 @given(S=st.integers(1, 80), seed=st.integers(0, 2**16), plan=drawn_plans)
 def test_no_plan_changes_the_gradients(S, seed, plan):

@@ -1,0 +1,40 @@
+"""Each example of the documents runs as it stands, in a process of its own, and its figures are right."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "torch_xlstm_ops/docs/examples"
+NEEDS = {
+    "patch_transformers": "transformers", "compile_backend": "transformers", "export": "transformers",
+    "long_prompt": "transformers", "chat": "transformers", "ray_workers": "ray", "forecasting": "tirex",
+}
+NEAR = 1e-3  # for logits in float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_runs(path, tmp_path):
+    package = NEEDS.get(path.stem, "torch")
+    if find_spec(package) is None:
+        pytest.skip(f"needs the package {package}")
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[2])}
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=500, cwd=tmp_path,
+                          env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    for difference in re.findall(r"largest difference.*: (\S+)", done.stdout):
+        assert float(difference) < NEAR
+    for loss in re.findall(r"step 59: loss (\S+)", done.stdout):
+        assert float(loss) < 0.1
+
+
+def test_there_are_ten_examples():
+    assert len([*FOLDER.glob("*.py")]) == 10

@@ -1,0 +1,14 @@
+"""Documents of several lengths in one row: `reset` starts each afresh, gradients included."""
+import torch
+
+from torch_xlstm_ops import mlstm_chunkwise
+
+B, NH, D, lengths = 1, 2, 16, [20, 7, 33]
+S = sum(lengths)
+q, k, v = torch.randn(3, B, NH, S, D, dtype=torch.float64)
+igate, fgate = torch.randn(2, B, NH, S, dtype=torch.float64)
+starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+reset = torch.zeros(B, S, dtype=torch.bool).index_fill_(1, starts, True)
+packed, _ = mlstm_chunkwise(q, k, v, igate, fgate, reset=reset)
+alone = [mlstm_chunkwise(*[t[:, :, s:s + n] for t in (q, k, v, igate, fgate)])[0] for s, n in zip(starts, lengths)]
+print("largest difference:", float((packed - torch.cat(alone, 2)).abs().max()))
