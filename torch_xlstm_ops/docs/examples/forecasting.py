@@ -1,4 +1,4 @@
-"""Forecast with TiRex, whose sLSTM cells run on our operators (random weights; `load_model` loads the published ones)."""
+"""Forecast with TiRex on our operators; the weights are random, `load_model` loads the published ones."""
 import torch
 from tirex.models.tirex import TiRexZero
 

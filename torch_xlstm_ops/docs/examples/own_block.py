@@ -9,7 +9,8 @@ class MLSTM(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv, self.gates, self.out = nn.Linear(width, 3 * width), nn.Linear(width, 2 * heads), nn.Linear(width, width)
+        self.qkv, self.gates = nn.Linear(width, 3 * width), nn.Linear(width, 2 * heads)
+        self.out = nn.Linear(width, width)
 
     def forward(self, x, state=None):  # x: (B, S, width)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -10,5 +10,6 @@ igate, fgate = torch.randn(2, B, NH, S, dtype=torch.float64)
 starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
 reset = torch.zeros(B, S, dtype=torch.bool).index_fill_(1, starts, True)
 packed, _ = mlstm_chunkwise(q, k, v, igate, fgate, reset=reset)
-alone = [mlstm_chunkwise(*[t[:, :, s:s + n] for t in (q, k, v, igate, fgate)])[0] for s, n in zip(starts, lengths)]
+parts = zip(*[t.split(lengths, 2) for t in (q, k, v, igate, fgate)], strict=True)
+alone = [mlstm_chunkwise(*part)[0] for part in parts]
 print("largest difference:", float((packed - torch.cat(alone, 2)).abs().max()))
