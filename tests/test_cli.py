@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -33,6 +34,24 @@ from torch_xlstm_ops.runtime.torch_internals.need import Status
 
 __all__ = ["clean_settings", "loaded", "model_directory", "write"]  # fixtures
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_info_as_json_has_the_sections_of_the_text(run: Command) -> None:
+    status, out, err = run("info", "--device", "cpu", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["versions"]["torch_xlstm_ops"] == torch_xlstm_ops.__version__
+    assert {"system", "devices", "schedules on cpu", "configuration", "private APIs of torch"} <= found.keys()
+
+
+def test_completion_knows_the_commands(run: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit, match="0"):
+        run("--completion", "bash")
+    assert "generate" in capsys.readouterr().out
+    status, out, err = run("--completion", "cmd")
+    assert (status, out) == (2, "")
+    assert "--completion must be one of" in err
 
 
 def test_info_tells_devices_versions_schedules_and_sources(

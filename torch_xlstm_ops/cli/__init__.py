@@ -9,11 +9,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch_xlstm_ops
 from torch_xlstm_ops.cli.commands import cache, check, generate, info, run, tune
 from torch_xlstm_ops.cli.shared.errors import BadInput
+from torch_xlstm_ops.runtime.extras import how_to_install
 
 
 class Command(Protocol):
@@ -38,10 +39,28 @@ class _Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
+class _Completion(argparse.Action):
+    """Print what completes our command lines in a shell."""
+
+    def __call__(
+        self, whole: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        try:
+            import shtab
+        except ImportError:
+            raise BadInput(f"--completion needs shtab: {how_to_install('completion')}") from None
+        if values not in shtab.SUPPORTED_SHELLS:
+            raise BadInput(f"--completion must be one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {values!r}")
+        print(shtab.complete(whole, values))
+        whole.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     whole = _Parser(prog="xlstm-ops", description="xLSTM operators for PyTorch.", allow_abbrev=False)
     whole.add_argument("--version", action="version", version=torch_xlstm_ops.__version__)
+    whole.add_argument("--completion", metavar="SHELL", action=_Completion,
+                       help="print completions for bash, zsh, fish or tcsh, and exit")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.add_flags(commands.add_parser(name, help=command.HELP, allow_abbrev=False))

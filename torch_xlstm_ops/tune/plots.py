@@ -46,6 +46,7 @@ def reward_by_trial(path: Path, studies: Mapping[str, Sequence[Record]]) -> Path
                       label=label, linewidth=1.5)
         axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
         axis.set(xlabel="plans measured", ylabel="times as fast as the default")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(workload, fontsize=8)
         axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)

@@ -17,7 +17,8 @@ from torch_xlstm_ops.tune.records import Outcome, Record, measured
 
 PAGE = "report.html"
 _STYLE = ("body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
-          "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;"
+          "table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}"
+          "td,th{padding:.2em .8em;border-bottom:1px solid #ddd;"
           "text-align:left;font-variant-numeric:tabular-nums}img{max-width:100%}pre{background:#f6f6f6;padding:.6em}")
 
 
@@ -39,7 +40,8 @@ def write(folder: Path) -> list[Path]:
                                                           for title, path in pictures.items())]
     parts += [_section(name, records, found[name].user_attrs) for name, records in studies.items()]
     with files.replacing(folder / PAGE) as file:
-        file.write(f"<!doctype html><html lang=en><meta charset=utf-8><title>xlstm-ops tune</title>"
+        file.write("<!doctype html><html lang=en><meta charset=utf-8>"
+                   "<meta name=viewport content='width=device-width'><title>xlstm-ops tune</title>"
                    f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")
     return [folder / PAGE, *pictures.values()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import platform
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ HELP = "say what this machine can do"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `info`."""
     parser.add_argument("--device", metavar="NAME", help="whose schedules: auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON, for a report")
     config.add_flags(parser)
 
 
@@ -32,13 +34,27 @@ def execute(parsed: argparse.Namespace) -> int:
     """Print the report; return 0. Raises BadInput."""
     with bad_input():
         config.reload(flags=config.given_flags(parsed))
-        print(report(devices.resolve_device(parsed.device or "auto")))
+        device = devices.resolve_device(parsed.device or "auto")
+        print(report_json(device) if parsed.json else report(device))
     return 0
 
 
 def report(device: torch.device) -> str:
     """Return the text of `xlstm-ops info`; the schedules are those of `device`."""
-    sections = {
+    return "\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in _sections(device).items())
+
+
+def report_json(device: torch.device) -> str:
+    """Return the same as JSON: for each section an object of its lines, and the system."""
+    found: dict[str, object] = {"system": {"platform": platform.platform(), "machine": platform.machine(),
+                                           "threads": torch.get_num_threads()}}
+    for title, rows in _sections(device).items():
+        found[title] = {row[0]: list(row[1:]) if len(row) > 2 else "".join(row[1:]) for row in rows}
+    return json.dumps(found, indent=1)
+
+
+def _sections(device: torch.device) -> dict[str, list[tuple[str, ...]]]:
+    return {
         "versions": versions(),
         "supported packages": supported(),
         "devices": device_rows(devices.report()),
@@ -47,7 +63,6 @@ def report(device: torch.device) -> str:
         "tuned plans": tuned_rows(device),
         "private APIs of torch": internals(),
     }
-    return "\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in sections.items())
 
 
 def versions() -> list[tuple[str, ...]]:
