@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OURS, PEER = "#4477aa", "#bbbbbb"
-_AXES = {"ms": "milliseconds", "MiB": "MiB held at once"}
+_AXES = {"ms": "milliseconds", "s": "seconds of waiting at a first call", "MiB": "MiB held at once"}
 _LOG = 20  # a larger ratio of the extremes takes a log axis
 
 
 def quantity(text: str) -> tuple[float, str]:
-    """Return the number at the beginning of a cell, and its unit: milliseconds or MiB."""
+    """Return the number at the beginning of a cell, and its unit: milliseconds, seconds or MiB."""
     number, unit = text.split(", ")[0].split()
     value = float(number)
     return (value / 1e3, "ms") if unit == "us" else (value, unit)
@@ -67,7 +67,7 @@ def _bars(axis: Axes, unit: str, rows: Sequence[Row]) -> None:
     what = [row.what.removeprefix("memory that ").removesuffix(" holds at once") for row in rows]
     axis.set_yticks(range(len(rows)), what)
     low, high = min(*ours, *peers), max(*ours, *peers)
-    if high / low > _LOG:
+    if unit == "ms" and high / low > _LOG:
         axis.set(xscale="log", xlim=(low / 3, high * (high / low) ** 0.6 * 4), xlabel=f"{_AXES[unit]}, log scale "
                  "(lower is better)")
     else:

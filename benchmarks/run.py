@@ -1,7 +1,7 @@
 """Run a suite of benchmarks, and write the results: a table, JSON, a plot, and RESULTS.md.
 
-    python -m benchmarks.run mlstm_prefill                # or mlstm_train, mlstm_step, slstm, model, scaling, all
-    python -m benchmarks.run all --quick                  # small shapes, to check that everything runs
+    python -m benchmarks.run SUITE          # a name in benchmarks/README.md, or all
+    python -m benchmarks.run all --quick    # small shapes, to check that everything runs
 
 Each part runs in its own process. Its result is stored in benchmarks/results/, by suite and device, with the versions
 and the commit; RESULTS.md is written from all stored results. A quick run is only shown, unless --json names a file.

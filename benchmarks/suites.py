@@ -79,6 +79,17 @@ def _compiled(result: Result) -> Iterator[Row]:
                           f"{medians[rival]:.2f} ms, {rival}", round(medians["xlstm"] / medians[rival], 3))
 
 
+def _compile(result: Result) -> Iterator[Row]:
+    model, cases = result["model"], result["cases"]
+    for ours, theirs in zip(cases["xlstm"], cases["inductor"], strict=True):
+        what = f"first prompt of {ours['tokens']:,} tokens, {model['layers']} layers of {model['hidden']}"
+        ratio = round(ours["wait_s"] / theirs["wait_s"], 3) if theirs["wait_s"] > 0 else None
+        yield Row(what, f"{ours['wait_s']:.2f} s", f"{theirs['wait_s']:.2f} s, Inductor alone", ratio)
+    for ours, theirs in zip(cases["xlstm"], cases["inductor"], strict=True):
+        yield Row(f"a later prompt of {ours['tokens']:,} tokens", f"{ours['ms']:.1f} ms",
+                  f"{theirs['ms']:.1f} ms, Inductor alone", round(ours["ms"] / theirs["ms"], 3))
+
+
 def _schedules(result: Result) -> Iterator[Row]:
     for case in result["cases"]:
         B, NH, DHQK, DHHV, S, settings = case["case"].values()
@@ -129,6 +140,10 @@ SUITES: dict[str, list[Part]] = {
              ["--hidden", "128", "--layers", "2", "--rounds", "2"], _patched),
         Part("compiled_model", {"cpu": [], "cuda": ["--preset", "7b", "--kernel", "limit_chunk", "--seconds", "10"]},
              ["--hidden", "128", "--layers", "2", "--prompt", "64", "--seconds", "1"], _compiled),
+    ],
+    "compile": [
+        Part("compile_lengths", {"cpu": [], "cuda": []}, ["--lengths", "64", "96", "--hidden", "128", "--layers", "1"],
+             _compile),
     ],
     "scaling": [
         _mlstm_part("scaling", [], "1,4,64,64,256 1,4,64,64,1024"),
