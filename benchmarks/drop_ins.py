@@ -252,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("name", nargs="?", default="", help=f"the beginning of one of: {'; '.join([*CASES, 'parity'])}; default all")
     add("--seconds", type=float, default=20.0, help="of turns for each case (default %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="of each process (default %(default)s)")
+    add("--device", choices=["cpu"], default="cpu", help="where models run")
     add("--json", type=Path, help="file to write the result to")
     add("--worker", nargs=2, metavar=("MODE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -1,22 +1,16 @@
-"""Benchmarks at a glance: a table for the README and a picture, both from stored results.
-
-    python -m benchmarks.glance          # writes the table between its marks in the README, and results/glance.png
-"""
+"""Benchmarks at a glance: a table for the README and a picture, both from stored results."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import plots, results
 from benchmarks.quality.report import check_plots, table
 from benchmarks.suites import Row
 
-README = Path(__file__).parent.parent / "csrc_free_README.md"
 PICTURE = results.FOLDER / "glance.png"
-BEGIN, END = "<!-- glance: python -m benchmarks.glance -->\n", "<!-- /glance -->"
 HEAD = ("what", "device", "ours", "best other package", "ratio", "date, commit")
 
 
@@ -58,16 +52,12 @@ def lines() -> str:
     ])) + "\n"
 
 
-def write() -> None:
-    """Write the table and the picture."""
+def draw() -> None:
+    """Draw the picture."""
     check_plots()
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    README.write_text(before + BEGIN + lines() + END + rest.split(END)[1], encoding="utf-8")
     every = [*found()]
     dates = sorted({kept["date"] for _, kept, _ in every})
-    plots.glance(PICTURE, f"torch_xlstm_ops, measured {dates[0]} to {dates[-1]}" if len(dates) > 1 else
-                 f"torch_xlstm_ops, measured {dates[0]}",
+    plots.glance(PICTURE, f"torch_xlstm_ops, measured {' to '.join(sorted({dates[0], dates[-1]}))}",
                  [(f"{shown.name} ({_device(kept)})", row) for shown, kept, row in every])
 
 
@@ -76,6 +66,3 @@ def _device(kept: dict[str, Any]) -> str:
     name = machine.get("name", kept["device"])
     return f"CPU, {machine['threads']} cores" if kept["device"] == "cpu" else name.replace("NVIDIA ", "").split()[0]
 
-
-if __name__ == "__main__":
-    write()

@@ -79,6 +79,13 @@ def _compiled(result: Result) -> Iterator[Row]:
                           f"{medians[rival]:.2f} ms, {rival}", round(medians["xlstm"] / medians[rival], 3))
 
 
+def _drop_ins(result: Result) -> Iterator[Row]:
+    for name, case in result.items():
+        if isinstance(case, Mapping) and "ratio" in case:
+            ms = case["ms"]
+            yield Row(name, f"{ms['patched']:.1f} ms", f"{ms['theirs']:.1f} ms, unpatched", case["ratio"]["patched"])
+
+
 def _compile(result: Result) -> Iterator[Row]:
     model, cases = result["model"], result["cases"]
     for ours, theirs in zip(cases["xlstm"], cases["inductor"], strict=True):
@@ -141,6 +148,7 @@ SUITES: dict[str, list[Part]] = {
         Part("compiled_model", {"cpu": [], "cuda": ["--preset", "7b", "--kernel", "limit_chunk", "--seconds", "10"]},
              ["--hidden", "128", "--layers", "2", "--prompt", "64", "--seconds", "1"], _compiled),
     ],
+    "drop_ins": [Part("drop_ins", {"cpu": []}, ["flashrnn", "--seconds", "1"], _drop_ins)],
     "compile": [
         Part("compile_lengths", {"cpu": [], "cuda": []}, ["--lengths", "64", "96", "--hidden", "128", "--layers", "1"],
              _compile),

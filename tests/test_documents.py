@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 import torch_xlstm_ops
-from torch_xlstm_ops import cli, config
+from benchmarks import quotes
+from torch_xlstm_ops import cli, config, context, parallel, patch, trace
 from torch_xlstm_ops.cli.shared.errors import BadInput
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +22,7 @@ README = ROOT / "csrc_free_README.md"
 DOCUMENTS = [README, *sorted(DOCS.glob("*.md")), ROOT / "registrations/README.md", ROOT / "benchmarks/README.md",
              ROOT / "tests/README.md"]
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.S)
+PUBLIC = (torch_xlstm_ops, patch, context, parallel, trace, config)
 MOST_LINES = 200  # of the README
 
 
@@ -71,10 +74,9 @@ def test_an_operators_arguments_are_those_of_its_schema(name):
     assert len(results.split()) == len(schema.returns)
 
 
-def test_the_benchmarks_at_a_glance_are_the_stored_results():
-    from benchmarks import glance
-
-    assert glance.BEGIN + glance.lines() + glance.END in text(README)
+@pytest.mark.parametrize("quote", quotes.QUOTES, ids=lambda quote: quote.name)
+def test_figures_are_those_of_the_stored_results(quote):
+    assert quote.text in text(quote.document)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -107,6 +109,18 @@ def test_commands_exist(path):
 def test_python_examples_are_python(path):
     for code in blocks(path, "python"):
         compile(code, str(path), "exec")
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+def test_every_public_name_has_a_docstring(module):
+    for name in module.__all__:
+        value = getattr(module, name)
+        if callable(value):
+            assert inspect.getdoc(value), name
+            if inspect.isclass(value):
+                for method, function in inspect.getmembers(value, inspect.isfunction):
+                    if not method.startswith("_"):
+                        assert inspect.getdoc(function), f"{name}.{method}"
 
 
 @pytest.mark.slow

@@ -77,6 +77,7 @@ class Recording:
             write(file, entries, self.dropped)
 
     def add(self, span: Span) -> None:
+        """Keep a finished span; the oldest goes where there are too many."""
         with self._lock:
             self._entries.append(span)
             self._count += 1
