@@ -83,6 +83,7 @@ class Recording:
             self._count += 1
 
     def add_pending(self, pending: _Pending) -> None:
+        """Keep a span whose device events have not happened yet."""
         self._pending.append(pending)
         if len(self._pending) > PENDING // 2:
             self._read_pending(most=PENDING)
