@@ -12,21 +12,20 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forking needs POSIX")
-SECONDS = 240  # for a process, and for what it forks
+SECONDS = 400  # for a process, and for what it forks
 
 START = """
 import os, sys, threading, time, warnings
 import torch
-from torch_xlstm_ops import mlstm_chunkwise, mlstm_step
+from torch_xlstm_ops import mlstm_chunkwise
 torch.set_num_threads(2)
 
 def call(S=2048, schedule=None):
     torch.manual_seed(0)
     q, k = torch.randn(2, 2, 3, S, 8).requires_grad_().unbind()
     v, (igate, fgate) = torch.randn(2, 3, S, 16), torch.randn(2, 2, 3, S)
-    h, state = mlstm_chunkwise(q, k, v, igate, fgate, chunk_size=16, schedule=schedule)
-    step = mlstm_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], igate[:, :, :1], fgate[:, :, :1], *state)[0]
-    return [h.detach(), *torch.autograd.grad(h.sum() + step.sum(), k)]
+    h, _ = mlstm_chunkwise(q, k, v, igate, fgate, chunk_size=16, schedule=schedule)
+    return [h.detach(), *torch.autograd.grad(h.sum(), k)]
 
 def in_child(work):
     child = os.fork()
@@ -93,7 +92,7 @@ def collate(found):
 wanted = call()
 for persistent in (False, True):
     loader = DataLoader(Data(), 2, num_workers=2, multiprocessing_context="fork", collate_fn=collate,
-                        persistent_workers=persistent, timeout=200)
+                        persistent_workers=persistent, timeout=300)
     for batch in loader:
         for found in batch:
             torch.testing.assert_close(found, wanted[0])

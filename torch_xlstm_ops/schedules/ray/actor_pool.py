@@ -194,6 +194,7 @@ def free(device: str) -> int:
     """Return how many actors are possible: those of the pool, and what is free in the cluster."""
     import ray
 
+    cluster.check_not_inherited()
     if not ray.is_initialized():
         cluster.connect()
     if device == "mps":  # Apple Silicon advertises one GPU
