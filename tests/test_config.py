@@ -230,12 +230,22 @@ def test_bad_files_are_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     for text in ("workers = 2\nworker = 3\n", 'workers = "2"\n', "[queued]\nworkers = 2\n", "workers 2\n"):
         file.write_text(text)
         messages.append(error(config.reload))
+    file.write_bytes(b"trace = '\xff'")
+    messages.append(error(config.reload))
+    os.truncate(file, 1 << 30)
+    messages.append(error(config.reload))
+    file.unlink()
+    os.mkfifo(file)
+    messages.append(error(config.reload))
     assert_expected_inline("\n".join(messages).replace(str(tmp_path), "DIR"), """\
 XLSTM_OPS_CONFIG = DIR/ops.toml must be a readable TOML file, got No such file or directory
 a key in DIR/ops.toml must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, ray_address, tuned, slstm_schedule, got worker
 workers in DIR/ops.toml must be a whole number of at least 1, got '2'
 a key in DIR/ops.toml must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, ray_address, tuned, slstm_schedule, got queued
-XLSTM_OPS_CONFIG = DIR/ops.toml must be a TOML file, got: Expected '=' after a key in a key/value pair (at line 1, column 9)""")  # noqa: E501
+XLSTM_OPS_CONFIG = DIR/ops.toml must be a TOML file, got: Expected '=' after a key in a key/value pair (at line 1, column 9)
+XLSTM_OPS_CONFIG = DIR/ops.toml must be a TOML file, got: 'utf-8' codec can't decode byte 0xff in position 9: invalid start byte
+XLSTM_OPS_CONFIG = DIR/ops.toml must be a TOML file, got: 1073741824 bytes, more than 1048576
+XLSTM_OPS_CONFIG = DIR/ops.toml must be a TOML file, got: not a regular file""")  # noqa: E501
 
 
 def test_a_python_without_toml_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

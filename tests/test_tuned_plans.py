@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,26 @@ def test_a_corrupt_file_is_not_used_and_a_warning_says_so(file: Path, text: str)
     file.write_text(text)
     with pytest.warns(RuntimeWarning, match="tuned plans are not used"):
         assert {schedule for _, schedule, _ in ran()} == {"inductor"}
+
+
+@pytest.mark.parametrize(("write", "wrong"), [
+    (lambda path: path.write_text("[" * 100_000), "deeper than 32 levels"),
+    (lambda path: path.write_bytes(b"") or os.truncate(path, 1 << 43), "8796093022208 bytes, more than"),
+    (lambda path: os.mkfifo(path), "not a regular file"),
+    (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+], ids=["deep", "8 TiB", "FIFO", "device"])
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs need POSIX")
+def test_only_a_small_shallow_regular_file_is_read_and_another_is_kept(
+    file: Path, write: Callable[[Path], object], wrong: str
+) -> None:
+    file.parent.mkdir()
+    write(file)
+    before = os.stat(file)
+    with pytest.warns(RuntimeWarning, match=f"tuned plans are not used, .*{wrong}"):
+        assert {schedule for _, schedule, _ in ran()} == {"inductor"}
+    with pytest.raises(ValueError, match=wrong):
+        tuned_plans.store(file, {"a": entry()})
+    assert os.path.samestat(os.stat(file), before)
 
 
 @pytest.mark.parametrize("broken", [
@@ -183,10 +204,9 @@ def test_the_setting_names_another_file_or_none(tmp_path: Path, file: Path) -> N
 def test_importing_reads_no_file_and_a_call_reads_it_once(file: Path) -> None:
     tuned_plans.store(file, {key(): entry()})
     check = """
-import builtins, pathlib, sys
+import os, sys
 read = []
-real = pathlib.Path.read_text
-pathlib.Path.read_text = lambda self, *a, **k: (read.append(self.name), real(self, *a, **k))[1]
+sys.addaudithook(lambda event, args: event == "open" and read.append(os.path.basename(str(args[0]))))
 import torch
 from torch_xlstm_ops import mlstm_chunkwise
 assert "tuned.json" not in read

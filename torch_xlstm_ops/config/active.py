@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +13,7 @@ from typing import NamedTuple
 from torch_xlstm_ops.config import layers
 from torch_xlstm_ops.config.layers import Source, Values
 from torch_xlstm_ops.config.settings import SETTINGS, SLSTM_SCHEDULE, Config, Schedule, SLSTMSchedule, check, setting
+from torch_xlstm_ops.runtime import forks
 from torch_xlstm_ops.runtime.state import on_reset
 
 
@@ -32,7 +32,7 @@ def _stack(*layers: Values) -> _Layer:
 
 _base: _Layer | None = None  # all sources below `use`; None until the first use
 _flags: Mapping[str, str] = {}
-_lock = threading.RLock()
+_lock = forks.new_rlock()
 _listeners: list[Callable[[Config], None]] = []
 _scoped: ContextVar[_Layer | None] = ContextVar("xlstm_ops_config", default=None)
 

@@ -9,8 +9,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 from torch_xlstm_ops.config.settings import PREFIX, SETTINGS, Config, Setting, check, setting
+from torch_xlstm_ops.runtime import bounded_read
 
 FILE_VARIABLE = "XLSTM_OPS_CONFIG"
+MAX_BYTES = 1 << 20  # of a TOML file
 PATCH_VARIABLE = "XLSTM_OPS_PATCH"  # read by `torch_xlstm_ops.patch.on_import`
 
 
@@ -63,11 +65,10 @@ def from_file(path: str) -> Values:
     where = f"{FILE_VARIABLE} = {path}"
     toml = _toml(where)
     try:
-        with open(path, "rb") as file:
-            table = toml.load(file)
+        table = toml.loads(bounded_read.read_bytes(path, MAX_BYTES).decode("utf-8"))
     except OSError as error:
         raise ValueError(f"{where} must be a readable TOML file, got {error.strerror}") from None
-    except toml.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a bad kind or size of file, bad UTF-8, bad TOML
         raise ValueError(f"{where} must be a TOML file, got: {error}") from None
     found: dict[str, Source] = {}
     for key, value in table.items():

@@ -23,10 +23,11 @@ import torch
 
 from torch_xlstm_ops import config
 from torch_xlstm_ops.maths.shapes import dtype_name
-from torch_xlstm_ops.runtime import files
+from torch_xlstm_ops.runtime import bounded_read, files
 from torch_xlstm_ops.runtime.state import on_reset
 
 VERSION = 1
+MAX_BYTES = 1 << 24  # of a file; an entry takes less than 1 KiB
 FIELDS = ("schedule", "chunk_size", "segment", "heads_per_band", "workers", "streams", "window")
 
 Settings = Mapping[str, object]
@@ -144,11 +145,16 @@ def forget() -> None:
 def read(path: Path) -> dict[str, Any]:
     """Return the entries of a file, unchecked.
 
-    Raises OSError if it cannot be read, Damaged if it is not such a file, ValueError if a newer version wrote it.
+    Raises OSError if it cannot be read, Damaged if it is not such a file, ValueError if a newer version wrote it, or
+    if it is no regular file or larger than MAX_BYTES.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
+        content = bounded_read.read_bytes(path, MAX_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{path} must be a regular file of at most {MAX_BYTES} bytes, got: {error}") from None
+    try:
+        found = bounded_read.parse_json(content)
+    except ValueError as error:
         raise Damaged(f"{path} must be JSON, got: {error}") from None
     version = found.get("version") if isinstance(found, dict) else None
     wrong = f"{path} must be a file of tuned plans of version {VERSION}, got version {version!r}"
@@ -199,7 +205,7 @@ def store(path: Path, changes: Mapping[str, Any], *, replace_damaged: bool = Fal
 def _existing(path: Path, replace_damaged: bool) -> dict[str, Any]:
     """Return the entries to merge with."""
     try:
-        return read(path) if path.stat().st_size else {}
+        return {} if path.is_file() and not path.stat().st_size else read(path)
     except FileNotFoundError:
         return {}
     except Damaged:

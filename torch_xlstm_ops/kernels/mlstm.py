@@ -72,7 +72,7 @@ def _compiled(fn: compiler.PureFunction, *, strict: bool = False, **static: Any)
         call = compiler.get(fn, mlstm.AXES[fn], args, **static)
         if strict and isinstance(call, compiler.Uncompiled):
             raise RuntimeError("the schedule that was asked for needs compiled kernels, which cannot be compiled here "
-                               f"({call.reason}): use schedule auto, or install a C++ compiler")
+                               f"({call.reason}): use schedule auto, or {call.advice}")
         return call(args)
 
     return run

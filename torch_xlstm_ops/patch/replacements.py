@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -17,7 +16,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-lock = threading.RLock()
+from torch_xlstm_ops.runtime import forks
+
+lock = forks.new_rlock()
 
 Owner = type | ModuleType | dict[str, Any]
 MARK = "_xlstm_ops_tokens"  # on a marked instance: the tokens of the handles that marked it

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from typing import TypeVar
+
+from torch_xlstm_ops.runtime import forks
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -19,7 +20,7 @@ class BoundedCache(OrderedDict[_Key, _Value]):
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
-        self._lock = threading.Lock()
+        self._lock = forks.new_lock()
 
     def keep(self, key: _Key, value: _Value) -> _Value:
         """Add an entry unless another thread was first; return the value that is kept."""

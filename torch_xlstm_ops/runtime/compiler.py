@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.runtime import compile_cache, torch_internals
+from torch_xlstm_ops.runtime import compile_cache, forks, torch_internals
 from torch_xlstm_ops.runtime.bounded_cache import BoundedCache
 from torch_xlstm_ops.runtime.state import on_reset, warn_once
 
@@ -100,7 +101,7 @@ class _Family:
 
     def __init__(self, fn: PureFunction, axes: Sequence[str], how: _How) -> None:
         self.fn, self.axes, self.how = fn, [_split(names) for names in axes], how
-        self.lock = threading.Lock()
+        self.lock = forks.new_lock()
         self.general: tuple[RawCallable, _Admits] | None = None
 
     def find(self, args: Sequence[Tensor]) -> RawCallable:
@@ -117,7 +118,11 @@ _Key = tuple[Any, ...]
 _callables: BoundedCache[_Key, RawCallable] = BoundedCache(CAPACITY)  # by every size
 _families: BoundedCache[_Key, _Family] = BoundedCache(CAPACITY)  # by the fixed sizes
 _holders: list[weakref.WeakMethod[Callable[[], None]]] = []  # methods that `clear` calls
-_compiling = threading.RLock()  # Inductor's options are global in some versions of torch
+_compiling = forks.new_rlock()  # Inductor's options are global in some versions of torch
+_compiling_thread: int | None = None
+_forked_from_compiling = False  # whether another thread of the parent compiled when this process was forked
+_INSTALL = "on the CPU install g++ or clang, or name a C++ compiler in the environment variable CXX"
+_SPAWN = 'start processes by spawn (multiprocessing.get_context("spawn")), or after the first call'
 
 
 def _family(
@@ -149,24 +154,48 @@ def _compile(
             return torch_internals.compile_raw(fn, axes, args, sizes, how.options(device), INLINED)
 
     def attempt(unwritable: OSError | None) -> tuple[RawCallable, _Admits] | BaseException:
-        with _compiling, compile_cache.writable_folder(unwritable):
+        with _compiling, _noted(), compile_cache.writable_folder(unwritable):
             try:
                 found: tuple[RawCallable, _Admits] = torch_internals.outside_modes()(compile_here)
                 return found
             except (RuntimeError, OSError) as error:
                 return _cause(error)
 
+    if _forked_from_compiling:
+        forked = RuntimeError("this process was forked while another thread compiled")
+        return _uncompiled(fn, forked, _SPAWN), lambda sizes: True
     found = attempt(compile_cache.unwritable())
     if isinstance(found, OSError):  # such as a full disk
         found = attempt(found)
-    return (_uncompiled(fn, found), lambda sizes: True) if isinstance(found, BaseException) else found
+    return (_uncompiled(fn, found, _INSTALL), lambda sizes: True) if isinstance(found, BaseException) else found
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    """Note which thread compiles, which holds `_compiling`."""
+    global _compiling_thread
+    before, _compiling_thread = _compiling_thread, threading.get_ident()
+    try:
+        yield
+    finally:
+        _compiling_thread = before
+
+
+def _in_child() -> None:
+    """In a forked child: a compilation of another thread left locks of Python's imports and of torch held for ever."""
+    global _compiling_thread, _forked_from_compiling
+    if _compiling_thread not in (None, threading.get_ident()):
+        _compiling_thread, _forked_from_compiling = None, True
+
+
+forks.in_child(_in_child)
 
 
 class Uncompiled:
     """A pure function that runs uncompiled, because it could not be compiled."""
 
-    def __init__(self, fn: PureFunction, reason: str) -> None:
-        self._fn, self.reason = fn, reason
+    def __init__(self, fn: PureFunction, reason: str, advice: str) -> None:
+        self._fn, self.reason, self.advice = fn, reason, advice
 
     def __call__(self, args: list[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():
@@ -179,8 +208,7 @@ def _cause(error: BaseException) -> BaseException:
     return _cause(inner) if isinstance(inner, BaseException) else error
 
 
-def _uncompiled(fn: PureFunction, error: BaseException) -> Uncompiled:
+def _uncompiled(fn: PureFunction, error: BaseException, advice: str) -> Uncompiled:
     reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    warn_once(f"kernels cannot be compiled here ({reason}): operators run uncompiled and slower; on the CPU install "
-              "g++ or clang, or name a C++ compiler in the environment variable CXX")
-    return Uncompiled(fn, reason)
+    warn_once(f"kernels cannot be compiled here ({reason}): operators run uncompiled and slower; {advice}")
+    return Uncompiled(fn, reason, advice)

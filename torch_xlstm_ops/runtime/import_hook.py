@@ -14,7 +14,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, cast
 
-_lock = threading.Lock()
+from torch_xlstm_ops.runtime import forks
+
+_lock = forks.new_lock()
 _awaited: dict[str, list[Callable[[], None]]] = {}
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from typing import NamedTuple
 
 import torch
 
-from torch_xlstm_ops.runtime import devices, files
+from torch_xlstm_ops.runtime import devices, files, forks
 from torch_xlstm_ops.trace import export
 from torch_xlstm_ops.trace.export import Span
 
@@ -49,7 +48,7 @@ class Recording:
         self._pending: deque[_Pending] = deque()
         self._bases: dict[torch.device, tuple[devices.Event, float]] = {}
         self._count = 0
-        self._lock = threading.Lock()  # not held during calls of a device, which may take the MPS lock
+        self._lock = forks.new_lock()  # not held during calls of a device, which may take the MPS lock
 
     @property
     def dropped(self) -> int:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 
 import torch
 
-from torch_xlstm_ops.runtime import devices, files
+from torch_xlstm_ops.runtime import devices, files, forks
 from torch_xlstm_ops.trace import export
 from torch_xlstm_ops.trace.recording import CAPACITY, Mark, Recording
 
@@ -55,7 +55,7 @@ class _DeviceSpan:
 
 
 _recordings: tuple[Recording, ...] = ()  # replaced as a whole, so that a span can keep it
-_switch = threading.RLock()
+_switch = forks.new_rlock()
 _layer: ContextVar[int | None] = ContextVar("xlstm_ops_layer", default=None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import threading
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch_xlstm_ops.context.states import Snapshot
 from torch_xlstm_ops.context.tokens import as_array, digest
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.models.identity import identity as identity_of
-from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.runtime import devices, forks
 
 DEVICE_SHARE, HOST_SHARE, DISK_SHARE = 1 / 16, 1 / 8, 1 / 10  # default budgets, of what is free at construction
 
@@ -69,7 +68,7 @@ class StatePool:
                        _budget("host_bytes", host_bytes, least, HOST_SHARE * (devices.available(host) or 0)))
         disk = _budget("disk_bytes", disk_bytes, least, 0 if path is None else DISK_SHARE * _free_on_disk(path))
         self._disk = None if path is None or not disk else DiskTier(path, disk)
-        self._lock = threading.RLock()
+        self._lock = forks.new_rlock()
         self._identity = identity_of(model)
         self._memory = MemoryTiers(device, *self._bytes)
         self._hits = self._misses = 0

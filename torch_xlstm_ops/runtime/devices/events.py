@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,8 +9,10 @@ from typing import Protocol, cast
 
 import torch
 
+from torch_xlstm_ops.runtime import forks
+
 # Two threads that submit MPS work at once can crash the process (pytorch#197805).
-mps_lock = threading.RLock()
+mps_lock = forks.new_rlock()
 _UNLOCKED: AbstractContextManager[object] = nullcontext()
 
 

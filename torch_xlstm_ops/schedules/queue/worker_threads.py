@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import queue
 import threading
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from torch_xlstm_ops.runtime import forks
 from torch_xlstm_ops.runtime.state import on_reset
 
 Work = Callable[[], None]  # must not raise
@@ -24,7 +24,7 @@ class WorkerThreads:
         self.threads = threads
         self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
-        self._lock = threading.Lock()
+        self._lock = forks.new_lock()
 
     def submit(self, work: Work, copies: int) -> None:
         """Have `copies` threads call `work`; start threads if there are fewer."""
@@ -73,7 +73,7 @@ class _ThreadLocal(threading.local):
 
 _local = _ThreadLocal()
 _by_size: dict[int, WorkerThreads] = {}
-_lock = threading.Lock()
+_lock = forks.new_lock()
 
 
 def get(threads: int) -> WorkerThreads:
@@ -109,14 +109,6 @@ def _in_new_thread(call: Callable[[], _T]) -> _T:
     return found[0]
 
 
-def _reset_after_fork() -> None:
-    """Reset in a forked child: threads do not survive a fork, and the lock may be held."""
-    global _lock
-    _lock = threading.Lock()
-    _by_size.clear()
-
-
 atexit.register(close)
 on_reset(close)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_after_fork)
+forks.in_child(_by_size.clear)  # threads do not survive a fork

@@ -7,7 +7,6 @@ work that it had: another one repeats it.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from torch_xlstm_ops import trace
 from torch_xlstm_ops.kernels.mlstm import Run
+from torch_xlstm_ops.runtime import forks
 from torch_xlstm_ops.runtime.state import on_reset
 from torch_xlstm_ops.schedules.queue import task_runner
 from torch_xlstm_ops.schedules.ray import cluster, serialization
@@ -38,7 +38,7 @@ class ActorPool:
         self.device = device
         self._actors: list[ActorHandle] = []
         self._count = 0  # of all actors ever started
-        self._lock = threading.Lock()
+        self._lock = forks.new_lock()
 
     @property
     def size(self) -> int:
@@ -160,7 +160,7 @@ class ActorPool:
 
 
 _pool: ActorPool | None = None
-_lock = threading.Lock()
+_lock = forks.new_lock()
 
 
 def get(device: str, size: int) -> ActorPool:
@@ -168,6 +168,7 @@ def get(device: str, size: int) -> ActorPool:
     global _pool
     import ray
 
+    cluster.check_not_inherited()
     with _lock:
         if not ray.is_initialized():
             _pool = None  # its actors ended with the connection
@@ -193,6 +194,7 @@ def free(device: str) -> int:
     """Return how many actors are possible: those of the pool, and what is free in the cluster."""
     import ray
 
+    cluster.check_not_inherited()
     if not ray.is_initialized():
         cluster.connect()
     if device == "mps":  # Apple Silicon advertises one GPU

@@ -7,26 +7,29 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 
 from torch_xlstm_ops import config
+from torch_xlstm_ops.runtime import forks
 from torch_xlstm_ops.runtime.state import on_reset
 from torch_xlstm_ops.schedules.ray import private_ray
 
 SECONDS = 12.0  # in which a cluster must answer: `ray.init` itself waits for minutes
 _PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
 
-_lock = threading.Lock()
+_lock = forks.new_lock()
 _ours = False
+_inherited = False  # whether a parent, from which this process was forked, was connected
 
 
 def connect() -> bool:
     """Connect to the cluster of `ray_address`, or start Ray here; do nothing if the process is connected.
 
     Returns whether a connection was made; the caller then closes it.
-    Raises RuntimeError for a cluster that does not answer within 15 seconds.
+    Raises RuntimeError for a cluster that does not answer within 15 seconds, and in a child that was forked from a
+    process with a connection.
     """
     global _ours
+    check_not_inherited()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts; otherwise Ray reports usage
     import ray
 
@@ -41,6 +44,23 @@ def connect() -> bool:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         _ours = True
         return True
+
+
+def check_not_inherited() -> None:
+    """Raise RuntimeError in a child that was forked from a process connected to Ray: Ray would wait forever."""
+    if _inherited:
+        raise RuntimeError("Ray must be used by the process that connected to it, got a child that was forked from that "
+                           'process: start it by spawn (multiprocessing.get_context("spawn"))')
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: the connection is the parent's, and stays."""
+    global _ours, _inherited
+    ray = sys.modules.get("ray")
+    _ours, _inherited = False, _inherited or (ray is not None and ray.is_initialized())
+
+
+forks.in_child(_leave_to_parent)
 
 
 @on_reset

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torch_xlstm_ops.runtime import environment
+from torch_xlstm_ops.runtime import environment, forks
 from torch_xlstm_ops.runtime.state import on_reset
 
 LOOPBACK = "127.0.0.1"
@@ -61,6 +61,16 @@ def remove() -> None:
     if _token is not None and os.environ.get(_TOKEN) == _token:
         _set_token(None)
     _folder = _token = None
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: the Ray that was started, and its folder, are the parent's."""
+    global _folder, _token
+    atexit.unregister(_end)
+    _folder = _token = None
+
+
+forks.in_child(_leave_to_parent)
 
 
 def _end() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -10,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from torch_xlstm_ops.runtime import forks
 
 Compute = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
@@ -34,7 +35,7 @@ class CudaGraphs:
         self.capacity, self.most_bytes = capacity, most_bytes
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # whether it may be recorded when it comes again
-        self._lock = threading.Lock()
+        self._lock = forks.new_lock()
 
     def run(self, what: Hashable, compute: Compute, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return ``compute(args)``. what: everything that `compute` depends on beside the arguments' shapes."""

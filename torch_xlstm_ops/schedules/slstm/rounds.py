@@ -8,7 +8,6 @@ with more rounds, or sequentially if those would exceed `Limits.rounds`; so do t
 from __future__ import annotations
 
 import math
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.runtime import forks
 from torch_xlstm_ops.schedules.slstm.parallel import Window
 
 Results = tuple[Tensor, ...]
@@ -53,7 +53,7 @@ class KnownRounds:
     def __init__(self, first: int) -> None:
         self._first = first
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = forks.new_lock()
 
     def rounds(self, kind: Hashable, most: int) -> int:
         return min(most, self._get(kind).rounds)
