@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_xlstm_ops.kernels.mlstm import State, empty_state
+from torch_xlstm_ops.maths.products import accepts_product
 from torch_xlstm_ops.schedules.plan import Plan, Segment
 
 OP = "mlstm_chunkwise"  # its name in traces
@@ -77,7 +78,7 @@ class OutputSlice:
         """Return memory for h (G*NC, L, DHHV)."""
         segment, L, h = self._segment, self._rows.plan.chunk_size, self._rows.h
         part = h[self._band, segment.start:segment.stop]
-        if part.shape[1] == segment.chunks * L and part.is_contiguous():
+        if part.shape[1] == segment.chunks * L and part.is_contiguous() and accepts_product(part):
             return part.view(-1, L, part.shape[-1])
         self._temporary = h.new_empty(part.shape[0], segment.chunks, L, part.shape[-1])
         return self._temporary.flatten(0, 1)

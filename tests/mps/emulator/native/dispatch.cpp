@@ -105,7 +105,8 @@ std::string describe(const Tensor& t, bool written) {
   for (int64_t d = 0; d < t.dim(); d++) json << (d ? ", " : "") << t.size(d);
   json << "], \"dtype\": \"" << c10::toString(t.scalar_type()) << "\", \"nbytes\": "
        << distinct_elements(t) * static_cast<int64_t>(t.element_size()) << ", \"device\": \""
-       << c10::DeviceTypeName(t.device().type(), true) << "\", \"written\": " << (written ? "true" : "false") << "}";
+       << c10::DeviceTypeName(t.device().type(), true) << "\", \"written\": " << (written ? "true" : "false")
+       << ", \"offset\": " << t.storage_offset() << ", \"contiguous\": " << (t.is_contiguous() ? "true" : "false") << "}";
   return json.str();
 }
 
