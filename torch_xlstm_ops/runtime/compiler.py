@@ -37,6 +37,7 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
         **_AS_WRITTEN,
         "max_fusion_unique_io_buffers": 28,  # Metal allows 31 buffers a kernel; Inductor does not check that
         "realize_reads_threshold": 2,  # store the gates' factors: no other kernel then reads m
+        "force_pointwise_cat": True,  # weights that share an input are read where they are, not copied
     },
 }
 # Decompositions of operators that a compiled function may call: filled by registrations/.

@@ -8,7 +8,7 @@ segment, are masked products.
 
 from torch_xlstm_ops.maths.mlstm.chunks import absorb, combine
 from torch_xlstm_ops.maths.mlstm.gradient import finish_gradient, gradient
-from torch_xlstm_ops.maths.mlstm.recurrence import advance, recurrent, step, step_
+from torch_xlstm_ops.maths.mlstm.recurrence import advance, recurrent, step, step_, write_state_
 from torch_xlstm_ops.maths.mlstm.segment import (
     factors_from_summary,
     final_state,
@@ -48,6 +48,7 @@ __all__ = [
     "step_gradient",
     "summarize",
     "write_output_",
+    "write_state_",
 ]
 
 _STREAMS = ("G NC L DHQK", "G NC L DHQK", "G NC L DHHV", "G NC L", "G NC L")

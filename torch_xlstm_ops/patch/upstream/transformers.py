@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.maths.shapes import state_dtype
-from torch_xlstm_ops.patch import decoding
+from torch_xlstm_ops.patch import cache_states, decoding
 from torch_xlstm_ops.patch.adapters import mlstm, returns_states
 from torch_xlstm_ops.patch.replacements import Replacement
 from torch_xlstm_ops.patch.upstream import mlstm_kernels
@@ -38,7 +38,13 @@ def replacements(compat: bool) -> Sequence[Replacement]:
                     ("self", "config", "max_batch_size", "dtype", "device", "kwargs"))
     token = Replacement(module.xLSTMBlock, "__call__", decoding.block_call, decoding.EFFECT,
                    uses=(("forward", ("self", "x", "state")),))
-    common = [token] if compat else [states, token]
+    small = [
+        Replacement(module.xLSTMRMSNorm, "__call__", decoding.norm_call, decoding.EFFECT_SMALL),
+        Replacement(module, "soft_cap", decoding.soft_cap_call, decoding.EFFECT_SMALL, ("values", "cap_value")),
+    ]
+    common = [token, *small] if compat else [
+        states, token, Replacement(module.xLSTMModel, "__call__", cache_states.model_call, cache_states.EFFECT), *small
+    ]
     if module.external_xlstm:
         return [*common, *mlstm_kernels.replacements(compat)]
     effect = "sequences of any length and steps are one op call"
