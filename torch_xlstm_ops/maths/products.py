@@ -33,7 +33,7 @@ def columns(left: Tensor, right: Tensor) -> Tensor:
     J = right.shape[-1]
     if left.device.type != "mps" or not isinstance(J, int) or J <= MOST_TERMS:
         return torch.bmm(left, right)
-    return torch.cat([torch.bmm(left, part) for part in right.split(_part(J), -1)], -1)
+    return torch.cat([torch.bmm(left, part) for part in torch.split(right, _part(J), -1)], -1)
 
 
 def accepts_product(out: Tensor) -> bool:

@@ -100,5 +100,5 @@ def _sums(x: Tensor, layers: Sequence[Projection]) -> list[Tensor]:
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     y = (weight.to(wide) * x[..., None, :].to(wide)).sum(-1)
     parts = [part if layer.bias is None else part + layer.bias.to(wide)
-             for part, layer in zip(y.split(sizes, -1), layers, strict=True)]
+             for part, layer in zip(torch.split(y, sizes, -1), layers, strict=True)]
     return [part.to(x.dtype) for part in parts]
