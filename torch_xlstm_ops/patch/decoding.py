@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_xlstm_ops.patch.cache_states import is_written
-from torch_xlstm_ops.patch.traced import traced
+from torch_xlstm_ops.patch.traced import axes_of, traced
 from torch_xlstm_ops.runtime import compiler, devices, torch_internals
 
 EFFECT = "a token without gradients is one compiled call, in a block of unmodified modules without hooks"
@@ -31,7 +31,7 @@ def block_call(original: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **options: Any) -> Result:
-        if len(args) == 2 and not options and not self.training and _decodes(*args) and not _observed():
+        if len(args) == 2 and not options and not self.training and _compiles(*args) and not _observed():
             x, state = args
             block = traced(self, x.device.type)
             if block is not None:
@@ -51,7 +51,7 @@ def norm_call(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **options: Any) -> Tensor:
-        if len(args) == 1 and not options and not self.training and _decodes_on_gpu(args[0]) and not _observed():
+        if len(args) == 1 and not options and not self.training and _compiles_on_gpu(args[0]) and not _observed():
             norm = traced(self, args[0].device.type)
             if norm is not None:
                 with devices.submission(args[0].device):
@@ -68,9 +68,9 @@ def soft_cap_call(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(original)
     def call(values: Tensor, cap_value: Any = None) -> Tensor:
-        if type(cap_value) in (int, float) and _decodes_on_gpu(values) and values.is_contiguous() and not _observed():
+        if type(cap_value) in (int, float) and _compiles_on_gpu(values) and values.is_contiguous() and not _observed():
             with devices.submission(values.device):
-                run = compiler.get(_capped, ["a b c"], [values], cap=float(cap_value))
+                run = compiler.get(_capped, [axes_of(values)], [values], cap=float(cap_value))
                 if not isinstance(run, compiler.Uncompiled):
                     return run([values])[0]
         return original(values, cap_value)
@@ -82,20 +82,20 @@ def _capped(values: Tensor, *, cap: float) -> tuple[Tensor]:
     return (cap * torch.tanh(values / cap),)
 
 
-def _decodes(x: Tensor, state: Sequence[Tensor] | None) -> bool:
-    """Return whether this is one token, with a state and without gradients."""
-    return state is not None and _is_token(x)
+def _compiles(x: Tensor, state: Sequence[Tensor] | None) -> bool:
+    """Return whether these are tokens with a state and without gradients; on the CPU, one token."""
+    return state is not None and _is_plain(x) and (x.shape[1] == 1 or not x.is_cpu)
 
 
-def _decodes_on_gpu(x: Tensor) -> bool:
-    return type(x) is Tensor and not x.is_cpu and _is_token(x)
+def _compiles_on_gpu(x: Tensor) -> bool:
+    return type(x) is Tensor and not x.is_cpu and _is_plain(x)
 
 
-def _is_token(x: Tensor) -> bool:
+def _is_plain(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
         return False
     device = x.device.type
-    return x.dim() == 3 and x.shape[1] == 1 and device in devices.KINDS and not torch.is_autocast_enabled(device)
+    return x.dim() == 3 and x.numel() > 0 and device in devices.KINDS and not torch.is_autocast_enabled(device)
 
 
 def _observed() -> bool:

@@ -9,6 +9,7 @@ No form uses `F.linear` with a bias: it is wrong on some Macs (pytorch#188438, p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -85,8 +86,9 @@ def project(x: Tensor, layers: Sequence[Projection]) -> list[Tensor]:
 
 def is_generated(x: Tensor, layers: Sequence[Projection]) -> bool:
     """Return whether the layers are sums in a generated kernel, and no matrix products."""
+    rows = math.prod(x.shape[:-1])
     read = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    return (x.numel() // x.shape[-1] - 1) * read <= REREAD_BYTES
+    return isinstance(rows, int) and (rows - 1) * read <= REREAD_BYTES  # a prompt's length is symbolic
 
 
 def _sums(x: Tensor, layers: Sequence[Projection]) -> list[Tensor]:

@@ -75,7 +75,7 @@ class Traced:
         device = tensors[0].device
         if not all(type(t) in (Tensor, nn.Parameter) and t.device == device and t.is_contiguous() for t in tensors):
             return None
-        axes = [" ".join("abcd"[:t.dim()]) for t in tensors]
+        axes = [axes_of(tensors[0]), *(" ".join("abcd"[:t.dim()]) for t in tensors[1:])]
         run = compiler.get(self.forward, axes, tensors, in_place=in_place)
         if isinstance(run, compiler.Uncompiled):  # slower than the original
             return None
@@ -100,6 +100,11 @@ def traced(module: nn.Module, device: str) -> Traced | None:
     kind = device, *map(_kind, parts)
     forward = _forwards.get(kind) or _forwards.keep(kind, Forward(module, device))
     return _traced.setdefault(module, Traced(parts, forward))
+
+
+def axes_of(x: Tensor) -> str:
+    """Return the axes of x (B, S, D) for `compiler.get`: the number of tokens stays symbolic, unless it is 1."""
+    return "a b c" if x.shape[1] == 1 else "a G c"
 
 
 def _traceable(module: nn.Module) -> bool:
