@@ -7,12 +7,15 @@ tensors and returns them, that copy does nothing. Outside such a call a block re
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from itertools import chain, islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
+ALIGNED = 64  # elements: the states in one block of memory begin at multiples of it
 EFFECT = "a token's states are written into the cache"
 CACHE_NAMES = ("cache", "cache_params")
 _written: ContextVar[frozenset[int]] = ContextVar("written", default=frozenset())  # ids of the cache's tuples
@@ -37,6 +40,15 @@ def model_call(original: Callable[..., Any]) -> Callable[..., Any]:
             _written.reset(token)
 
     return call
+
+
+def zero_states(shapes: Sequence[Sequence[torch.Size]], dtype: torch.dtype, device: Any) -> list[tuple[Tensor, ...]]:
+    """Return zeros for the c, n, m of each layer in one block of memory, which is filled once."""
+    sizes = [[-(-shape.numel() // ALIGNED) * ALIGNED for shape in layer] for layer in shapes]
+    memory = torch.zeros(sum(map(sum, sizes)), dtype=dtype, device=device)
+    parts = torch.split(memory, [*chain(*sizes)])
+    views = (part[:shape.numel()].view(shape) for part, shape in zip(parts, chain(*shapes), strict=True))
+    return [tuple(islice(views, len(layer))) for layer in shapes]
 
 
 def is_written(state: object) -> bool:

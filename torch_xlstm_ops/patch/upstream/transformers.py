@@ -73,7 +73,14 @@ def _with_wide_states(original: Callable[..., None]) -> Callable[..., None]:
         self: Any, config: Any, max_batch_size: int, dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None, **kwargs: Any,
     ) -> None:
-        original(self, config, max_batch_size, dtype=state_dtype(dtype), device=device, **kwargs)
+        wide, at_once = state_dtype(dtype), device is not None and torch.device(device).type == "mps"
+        original(self, config, max_batch_size, dtype=wide, device="meta" if at_once else device, **kwargs)
         self.dtype = dtype
+        if at_once:
+            shapes = [[t.shape for t in layer] for layer in self.rnn_state.values()]
+            zeros = cache_states.zero_states(shapes, wide, device)
+            self.rnn_state = dict(zip(self.rnn_state, zeros, strict=True))
+            if isinstance(self.seqlen_offset, Tensor):
+                self.seqlen_offset = torch.zeros_like(self.seqlen_offset, device=device)
 
     return init
