@@ -39,13 +39,13 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Collect for each block whether a compiled call was used."""
     found: list[bool] = []
 
-    def noting(module: nn.Module) -> Any:
-        block = original(module)
+    def noting(module: nn.Module, device: str) -> Any:
+        block = original(module, device)
         found.append(block is not None)
         return block
 
-    original = decoding._traced_block
-    monkeypatch.setattr(decoding, "_traced_block", noting)
+    original = decoding.traced
+    monkeypatch.setattr(decoding, "traced", noting)
     return found
 
 
@@ -72,7 +72,8 @@ def test_a_token_is_one_compiled_call_a_block(taken: list[bool], biased: bool) -
     with patch("transformers"):
         close(after(model), unpatched)
     assert taken == [True] * LAYERS * 3
-    assert len({id(known._forward) for known in map(decoding._traced_block, model.backbone.blocks) if known}) == 1
+    known = [decoding.traced(block, "cpu") for block in model.backbone.blocks]
+    assert len({id(block.forward) for block in known if block}) == 1
 
 
 def test_only_the_given_model_is_patched(taken: list[bool]) -> None:
@@ -187,6 +188,22 @@ def counted() -> Iterator[None]:
     with FlopCounterMode(display=False) as counter:
         yield
     assert counter.get_total_flops() > 0
+
+
+def test_states_are_written_into_the_cache_of_the_model_that_runs_and_nowhere_else() -> None:
+    model = build()
+    unpatched, other = (prefill(model, IDS[:, :3]).cache for _ in range(2))
+    decode(model, IDS[:, 3:4], unpatched)
+    with patch("transformers"), torch.no_grad():
+        cache = prefill(model, IDS[:, :3]).cache
+        tensors = adapter.tensors(cache)
+        decode(model, IDS[:, 3:4], cache)
+        assert all(a is b for a, b in zip(adapter.tensors(cache), tensors, strict=True))
+        torch.testing.assert_close(adapter.tensors(cache), adapter.tensors(unpatched), rtol=1e-4, atol=1e-4)
+        before, given = copy.deepcopy(adapter.layers(other)), adapter.layers(other)[0]
+        _, state = first(model)(torch.randn(IDS.shape[0], 1, model.config.hidden_size), given)
+        assert not {t.data_ptr() for t in state} & {t.data_ptr() for t in given}
+        torch.testing.assert_close(adapter.layers(other), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("observer", [everywhere, counted, lambda: torch.autocast("cpu"), torch.enable_grad])

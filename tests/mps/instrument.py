@@ -99,7 +99,8 @@ def _sizes(axes: Sequence[str], args: Sequence[Tensor]) -> dict[str, int]:
 
 
 def _name(fn: Callable[..., Any]) -> str:
-    return f"{fn.__module__.split('.')[2]}.{fn.__qualname__}"  # the maths package, and not its file
+    name = getattr(fn, "__qualname__", type(fn).__qualname__)  # a traced module is an instance
+    return f"{fn.__module__.split('.')[2]}.{name}"  # the maths package, and not its file
 
 
 def _errors(

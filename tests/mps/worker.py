@@ -18,6 +18,9 @@ TASKS = {
     "operation": "measure:operation",
     "threads": "measure:threads",
     "model": "measure:model",
+    "submissions": "submissions:submissions",
+    "full_size": "upstream_bugs:full_size",
+    "long_sums": "upstream_bugs:long_sums",
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.maths.products import sum_over_terms
 from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.maths.slstm.parallel import backward, backward_scan, forward
 from torch_xlstm_ops.maths.slstm.parallel.axes import axes
@@ -89,5 +90,5 @@ def weight_gradients(dgates: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:
     """
     T, G, NH, _, DH = dgates.shape
     left, right = dgates.view(T * G, NH, 4 * DH).permute(1, 2, 0), h_before.reshape(T * G, NH, DH).transpose(0, 1)
-    dr = torch.bmm(left, right).view(NH, 4, DH, DH).transpose(0, 1)
+    dr = sum_over_terms(left, right).view(NH, 4, DH, DH).transpose(0, 1)
     return dr, dgates.sum((0, 1), dtype=state_dtype(dgates.dtype)).transpose(0, 1)

@@ -27,7 +27,7 @@ _Admits = torch_internals.Admits  # whether a callable is valid for these sizes 
 
 CAPACITY = 1024  # entries of a cache
 # Axes that stay symbolic, with the size to trace them at: large enough that Inductor parallelises over them.
-FREE_AXES = {"G": 11, "NC": 13}
+FREE_AXES = {"G": 11, "NC": 13, "S": 331}
 RELEASE_GIL: dict[str, Any] = {"cpp_wrapper": True}
 # Keep the loop order of an update, so that Inductor fuses it with the sum that follows.
 _AS_WRITTEN = {"pick_loop_orders": False}
@@ -38,6 +38,8 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
         **_AS_WRITTEN,
         "max_fusion_unique_io_buffers": 28,  # Metal allows 31 buffers a kernel; Inductor does not check that
         "realize_reads_threshold": 2,  # store the gates' factors: no other kernel then reads m
+        "assert_indirect_indexing": False,  # an error is read from the device
+        "force_pointwise_cat": True,  # weights that share an input are read where they are, not copied
     },
 }
 # Decompositions of operators that a compiled function may call: filled by registrations/.

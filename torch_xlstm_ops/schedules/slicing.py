@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_xlstm_ops.kernels.layout import lay_out
 from torch_xlstm_ops.kernels.mlstm import State, empty_state
+from torch_xlstm_ops.maths.mlstm import PADDING
+from torch_xlstm_ops.maths.products import accepts_product
 from torch_xlstm_ops.schedules.plan import Plan, Segment
 
 OP = "mlstm_chunkwise"  # its name in traces
-# What a padding token holds, in the order q k v igate fgate: the monoid's identity.
-_PADDING = (0.0, 0.0, 0.0, -math.inf, math.inf)
 
 
 class Rows:
@@ -22,12 +22,17 @@ class Rows:
 
     def __init__(self, plan: Plan, streams: Sequence[Tensor]) -> None:
         self.plan, self.segments = plan, plan.segments
-        self.streams = [t.flatten(0, 1) for t in streams]  # (R, S, ...), a view where strides allow
+        self._given = streams
+
+    @functools.cached_property
+    def streams(self) -> list[Tensor]:
+        """q, k, v, igate, fgate (R, S, ...), views where strides allow."""
+        return [t.flatten(0, 1) for t in self._given]
 
     @functools.cached_property
     def h(self) -> Tensor:
         """h (R, S, DHHV), allocated when a task first writes to it, after it has freed its chunk summaries."""
-        v = self.streams[2]
+        v = self._given[2]
         return v.new_empty(self.plan.rows, self.plan.tokens, v.shape[-1])
 
     def take(self, index: int, band: slice, segment: Segment) -> Tensor:
@@ -35,10 +40,15 @@ class Rows:
         stream = self.streams[index]
         if band.stop - band.start != stream.shape[0] or segment.stop - segment.start != stream.shape[1]:
             stream = stream[band, segment.start:segment.stop]
-        return self._chunked(stream, segment, _PADDING[index])
+        return self._chunked(stream, segment, PADDING[index])
 
     def take_all(self, band: slice, segment: Segment) -> list[Tensor]:
         """Return a task's part of q, k, v, igate, fgate."""
+        if band.stop - band.start == self.plan.rows:
+            tokens = slice(segment.start, segment.stop)
+            found = lay_out([t[:, :, tokens] for t in self._given], segment.chunks, self.plan.chunk_size)
+            if found is not None:
+                return found
         return [self.take(index, band, segment) for index in range(len(self.streams))]
 
     def gradient(self, dh: Tensor, band: slice, segment: Segment) -> Tensor:
@@ -56,7 +66,7 @@ class Rows:
 
     def zero_state(self, band: slice) -> State:
         """Return the state of a band before the first token."""
-        return empty_state(self.streams, band.stop - band.start, zero=True)
+        return empty_state(self._given, band.stop - band.start, zero=True)
 
     def _chunked(self, part: Tensor, segment: Segment, padding: float) -> Tensor:
         L = self.plan.chunk_size
@@ -77,7 +87,7 @@ class OutputSlice:
         """Return memory for h (G*NC, L, DHHV)."""
         segment, L, h = self._segment, self._rows.plan.chunk_size, self._rows.h
         part = h[self._band, segment.start:segment.stop]
-        if part.shape[1] == segment.chunks * L and part.is_contiguous():
+        if part.shape[1] == segment.chunks * L and part.is_contiguous() and accepts_product(part):
             return part.view(-1, L, part.shape[-1])
         self._temporary = h.new_empty(part.shape[0], segment.chunks, L, part.shape[-1])
         return self._temporary.flatten(0, 1)

@@ -14,7 +14,10 @@ SYNCHRONISING = frozenset({
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor or scalar that a submission reads or writes; `nbytes` counts an expanded dimension once."""
+    """A tensor or scalar that a submission reads or writes; `nbytes` counts an expanded dimension once.
+
+    offset: the place of its first element in its storage.
+    """
 
     sizes: tuple[int, ...]
     dtype: str
@@ -22,6 +25,8 @@ class Operand:
     written: bool
     device: str = "mps"
     name: str = ""
+    offset: int = 0
+    contiguous: bool = True
 
 
 @dataclass(frozen=True)

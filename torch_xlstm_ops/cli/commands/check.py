@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from torch_xlstm_ops.cli.checking.cases import CASES, MLSTM, SLSTM, Case
+from torch_xlstm_ops.cli.checking import compare, machine
+from torch_xlstm_ops.cli.checking.cases import CASES, MLSTM, SIZES, SLSTM
+from torch_xlstm_ops.cli.checking.probes import PROBES
+from torch_xlstm_ops.cli.checking.run import NOT_RUN, Result, check, check_model
+from torch_xlstm_ops.cli.checking.summary import counts, page
 from torch_xlstm_ops.cli.commands import info
 from torch_xlstm_ops.cli.shared.errors import bad_input
 from torch_xlstm_ops.cli.shared.table import aligned
-from torch_xlstm_ops.maths.shapes import dtype_name
-from torch_xlstm_ops.maths.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error
 from torch_xlstm_ops.runtime import devices, files
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SECONDS = 600.0  # default of --seconds; two busy CPU cores took 308
-TIMING_S, TIMING_CALLS = 0.3, 20
-NOT_RUN = "not run: out of time"
+SECONDS = 600.0  # default of --seconds
 HELP = "compare every operator with the recurrence on a device, and time it"
+UNITS = {"error": "relative, Euclidean norm", "milliseconds": "ms, median of a compiled call",
+         "first_call_s": "s, with compilation", "tokens_per_s": "1/s", "launch_us": "us"}
 
-
-
-class Result(NamedTuple):
-    """The result of a case; `failure` is empty if the error is within `tolerance`, and `NOT_RUN` if time ran out."""
-
-    operator: str
-    dtype: str
-    error: float | None
-    tolerance: float
-    milliseconds: float | None
-    failure: str
+__all__ = ["HELP", "NOT_RUN", "Result", "add_flags", "execute"]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,63 +36,48 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="N",
                         help="start nothing later (default %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write errors, times and versions here, for sending back")
+    parser.add_argument("--compare", metavar="FILE",
+                        help="check nothing: hold the times of such a file of a Mac against predictions (checkout)")
 
 
 def execute(parsed: argparse.Namespace) -> int:
-    """Check every operator, print a table, write a report if asked; return 0 if all passed, else 1. Raises BadInput."""
+    """Check everything, print a table, write a report if asked; return 0 if all passed, else 1. Raises BadInput."""
     path, seconds = parsed.json, parsed.seconds
     with bad_input():
+        if parsed.compare is not None:
+            print(compare.compare(compare.read(parsed.compare)))
+            return 0
         if path is not None:
             files.check_file("--json", path)
         device = devices.resolve_device(parsed.device)
     began = time.perf_counter()
-    results = [check(case, dtype, device, began + seconds) for dtype in DTYPES for case in CASES]
+    described, launch_us = machine.describe(device), machine.launch_costs(device)
+    results = list(run(device, began + seconds))
     print_table(results)
-    print(f"{device.type}: {summary(results)}; {time.perf_counter() - began:.0f} s")
+    print(page(results, described, launch_us))
+    print(f"{device.type}: {counts(results)}; {time.perf_counter() - began:.0f} s")
     if path is not None:
         with files.replacing(path) as file:
-            json.dump(report(device, results), file, indent=1)
+            json.dump(report(device, results, described, launch_us), file, indent=1)
         print(f"wrote {path}")
     return 1 if any(result.failure for result in results) else 0
 
 
-def summary(results: Sequence[Result]) -> str:
-    """Return how many passed, failed and, if time ran out, were not run."""
-    idle = sum(result.failure == NOT_RUN for result in results)
-    passed = sum(not result.failure for result in results)
-    counted = f"{passed} passed, {len(results) - passed - idle} failed"
-    return f"{counted}, {idle} not run as the time was up: give a larger --seconds" if idle else counted
+def run(device: torch.device, end: float) -> Iterator[Result]:
+    """Yield a result for each check: torch's own calls, the model, every operator, special sizes."""
+    for case in PROBES:
+        yield check(case, torch.float32, device, end)
+    yield from check_model(device, end)
+    for dtype in DTYPES:
+        for case in CASES:
+            yield check(case, dtype, device, end)
+    for case in SIZES:
+        yield check(case, torch.float32, device, end)
 
 
-def check(case: Case, dtype: torch.dtype, device: torch.device, end: float) -> Result:
-    """Compare a case with the recurrence and time it; an error is recorded as the failure."""
-    tolerance = (GRADIENT_TOLERANCE if case.inputs else TOLERANCE)[dtype]
-    failed = Result(case.name, dtype_name(dtype), None, tolerance, None, "")
-    if time.perf_counter() > end:
-        return failed._replace(failure=NOT_RUN)
-    try:
-        args = case.draw(dtype)
-        wanted = case.results(case.exact, [t.double() for t in args])
-        found = case.results(case.call, [t.to(device) if device.type != "cpu" else t.clone() for t in args])
-        worst = error([t.detach().cpu() for t in found], wanted)
-        on_device = [t.to(device) for t in args]
-        milliseconds = median_ms(lambda: case.results(case.call, on_device), device)
-    except Exception as problem:  # one operator that fails must not hide the others
-        return failed._replace(failure=f"{type(problem).__name__}: {problem}")
-    failure = "" if worst <= tolerance else "out of tolerance"
-    return failed._replace(error=worst, milliseconds=milliseconds, failure=failure)
-
-
-def median_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Return the median milliseconds of a call that is already compiled."""
-    taken: list[float] = []
-    end = time.perf_counter() + TIMING_S
-    while len(taken) < 3 or (len(taken) < TIMING_CALLS and time.perf_counter() < end):
-        taken.append(devices.timed(call, device))
-    return statistics.median(taken)
-
-
-def report(device: torch.device, results: Sequence[Result]) -> dict[str, Any]:
+def report(
+    device: torch.device, results: Sequence[Result], described: dict[str, Any], launch_us: dict[str, float]
+) -> dict[str, Any]:
     """Return the content of the JSON file."""
     found = devices.capabilities(device.type)
     rows = [result._asdict() for result in results]
@@ -110,9 +85,11 @@ def report(device: torch.device, results: Sequence[Result]) -> dict[str, Any]:
         row["error"] = None if row["error"] == float("inf") else row["error"]
     return {
         "device": {"kind": device.type, "names": found.names, "mps_fallback": devices.mps_fallback()},
-        "system": {"platform": platform.platform(), "machine": platform.machine(), "macos": platform.mac_ver()[0]},
+        "system": described,
         "versions": {row[0]: row[1] for row in (*info.versions(), *info.supported())},
         "sizes": {"mlstm": MLSTM, "slstm": SLSTM},
+        "units": UNITS,
+        "launch_us": launch_us,
         "passed": not any(result.failure for result in results),
         "results": rows,
     }

@@ -8,7 +8,8 @@ segment, are masked products.
 
 from torch_xlstm_ops.maths.mlstm.chunks import absorb, combine
 from torch_xlstm_ops.maths.mlstm.gradient import finish_gradient, gradient
-from torch_xlstm_ops.maths.mlstm.recurrence import advance, recurrent, step, step_
+from torch_xlstm_ops.maths.mlstm.layout import PADDING, chunked, in_chunks
+from torch_xlstm_ops.maths.mlstm.recurrence import advance, recurrent, step, step_, write_state_
 from torch_xlstm_ops.maths.mlstm.segment import (
     factors_from_summary,
     final_state,
@@ -27,14 +28,17 @@ from torch_xlstm_ops.maths.mlstm.step_gradient import step_gradient
 
 __all__ = [
     "AXES",
+    "PADDING",
     "absorb",
     "advance",
+    "chunked",
     "combine",
     "factors_from_summary",
     "final_state",
     "final_state_",
     "finish_gradient",
     "gradient",
+    "in_chunks",
     "inter_chunk_states",
     "prefers_zero_state",
     "recurrent",
@@ -48,6 +52,7 @@ __all__ = [
     "step_gradient",
     "summarize",
     "write_output_",
+    "write_state_",
 ]
 
 _STREAMS = ("G NC L DHQK", "G NC L DHQK", "G NC L DHHV", "G NC L", "G NC L")

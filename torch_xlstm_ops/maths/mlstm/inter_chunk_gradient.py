@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_xlstm_ops.maths.decay import NEG_INF, exp_or_zero, log_decay, zero_if_empty
 from torch_xlstm_ops.maths.mlstm.chunks import InterChunkWeights
+from torch_xlstm_ops.maths.products import sum_over_terms
 
 
 class FinalStateWeights(NamedTuple):
@@ -67,7 +68,7 @@ def inter_chunk_gradient(
     W = torch.where(first[:, None], final.W[:, None], inter.W)
     ddC = torch.bmm(W.mT.to(product), C_targets).view(G * NC, DHQK, -1)
     ddn = torch.bmm(W.mT, n_targets)
-    inner = torch.bmm(C_targets, C_sources.flatten(2).mT).to(wide) + torch.bmm(n_targets, n_sources.mT)
+    inner = sum_over_terms(C_targets, C_sources.flatten(2).mT).to(wide) + torch.bmm(n_targets, n_sources.mT)
     w_state = torch.where(first, final.w_state, inter.w_state)
     return InterChunkGradient(ddC, ddn, inner * torch.where(last, w_state[..., None], W), dc_in, dn_in)
 

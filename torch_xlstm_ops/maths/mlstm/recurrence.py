@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -98,13 +98,19 @@ def step_(
 ) -> tuple[Tensor]:
     """Compute a `step`, write the new state over c, n, m, and return h."""
     h, *new = advance(q, k, v, igate, fgate, c, n, m, eps=eps)
-    if c.device.type != "cpu":
-        c, new[0] = (_in_parts(c) if _comes_in_parts(c) else c).mT, new[0].mT  # in the layout in which it is computed
-        # As a reduction, m is stored by the kernel that updates n after all its threads have read the old m.
-        new[2] = new[2].expand_as(n).amax(-1, keepdim=True)
-    for state, value in zip((c, n, m), new, strict=True):
-        state.copy_(value)
+    write_state_((c, n, m), new)
     return (h,)
+
+
+def write_state_(state: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """Write a new state, of `step` or `advance`, over c, n, m (B, NH, ...), in the form to be compiled."""
+    (c, n, m), (c_new, n_new, m_new) = state, new
+    if c.device.type != "cpu":
+        c, c_new = (_in_parts(c) if c_new.dim() > c.dim() else c).mT, c_new.mT  # in the layout in which it is computed
+        # As a reduction, m is stored by the kernel that updates n after all its threads have read the old m.
+        m_new = m_new.expand_as(n).amax(-1, keepdim=True)
+    for old, value in zip((c, n, m), (c_new, n_new, m_new), strict=True):
+        old.copy_(value)
 
 
 def recurrent(

@@ -23,6 +23,7 @@ from torch_xlstm_ops.maths.mlstm.chunks import (
 )
 from torch_xlstm_ops.maths.mlstm.intra_chunk import IntraChunkLogWeights, intra_chunk_log_weights
 from torch_xlstm_ops.maths.mlstm.recurrence import floor
+from torch_xlstm_ops.maths.products import columns
 from torch_xlstm_ops.maths.shapes import state_dtype
 
 
@@ -182,7 +183,7 @@ def segment(
     """Return h (G, NC, L, DHHV) and the state after a segment as a pure function; arguments as of `segment_factors`."""
     P, q_gated, W, dC, *state = segment_factors(q, k, v, igate, fgate, scores(q, k), c, n, m, eps=eps)
     sources = dC.slice_scatter(c.to(dC.dtype)[:, None], 1, dC.shape[1] - 1, dC.shape[1])
-    C_before = torch.bmm(W, sources.flatten(2)).view(-1, *c.shape[1:])
+    C_before = columns(W, sources.flatten(2)).view(-1, *c.shape[1:])
     h = torch.bmm(q_gated, C_before).to(v.dtype) + torch.bmm(P, v.flatten(0, 1))
     c_after, n_after, m_after = state
     return h.view(v.shape), c_after, n_after, m_after

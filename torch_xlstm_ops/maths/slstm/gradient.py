@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.maths.products import sum_over_terms
 from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.maths.slstm.cell import Product, bmm_in_dtype, one_if_zero, write_, zero_where_reset
 
@@ -58,7 +59,7 @@ def operand_gradient(gates: Sequence[Tensor], r: Tensor, wide: torch.dtype, prod
 def weight_gradients(dgates: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:
     """Return dr (4, NH, DH, DH) and db (4, NH, DH) from the gates' (4, N, NH, DH) and R's operands (N, NH, DH)."""
     operand = h_before.transpose(0, 1)
-    dr = torch.stack([torch.bmm(gate.permute(1, 2, 0), operand) for gate in dgates])
+    dr = torch.stack([sum_over_terms(gate.permute(1, 2, 0), operand) for gate in dgates])
     return dr, dgates.sum(1, dtype=state_dtype(dgates.dtype))
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_xlstm_ops.maths.products import accepts_product
 from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.maths.slstm.cell import (
     Product,
@@ -59,10 +60,11 @@ def recurrent_products(h_before: Tensor, r: Tensor) -> Tensor:
     packed, wide = weights(r, Product.MATMUL, r.dtype), state_dtype(r.dtype)
     operand = h_before.to(r.dtype).transpose(0, 1)
     out = torch.empty(N, NH, 4 * DH, dtype=wide, device=r.device)
-    if r.dtype == wide:
-        torch.bmm(operand, packed, out=out.transpose(0, 1))
+    into = out.transpose(0, 1)
+    if r.dtype == wide and accepts_product(into):
+        torch.bmm(operand, packed, out=into)
     else:
-        out.transpose(0, 1).copy_(bmm_in_dtype(operand, packed, wide))
+        into.copy_(bmm_in_dtype(operand, packed, wide))
     return out.view(N, NH, 4, DH)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.maths.shapes import state_dtype
-from torch_xlstm_ops.patch import decoding
+from torch_xlstm_ops.patch import cache_states, decoding
 from torch_xlstm_ops.patch.adapters import mlstm, returns_states
 from torch_xlstm_ops.patch.replacements import Replacement
 from torch_xlstm_ops.patch.upstream import mlstm_kernels
@@ -38,7 +38,13 @@ def replacements(compat: bool) -> Sequence[Replacement]:
                     ("self", "config", "max_batch_size", "dtype", "device", "kwargs"))
     token = Replacement(module.xLSTMBlock, "__call__", decoding.block_call, decoding.EFFECT,
                    uses=(("forward", ("self", "x", "state")),))
-    common = [token] if compat else [states, token]
+    small = [
+        Replacement(module.xLSTMRMSNorm, "__call__", decoding.norm_call, decoding.EFFECT_SMALL),
+        Replacement(module, "soft_cap", decoding.soft_cap_call, decoding.EFFECT_SMALL, ("values", "cap_value")),
+    ]
+    common = [token, *small] if compat else [
+        states, token, Replacement(module.xLSTMModel, "__call__", cache_states.model_call, cache_states.EFFECT), *small
+    ]
     if module.external_xlstm:
         return [*common, *mlstm_kernels.replacements(compat)]
     effect = "sequences of any length and steps are one op call"
@@ -67,7 +73,14 @@ def _with_wide_states(original: Callable[..., None]) -> Callable[..., None]:
         self: Any, config: Any, max_batch_size: int, dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None, **kwargs: Any,
     ) -> None:
-        original(self, config, max_batch_size, dtype=state_dtype(dtype), device=device, **kwargs)
+        wide, at_once = state_dtype(dtype), device is not None and torch.device(device).type == "mps"
+        original(self, config, max_batch_size, dtype=wide, device="meta" if at_once else device, **kwargs)
         self.dtype = dtype
+        if at_once:
+            shapes = [[t.shape for t in layer] for layer in self.rnn_state.values()]
+            zeros = cache_states.zero_states(shapes, wide, device)
+            self.rnn_state = dict(zip(self.rnn_state, zeros, strict=True))
+            if isinstance(self.seqlen_offset, Tensor):
+                self.seqlen_offset = torch.zeros_like(self.seqlen_offset, device=device)
 
     return init

@@ -105,7 +105,8 @@ std::string describe(const Tensor& t, bool written) {
   for (int64_t d = 0; d < t.dim(); d++) json << (d ? ", " : "") << t.size(d);
   json << "], \"dtype\": \"" << c10::toString(t.scalar_type()) << "\", \"nbytes\": "
        << distinct_elements(t) * static_cast<int64_t>(t.element_size()) << ", \"device\": \""
-       << c10::DeviceTypeName(t.device().type(), true) << "\", \"written\": " << (written ? "true" : "false") << "}";
+       << c10::DeviceTypeName(t.device().type(), true) << "\", \"written\": " << (written ? "true" : "false")
+       << ", \"offset\": " << t.storage_offset() << ", \"contiguous\": " << (t.is_contiguous() ? "true" : "false") << "}";
   return json.str();
 }
 
@@ -202,6 +203,16 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if ((*submission).outermost) entry.write();
 }
 
+// ATen returns before it asks the device where a tensor is copied over itself.
+void copy_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const size_t first = stack->size() - op.schema().arguments().size();
+  if ((*stack)[first].toTensor().is_same((*stack)[first + 1].toTensor())) {
+    stack->erase(stack->begin() + static_cast<std::ptrdiff_t>(first) + 1, stack->end());
+    return;
+  }
+  run_on_cpu(op, stack);
+}
+
 at::ScalarType storable_dtype(std::optional<at::ScalarType> dtype) {
   const auto chosen = dtype.value_or(at::typeMetaToScalarType(at::get_default_dtype()));
   refuse_float64(chosen);
@@ -251,7 +262,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, library) {
   library.impl("empty_strided", TORCH_FN(emulator::empty_strided));
   library.impl("resize_", TORCH_FN(emulator::resize_));
   // The generic copy_ ends in a stub that only a build with MPS fills.
-  library.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&emulator::run_on_cpu>());
+  library.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&emulator::copy_on_cpu>());
   // Without a kernel of its own a structured op would run as its out variant and a copy. MPS has its own.
   for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
     if (name.getNamespace() != std::string_view("aten")) continue;

@@ -1,0 +1,51 @@
+"""The submissions of a transformers model on MPS, by kind: the table that docs/mps.md quotes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .jobs import Job, Reports, job
+from .submissions import KINDS
+
+pytest.importorskip("transformers")
+
+TOKEN, BLOCK_TOKEN = 60, {"embedded": 9, "7B": 12}  # most submissions of a token
+BLOCK_PROMPT = {"float32": 40, "bfloat16": 44}  # of a prompt, by dtype
+TABLE = {  # kernels, products, copies, fills, other: in the whole model, and in one block
+    ("embedded", "float32", "token"): ([56, 1, 0, 0, 2], [9, 0, 0, 0, 0]),
+    ("embedded", "bfloat16", "token"): ([56, 1, 1, 0, 2], [9, 0, 0, 0, 0]),
+    ("7B", "bfloat16", "token"): ([20, 1, 1, 0, 2], [9, 0, 0, 0, 0]),
+    ("embedded", "float32", "prompt"): ([116, 97, 30, 2, 2], [19, 16, 5, 0, 0]),
+    ("embedded", "bfloat16", "prompt"): ([116, 97, 43, 2, 2], [19, 16, 7, 0, 0]),
+    ("7B", "bfloat16", "prompt"): ([44, 33, 15, 2, 2], [21, 16, 7, 0, 0]),
+}
+CASES = [
+    pytest.param(*case, job("submissions", model=case[0], dtype=case[1], patched=True), id=" ".join(case),
+                 marks=() if case[:2] == ("embedded", "float32") else pytest.mark.slow)
+    for case in TABLE
+]
+
+
+def counts(report: dict[str, Any], what: str) -> tuple[list[int], list[int]]:
+    return [report[what]["model"][kind] for kind in KINDS], [report[what]["block"][kind] for kind in KINDS]
+
+
+@pytest.mark.parametrize(("model", "dtype", "what", "wanted"), CASES)
+def test_a_model_submits_what_the_table_says(
+    reports: Reports, model: str, dtype: str, what: str, wanted: Job
+) -> None:
+    found = counts(reports(wanted), what)
+    assert found == TABLE[model, dtype, what]
+    assert sum(found[1]) <= (BLOCK_TOKEN[model] if what == "token" else BLOCK_PROMPT[dtype])
+    if model == "embedded" and what == "token":
+        assert sum(found[0]) <= TOKEN
+
+
+def test_the_document_quotes_the_table() -> None:
+    text = (Path(__file__).parents[2] / "torch_xlstm_ops/docs/mps.md").read_text()
+    for (model, dtype, what), (whole, block) in TABLE.items():
+        cells = [model, dtype, what, *map(str, whole), str(sum(whole)), str(sum(block))]
+        assert f"| {' | '.join(cells)} |" in text
