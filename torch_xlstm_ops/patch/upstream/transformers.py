@@ -22,7 +22,7 @@ from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.patch import decoding
 from torch_xlstm_ops.patch.adapters import mlstm, returns_states
 from torch_xlstm_ops.patch.replacements import Replacement
-from torch_xlstm_ops.patch.upstream import mlstm_kernels
+from torch_xlstm_ops.patch.upstream import mlstm_kernels, transformers_models
 
 BACKEND_PARAMETERS = (
     "self", "query", "key", "value", "igate", "fgate", "c_initial", "n_initial", "m_initial", "return_last_states",
@@ -38,7 +38,7 @@ def replacements(compat: bool) -> Sequence[Replacement]:
                     ("self", "config", "max_batch_size", "dtype", "device", "kwargs"))
     token = Replacement(module.xLSTMBlock, "__call__", decoding.block_call, decoding.EFFECT,
                    uses=(("forward", ("self", "x", "state")),))
-    common = [token] if compat else [states, token]
+    common = [token] if compat else [states, token, *transformers_models.replacements(module)]
     if module.external_xlstm:
         return [*common, *mlstm_kernels.replacements(compat)]
     effect = "sequences of any length and steps are one op call"
