@@ -72,7 +72,7 @@ def slstm(run: Run, counts: Sequence[int], x: Tensor, state: Sequence[Tensor]) -
     """
     starts = _starts(counts)
     order = sorted(range(len(counts)), key=lambda d: -counts[d])  # the longest first
-    alive = [t[torch.tensor(order, device=x.device, dtype=torch.long)] for t in state]
+    alive: Sequence[Tensor] = [t[torch.tensor(order, device=x.device)] for t in state]
     ended: list[Sequence[Tensor]] = []
     found_h, places, before = [], [], 0
     for count in sorted(set(counts)):
