@@ -93,6 +93,13 @@ def standard_library() -> dict[str, list[Source]]:
     return sources
 
 
+# A conversation as the comments that the model has read: one line a message.
+CHAT = (
+    "{% for message in messages %}{{ '# ' + message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '# assistant:' }}{% endif %}"
+)
+
+
 def tokenizer() -> Any:
     """Return a byte-level tokenizer in transformers' own format: token b is byte b, `END` is the end of a text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -108,6 +115,7 @@ def tokenizer() -> Any:
     codec.add_special_tokens([AddedToken(end, special=True, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=codec, bos_token=end, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False,
+        chat_template=CHAT,
     )
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 
+from benchmarks import train_demo_model  # noqa: E402
 from torch_xlstm_ops.patch import patch  # noqa: E402
 
 DIRECTORY = Path(str(files("torch_xlstm_ops"))) / "demo_model"
@@ -56,6 +57,14 @@ def test_a_token_is_a_byte(tokenizer: Any) -> None:
     assert tokenizer(text).input_ids == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
     assert tokenizer.eos_token_id == END
+
+
+def test_a_conversation_is_a_comment_a_message(tokenizer: Any) -> None:
+    pytest.importorskip("jinja2", reason="needs the package jinja2, as transformers' chat templates do")
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "# user: hi\n# assistant: yes\n# assistant:"
+    assert tokenizer.chat_template == train_demo_model.CHAT
 
 
 def test_held_out_file_costs_few_bits(model: Any) -> None:

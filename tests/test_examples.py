@@ -14,7 +14,7 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "torch_xlstm_ops/docs/examples"
 NEEDS = {
     "patch_transformers": "transformers", "compile_backend": "transformers", "export": "transformers",
-    "long_prompt": "transformers", "chat": "transformers", "ray_workers": "ray", "forecasting": "tirex",
+    "padded_prompts": "transformers", "long_prompt": "transformers", "chat": "transformers", "ray_workers": "ray", "forecasting": "tirex",
 }
 NEAR = 1e-3  # for logits in float32
 
@@ -36,5 +36,5 @@ def test_an_example_runs(path, tmp_path):
         assert float(loss) < 0.1
 
 
-def test_there_are_ten_examples():
-    assert len([*FOLDER.glob("*.py")]) == 10
+def test_there_are_at_least_ten_examples():
+    assert len([*FOLDER.glob("*.py")]) >= 10

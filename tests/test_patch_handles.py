@@ -279,7 +279,7 @@ def test_a_fork_is_patched_if_checks_pass(monkeypatch: pytest.MonkeyPatch, provi
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: providers)
     assert releases.found("made_up") == (("0.1", "made-up-fork") if providers else (None, None))
-    for name in ("made_up", "made-up"):
+    for name in ("made_up", "made-up", *(["made-up-fork", "Made_up.fork"] if providers else [])):
         with patch(name) as handle:
             assert len(handle.report()) == 3
     with monkeypatch.context() as context:

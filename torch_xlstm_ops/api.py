@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.maths.shapes import EPS, MLSTMState, SLSTMState
+from torch_xlstm_ops.maths import documents
+from torch_xlstm_ops.maths.shapes import EPS, MLSTMState, SLSTMState, state_dtype
 
 
 def mlstm_chunkwise(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
     c: Tensor | None = None, n: Tensor | None = None, m: Tensor | None = None,
-    *, reset: Tensor | None = None, chunk_size: int | None = None, schedule: str | None = None, eps: float = EPS,
+    *, reset: Tensor | None = None, cu_seqlens: Tensor | None = None, chunk_size: int | None = None,
+    schedule: str | None = None, eps: float = EPS,
 ) -> tuple[Tensor, MLSTMState]:
     """Run an mLSTM over a sequence, by matrix products over chunks and segments; differentiable.
 
@@ -26,6 +30,9 @@ def mlstm_chunkwise(
         float64 inputs); all or none, default zeros.
     reset: (B, S), bool, true where a row starts afresh at a token, as a packed document does; default nowhere. Copies
         the streams, with a token more for each reset, and reads their number back from the device.
+    cu_seqlens: (documents + 1,), integers, the end of each document of the only row behind a 0; default none. Each has
+        a state of its own then, before and after: where B is the first dimension of a state, it is documents. Read
+        from the device.
     chunk_size: tokens a chunk, default chosen by device; changes speed and rounding, never the result.
     schedule: auto, inductor, queued, ray or recurrent; default the configured one.
     eps: added to the denominator, default 1e-6.
@@ -35,6 +42,12 @@ def mlstm_chunkwise(
     cannot run here.
     Source: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eq. 19 to 27, stabilised as in its appendix.
     """
+    if cu_seqlens is not None:
+        counts = _counts(cu_seqlens, q.shape[0], q.shape[2], reset)
+        documents.check_states(len(counts), c=c, n=n, m=m)
+        run = functools.partial(mlstm_chunkwise, chunk_size=chunk_size, schedule=schedule, eps=eps)
+        h, found = documents.mlstm(run, counts, (q, k, v, igate, fgate), (c, n, m))
+        return h, MLSTMState(*found)
     h, *state = torch.ops.xlstm.mlstm_chunkwise(
         q, k, v, igate, fgate, c, n, m, reset,
         chunk_size=chunk_size, schedule=None if schedule is None else str(schedule), eps=eps,
@@ -72,7 +85,8 @@ def mlstm_step_(
 
 def slstm_sequence(
     x: Tensor, r: Tensor, b: Tensor, y: Tensor | None = None, c: Tensor | None = None, n: Tensor | None = None,
-    m: Tensor | None = None, *, reset: Tensor | None = None, floor: float = 0.0, schedule: str | None = None,
+    m: Tensor | None = None, *, reset: Tensor | None = None, cu_seqlens: Tensor | None = None, floor: float = 0.0,
+    schedule: str | None = None,
 ) -> tuple[Tensor, SLSTMState]:
     """Run an sLSTM over a sequence, step by step or parallel in time; differentiable.
 
@@ -87,6 +101,7 @@ def slstm_sequence(
     y, c, n, m: the state before the first token, (B, NH, DH), float32 (float64 for float64 inputs); all or none,
         default zeros. A cell is fresh where n is 0; its m means nothing.
     reset: (B, S), bool, true where a row starts afresh at a token, as a packed document does; default nowhere.
+    cu_seqlens: as of `mlstm_chunkwise`; documents run together, in as many calls as there are lengths.
     floor: least n, default 0.0; FlashRNN's is 1.0.
     schedule: auto, sequential or parallel; default the configured one. parallel computes all tokens at once, in rounds
         that end when the result is the sequential one within the dtype's tolerance.
@@ -96,6 +111,14 @@ def slstm_sequence(
     cannot run here.
     Source: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eq. 8 to 18.
     """
+    if cu_seqlens is not None:
+        counts = _counts(cu_seqlens, x.shape[0], x.shape[1], reset)
+        documents.check_states(len(counts), y=y, c=c, n=n, m=m)
+        zeros = x.new_zeros((len(counts), *x.shape[3:]), dtype=state_dtype(x.dtype))
+        before = [zeros if t is None else t for t in (y, c, n, m)]
+        h, found = documents.slstm(lambda x, *s: slstm_sequence(x, r, b, *s, floor=floor, schedule=schedule), counts,
+                                   x, before)
+        return h, SLSTMState(*found)
     name = None if schedule is None else str(schedule)
     h, *state = torch.ops.xlstm.slstm_sequence(x, r, b, y, c, n, m, reset, floor=floor, schedule=name)
     return h, SLSTMState(*state)
@@ -114,3 +137,9 @@ def slstm_step(
     Raises ValueError for shapes, devices and values, TypeError for dtypes.
     """
     return SLSTMState(*torch.ops.xlstm.slstm_step(x, r, b, y, c, n, m, floor=floor))
+
+
+def _counts(cu_seqlens: Tensor, B: int, S: int, reset: Tensor | None) -> list[int]:
+    if reset is not None:
+        raise ValueError("reset must be None where cu_seqlens is given, got both")
+    return documents.lengths(cu_seqlens, B, S)

@@ -9,28 +9,32 @@ from torch import Tensor
 
 from torch_xlstm_ops.api import mlstm_chunkwise, mlstm_step, slstm_sequence
 from torch_xlstm_ops.maths.shapes import MLSTMState, SLSTMState, state_dtype
+from torch_xlstm_ops.patch.tokens import Marked, unmarked
 
 
 def mlstm(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor,
-    c: Tensor | None, n: Tensor | None, m: Tensor | None, *, eps: float, schedule: str | None = None,
+    c: Tensor | None, n: Tensor | None, m: Tensor | Marked | None, *, eps: float, schedule: str | None = None,
 ) -> tuple[Tensor, MLSTMState]:
     """Run an mLSTM on a sequence (B, NH, S, D): the step for one token, else the chunkwise operator.
 
-    c, n, m: states of any floating dtype on any device; a missing one is zero.
+    c, n, m: states of any floating dtype on any device; a missing one is zero. m may be marked with the tokens.
     Returns h in v's dtype and new states in float32 (float64 for float64 inputs), whatever the given ones were.
     """
     B, NH, S, DHQK = q.shape
     wide = state_dtype(q.dtype)
-    if c is None and n is None and m is None and S != 1:
-        return mlstm_chunkwise(q, k, v, igate, fgate, eps=eps, schedule=schedule)
+    m, tokens = unmarked(m)
+    igate, fgate = tokens.gates(igate, fgate)
+    step = S == 1 and tokens.reset is None
+    if c is None and n is None and m is None and not step:
+        return mlstm_chunkwise(q, k, v, igate, fgate, reset=tokens.reset, eps=eps, schedule=schedule)
     saved = requires_grad(q, k, v, igate, fgate, c, n, m)
     # Copy for autograd, because packages overwrite the state that they passed once they have the new one.
     c = q.new_zeros((B, NH, DHQK, v.shape[-1]), dtype=wide) if c is None else c.to(q.device, wide, copy=saved)
     n = q.new_zeros((B, NH, DHQK), dtype=wide) if n is None else n.to(q.device, wide, copy=saved)
     m = q.new_zeros((B, NH, 1), dtype=wide) if m is None else m.to(q.device, wide, copy=saved)
-    if S != 1:
-        return mlstm_chunkwise(q, k, v, igate, fgate, c, n, m, eps=eps, schedule=schedule)
+    if not step:
+        return mlstm_chunkwise(q, k, v, igate, fgate, c, n, m, reset=tokens.reset, eps=eps, schedule=schedule)
     h, state = mlstm_step(q.squeeze(2), k.squeeze(2), v.squeeze(2), igate, fgate, c, n, m, eps=eps)
     return h.unsqueeze(2), state
 

@@ -22,12 +22,24 @@ class Found(NamedTuple):
 
 
 def import_name(name: str) -> str:
-    """Return the import name of a package of the table, given that or its pip name. Raises ValueError for another."""
+    """Return the import name of a package of the table, given that or a pip name of it or of an installed fork.
+
+    Raises ValueError for another name.
+    """
     by_any_name = {package.distribution: name for name, package in upstream.PACKAGES.items()}
     by_any_name |= {name: name for name in upstream.PACKAGES}
-    if name not in by_any_name:
-        raise ValueError(f"a package to patch must be one of {', '.join(upstream.PACKAGES)}, got {name!r}")
-    return by_any_name[name]
+    if name in by_any_name:
+        return by_any_name[name]
+    providers = importlib.metadata.packages_distributions()
+    for package in upstream.PACKAGES:
+        if _normalised(name) in map(_normalised, providers.get(package, ())):
+            return package
+    raise ValueError(f"a package to patch must be one of {', '.join(upstream.PACKAGES)}, got {name!r}")
+
+
+def _normalised(distribution: str) -> str:
+    """Return a pip name as pip compares it."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def installed(name: str) -> bool:

@@ -47,9 +47,9 @@ class Replacement(NamedTuple):
 
     @property
     def layer_class(self) -> type:
-        """Return the class of layers that this changes, or one without instances."""
-        owner = self.owner
-        return owner if isinstance(owner, type) and issubclass(owner, torch.nn.Module) else _NoLayer
+        """Return the class of layers whose method this is, or one without instances."""
+        owner, method = self.owner, callable(_inherited(self))
+        return owner if isinstance(owner, type) and issubclass(owner, torch.nn.Module) and method else _NoLayer
 
 
 class _NoLayer:

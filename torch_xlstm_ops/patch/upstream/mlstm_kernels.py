@@ -21,6 +21,7 @@ from torch import Tensor
 
 from torch_xlstm_ops.patch.adapters import mlstm, requires_grad, returns_states
 from torch_xlstm_ops.patch.replacements import Replacement
+from torch_xlstm_ops.patch.tokens import Marked
 
 BACKEND_PARAMETERS = (
     "self", "q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial", "return_last_states", "mode",
@@ -94,6 +95,8 @@ def _backend_forward(original: Callable[..., Any], custbw: Callable[..., Any] | 
         config = self.config
         kernel = config.chunkwise_kernel
         if "siging" in kernel:
+            if isinstance(m_initial, Marked):
+                raise NotImplementedError(f"{kernel} heeds no attention_mask and no packed documents")
             return original(self, q, k, v, i, f, c_initial, n_initial, m_initial, return_last_states, mode)
         both = returns_states(
             return_last_states, mode, mode_default=config.mode, states_default=config.return_last_states

@@ -22,7 +22,7 @@ from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.patch import cache_states, decoding
 from torch_xlstm_ops.patch.adapters import mlstm, returns_states
 from torch_xlstm_ops.patch.replacements import Replacement
-from torch_xlstm_ops.patch.upstream import mlstm_kernels
+from torch_xlstm_ops.patch.upstream import mlstm_kernels, transformers_models
 
 BACKEND_PARAMETERS = (
     "self", "query", "key", "value", "igate", "fgate", "c_initial", "n_initial", "m_initial", "return_last_states",
@@ -43,7 +43,8 @@ def replacements(compat: bool) -> Sequence[Replacement]:
         Replacement(module, "soft_cap", decoding.soft_cap_call, decoding.EFFECT_SMALL, ("values", "cap_value")),
     ]
     common = [token, *small] if compat else [
-        states, token, Replacement(module.xLSTMModel, "__call__", cache_states.model_call, cache_states.EFFECT), *small
+        states, token, Replacement(module.xLSTMModel, "__call__", cache_states.model_call, cache_states.EFFECT), *small,
+        *transformers_models.replacements(module),
     ]
     if module.external_xlstm:
         return [*common, *mlstm_kernels.replacements(compat)]

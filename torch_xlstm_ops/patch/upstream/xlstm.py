@@ -22,7 +22,7 @@ from torch import Tensor
 from torch_xlstm_ops.patch.adapters import mlstm, slstm
 from torch_xlstm_ops.patch.checkpoints import load_either
 from torch_xlstm_ops.patch.replacements import Replacement
-from torch_xlstm_ops.patch.upstream import mlstm_kernels
+from torch_xlstm_ops.patch.upstream import mlstm_kernels, xlstm_stack
 from torch_xlstm_ops.patch.upstream.flashrnn import every_state
 
 MLSTM_STATE = tuple[Tensor, Tensor, Tensor]
@@ -50,6 +50,7 @@ def replacements(compat: bool) -> Sequence[Replacement]:
         Replacement(slstm_cell, "sLSTMCellFuncGenerator", _function_generator, 'backend "cuda" needs no CUDA compiler',
                     ("training", "config")),
     ]
+    found += xlstm_stack.replacements()
     if importlib.util.find_spec("mlstm_kernels") is not None:
         found += mlstm_kernels.replacements(compat)
     return found
@@ -72,8 +73,6 @@ def _mlstm_step(original: Callable[..., Any], backend: object, compat: bool) -> 
     ) -> Any:
         if self.backend_fn_step is not backend:
             return original(self, q, k, v, mlstm_state=mlstm_state, **kwargs)
-        if q.shape[1] != 1:
-            raise ValueError(f"q must be (B, 1, H) for a step, got {tuple(q.shape)}")
         state = mlstm_state
         if state is not None and compat:
             state = (state[0].to(q.dtype), state[1].to(q.dtype), state[2].to(q.dtype))
