@@ -1,4 +1,4 @@
-"""Laws of forked children: the operators work in them on one thread, whatever the parent did, and never wait forever."""
+"""Laws of forked children: the operators work in them on one thread, whatever the parent did, and never hang."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def connect() -> bool:
 def check_not_inherited() -> None:
     """Raise RuntimeError in a child that was forked from a process connected to Ray: Ray would wait forever."""
     if _inherited:
-        raise RuntimeError("Ray must be used by the process that connected to it, got a child that was forked from that "
-                           'process: start it by spawn (multiprocessing.get_context("spawn"))')
+        raise RuntimeError("Ray must be used by the process that connected to it, got a child that was forked from "
+                           'that process: start it by spawn (multiprocessing.get_context("spawn"))')
 
 
 def _leave_to_parent() -> None:
