@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -259,6 +260,16 @@ def test_the_setting_chooses_and_the_trace_shows_it(eager_rounds):
     with config.use(slstm_schedule="parallel"), trace.record() as recording:
         slstm_sequence(*args, schedule="sequential")
     assert {span.schedule for span in recording.entries()} == {"sequential"}
+
+
+def test_the_trace_shows_rounds_and_residual_forward_and_backward(eager_rounds):
+    args = [t.requires_grad_() for t in draw(11)]
+    with trace.record() as recording:
+        h, _ = slstm_sequence(*args, schedule="parallel")
+        h.sum().backward()
+    forward, backward = recording.entries()
+    for span in (forward, backward):
+        assert re.fullmatch(r"rounds \d+, estimated error \S+, residual \S+, 0 of 1 windows sequential", span.details)
 
 
 def test_an_unknown_schedule_is_an_error():

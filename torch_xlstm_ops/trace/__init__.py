@@ -18,6 +18,8 @@ whole process and writes the file, if there is a span, when it exits. A recordin
 from torch_xlstm_ops.trace.export import Span
 from torch_xlstm_ops.trace.process import finish
 from torch_xlstm_ops.trace.recording import Recording
-from torch_xlstm_ops.trace.spans import active, add, current_layer, paused, record, set_layer, span
+from torch_xlstm_ops.trace.spans import Open, active, add, current_layer, paused, record, set_layer, span
 
-__all__ = ["Recording", "Span", "active", "add", "current_layer", "finish", "paused", "record", "set_layer", "span"]
+__all__ = [
+    "Open", "Recording", "Span", "active", "add", "current_layer", "finish", "paused", "record", "set_layer", "span",
+]

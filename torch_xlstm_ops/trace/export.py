@@ -24,6 +24,7 @@ class Span(NamedTuple):
     duration_us: float
     bytes: int | None  # read and written
     queue_depth: int | None  # tasks in flight when it began
+    details: str | None = None  # what the work says of itself, such as the rounds of an sLSTM
 
 
 def _write_csv(file: TextIO, entries: Sequence[Span], dropped: int) -> None:
@@ -44,7 +45,7 @@ def _write_chrome(file: TextIO, entries: Sequence[Span], dropped: int) -> None:
         threads = rows.setdefault(entry.device, {})
         place = {"pid": list(rows).index(entry.device), "tid": threads.setdefault(entry.thread, len(threads))}
         details = {"phase": entry.phase, "schedule": entry.schedule, "layer": entry.layer, "band": entry.band,
-                   "segment": entry.segment, "bytes": entry.bytes}
+                   "segment": entry.segment, "bytes": entry.bytes, "details": entry.details}
         known = {key: value for key, value in details.items() if value is not None}
         events.append({"name": entry.op, "cat": entry.phase, "ph": "X", "ts": entry.start_us,
                        "dur": entry.duration_us, **place, "args": known})

@@ -30,10 +30,12 @@ class Mark(NamedTuple):
     thread: str
     bytes: int | None
     queue_depth: int | None
+    details: str | None = None
 
     def at(self, start_us: float, duration_us: float) -> Span:
-        op, schedule, phase, layer, band, segment, device, thread, size, depth = self
-        return Span(op, schedule, phase, layer, band, segment, str(device), thread, start_us, duration_us, size, depth)
+        op, schedule, phase, layer, band, segment, device, thread, size, depth, details = self
+        return Span(op, schedule, phase, layer, band, segment, str(device), thread, start_us, duration_us, size, depth,
+                    details)
 
 
 _Pending = tuple[Mark, devices.Event, devices.Event]

@@ -15,17 +15,28 @@ from torch_xlstm_ops.trace import export
 from torch_xlstm_ops.trace.recording import CAPACITY, Mark, Recording
 
 _CPU = torch.device("cpu")
-_OFF: AbstractContextManager[object] = nullcontext()
+class Open:
+    """A span that has begun."""
 
-
-class _HostSpan:
-    __slots__ = ("_mark", "_recordings", "_start")
+    __slots__ = ("_mark", "_recordings")
 
     def __init__(self, recordings: tuple[Recording, ...], mark: Mark) -> None:
         self._recordings, self._mark = recordings, mark
 
-    def __enter__(self) -> None:
+    def note(self, details: str) -> None:
+        """Say something of the work, which the trace shows with the span."""
+        self._mark = self._mark._replace(details=details)
+
+
+_OFF: AbstractContextManager[Open] = nullcontext(Open((), Mark("", None, "", None, None, None, _CPU, "", None, None)))
+
+
+class _HostSpan(Open):
+    __slots__ = ("_start",)
+
+    def __enter__(self) -> Open:
         self._start = time.perf_counter()
+        return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         duration = time.perf_counter() - self._start
@@ -34,18 +45,19 @@ class _HostSpan:
                 recording.add(self._mark.at((self._start - recording.began) * 1e6, duration * 1e6))
 
 
-class _DeviceSpan:
-    __slots__ = ("_end", "_mark", "_recordings", "_start")
+class _DeviceSpan(Open):
+    __slots__ = ("_end", "_start")
 
     def __init__(self, recordings: tuple[Recording, ...], mark: Mark) -> None:
+        super().__init__(recordings, mark)
         for recording in recordings:
             recording.tie_clock(mark.device)
-        self._recordings, self._mark = recordings, mark
         self._start = devices.event(mark.device, timing=True)
         self._end = devices.event(mark.device, timing=True)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Open:
         self._start.record()
+        return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if kind is None:
@@ -75,8 +87,10 @@ def span(
     device: torch.device = _CPU,
     nbytes: int | None = None,
     queue_depth: int | None = None,
-) -> AbstractContextManager[object]:
+) -> AbstractContextManager[Open]:
     """Return a context manager that times the work submitted inside it; work that raises is not recorded.
+
+    It gives an `Open` span, whose `note` adds details.
 
     op: the operator. schedule: the schedule that runs it, if any.
     phase: forward, backward, prefill, decode, or any other word.

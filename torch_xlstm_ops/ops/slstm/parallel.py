@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,7 +57,12 @@ class Parallel:
         self._graphs = graphs or CudaGraphs(capacity=16)
         compiler.forget_with(self._graphs.clear)
         compiler.forget_with(self.clear)
-        self.report = rounds.Report(0, 0.0, 0.0, 0, 0)  # of the last call
+        self._reports = threading.local()
+
+    @property
+    def report(self) -> rounds.Report:
+        """Return how the last call of this thread went."""
+        return getattr(self._reports, "last", rounds.Report(0, 0.0, 0.0, 0, 0))
 
     def clear(self) -> None:
         """Forget how many rounds each kind of window needs."""
@@ -88,7 +94,7 @@ class Parallel:
 
         job = rounds.Job(_kind("forward", x, reset, floor), tolerance, limits, by_rounds, lambda f: f[1:], sequential)
         order = schedule.windows(x.shape[1], CHUNK, limits.window)
-        parts, self.report = rounds.solve(job, self._known[x.dtype], order, tuple(state))
+        parts, self._reports.last = rounds.solve(job, self._known[x.dtype], order, tuple(state))
         h = torch.cat([h for h, *_ in parts], 1) if len(parts) > 1 else parts[0][0]
         return h.contiguous(), *(t.clone() for t in parts[-1][1:])
 
@@ -132,7 +138,7 @@ class Parallel:
             )
 
         job = rounds.Job(_kind("backward", x, reset, floor), tolerance, limits, by_rounds, lambda f: f[3:], sequential)
-        parts, self.report = rounds.solve(job, self._known[x.dtype], order[::-1], tuple(dstate))
+        parts, self._reports.last = rounds.solve(job, self._known[x.dtype], order[::-1], tuple(dstate))
         dr, db = (torch.stack([part[i].to(dstate[0].dtype) for part in parts]).sum(0) for i in (1, 2))
         dx = torch.cat([part[0] for part in reversed(parts)], 1).contiguous()
         return dx, dr.to(r.dtype), db.to(b.dtype), *(t.clone() for t in parts[-1][3:])

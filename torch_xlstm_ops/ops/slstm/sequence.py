@@ -40,8 +40,10 @@ def run(
         forward = _forward if chosen is SLSTMSchedule.SEQUENTIAL else parallel.forward
         if not trace.active():
             return forward(x, r, b, state, reset, floor)
-        with trace.span(OP, schedule=str(chosen), device=x.device):
-            return forward(x, r, b, state, reset, floor)
+        with trace.span(OP, schedule=str(chosen), device=x.device) as span:
+            results = forward(x, r, b, state, reset, floor)
+            _note_rounds(span, chosen)
+            return results
 
 
 def fake(
@@ -72,8 +74,10 @@ def run_backward(*tensors: Any, floor: float = 0.0, schedule: str | None = None)
         backward = _backward if chosen is SLSTMSchedule.SEQUENTIAL else parallel.backward
         if not trace.active():
             return backward(dh, dstate, x, r, b, state, h, reset, floor)
-        with trace.span(OP, schedule=str(chosen), phase="backward", device=x.device):
-            return backward(dh, dstate, x, r, b, state, h, reset, floor)
+        with trace.span(OP, schedule=str(chosen), phase="backward", device=x.device) as span:
+            found = backward(dh, dstate, x, r, b, state, h, reset, floor)
+            _note_rounds(span, chosen)
+            return found
 
 
 def fake_backward(*tensors: Any, floor: float = 0.0, schedule: str | None = None) -> Results:
@@ -100,6 +104,13 @@ def _choose(x: Tensor, schedule: str | None) -> SLSTMSchedule:
     if reason is not None:
         raise NotImplementedError(f"schedule must be auto or sequential here, got parallel ({reason})")
     return asked
+
+
+def _note_rounds(span: trace.Open, chosen: SLSTMSchedule) -> None:
+    if chosen is SLSTMSchedule.PARALLEL:
+        report = parallel.report
+        span.note(f"rounds {report.rounds}, estimated error {report.error:.1e}, residual {report.residual:.1e}, "
+                  f"{report.fell_back} of {report.windows} windows sequential")
 
 
 def _check_backward(tensors: Sequence[Any], floor: float) -> None:
