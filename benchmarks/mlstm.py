@@ -258,7 +258,7 @@ print(time.perf_counter() - start)
 def compile_seconds(shape: Shape, device: torch.device) -> dict[str, Any]:
     """Return the seconds of a first call with an empty disk cache, and in a second process with a filled one."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "XLSTM_OPS_KERNELS": f"{cache}/kernels"}
         code = _COMPILE.format(shape=tuple(shape), device=device)
 
         def first_call() -> float:

@@ -78,6 +78,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _compile_here() -> None:
+    """Have operators in this process compile what they need, not load what another test compiled."""
+    from torch_xlstm_ops.runtime import kernel_store
+
+    kernel_store.follow(lambda: None)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

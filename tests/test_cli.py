@@ -117,9 +117,13 @@ configuration
   ray_address     none              default
   tuned           on                default
   slstm_schedule  auto              default
+  kernels         on                default
 
 tuned plans
   none: xlstm-ops tune finds them
+
+kernels
+  off
 
 private APIs of torch
   hooks   native

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch_xlstm_ops
-from torch_xlstm_ops.cli.commands import cache, check, generate, info, run, tune
+from torch_xlstm_ops.cli.commands import cache, check, generate, info, kernels, run, tune
 from torch_xlstm_ops.cli.shared.errors import BadInput
 from torch_xlstm_ops.runtime.extras import how_to_install
 
@@ -30,7 +30,8 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {
-    "generate": generate, "run": run, "check": check, "tune": tune, "cache": cache, "info": info,
+    "generate": generate, "run": run, "check": check, "tune": tune, "cache": cache, "kernels": kernels,
+    "info": info,
 }
 
 

@@ -62,6 +62,7 @@ class Config:
     ray_address: str | None = None
     tuned: str = "on"
     slstm_schedule: SLSTMSchedule = SLSTMSchedule.AUTO
+    kernels: str = "on"
 
 
 class Kind(NamedTuple):
@@ -129,6 +130,8 @@ TRACE_FILE = Kind(
 )
 TUNED = Kind("on, off, or a file name ending in .json", str,
              lambda v: isinstance(v, str) and (v in ("on", "off") or v.endswith(".json")), textual=True)
+KERNELS = Kind("on, off, or the path of a folder", str,
+               lambda v: isinstance(v, str) and (v in ("on", "off") or os.path.dirname(v) != ""), textual=True)
 ADDRESS = Kind("auto or HOST:PORT", str, lambda v: isinstance(v, str) and (v == "auto" or _is_address(v)), textual=True)
 
 SETTINGS: Mapping[str, Setting] = {
@@ -149,6 +152,7 @@ SETTINGS: Mapping[str, Setting] = {
         Setting("ray_address", ADDRESS, "ADDRESS", "the Ray cluster to attach to, instead of starting Ray here"),
         Setting("tuned", TUNED, "FILE", "whether auto uses what `xlstm-ops tune` found, and where that is kept"),
         Setting("slstm_schedule", SLSTM_SCHEDULE, "NAME", "how an sLSTM sequence is executed"),
+        Setting("kernels", KERNELS, "FOLDER", "whether compiled kernels are kept for later processes, and where"),
     )
 }
 

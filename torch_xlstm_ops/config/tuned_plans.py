@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_xlstm_ops import config
+from torch_xlstm_ops.config import user_cache
 from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.runtime import bounded_read, files
 from torch_xlstm_ops.runtime.state import on_reset
@@ -95,15 +94,7 @@ def place(tuned: str) -> Path | None:
 
 def default_file() -> Path:
     """Return the user's file, in the cache folder of the system."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path.home() / ".cache"
-    return base / "torch_xlstm_ops" / "tuned.json"
+    return user_cache.folder() / "tuned.json"
 
 
 def find(tuned: str, wanted: CallKind) -> Settings | None:

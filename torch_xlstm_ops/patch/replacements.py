@@ -149,6 +149,13 @@ def live_tokens() -> set[str]:
         return {token for one in _active.values() for token in one.tokens}
 
 
+def in_effect(marks: Sequence[str]) -> list[tuple[str, bool]]:
+    """Return the names of the replacements that run for an instance with these marks, and whether each is compat."""
+    with lock:
+        return sorted((one.replacement.name, one.compat) for one in _active.values()
+                      if one.everyone or not one.tokens.isdisjoint(marks))
+
+
 def _count(records: Sequence[ActiveReplacement], token: str | None, by: int) -> None:
     """Add a handle to the records (by = 1), or remove it (by = -1)."""
     for one in records:

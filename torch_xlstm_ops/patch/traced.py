@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_xlstm_ops.maths.mlstm import write_state_
+from torch_xlstm_ops.patch import kept_blocks
 from torch_xlstm_ops.patch.projections import Projections
 from torch_xlstm_ops.patch.replacements import MARK
 from torch_xlstm_ops.runtime import compiler, torch_internals
@@ -119,11 +120,17 @@ def _config(module: nn.Module) -> Any:
 
 def _kind(module: nn.Module) -> tuple[object, ...]:
     """Return what a trace depends on in a module, except the sizes of its weights."""
-    read = [] if isinstance(module, PLAIN) else [*vars(module).items(), *vars(_config(module)).items()]
-    values = [(name, value) for name, value in read if value is None or type(value) in (bool, int, float, str)]
-    weights = [(name, weight is None) for name, weight in module._parameters.items()]
     marks = vars(module).get(MARK)  # the traced copy runs on our operators while its handle does
-    return type(module), type(module).forward.__code__, marks, *module._modules, *weights, *values
+    return type(module), type(module).forward.__code__, marks, *module._modules, *_weights(module), *_values(module)
+
+
+def _values(module: nn.Module) -> list[tuple[str, object]]:
+    read = [] if isinstance(module, PLAIN) else [*vars(module).items(), *vars(_config(module)).items()]
+    return [(name, value) for name, value in read if value is None or type(value) in (bool, int, float, str)]
+
+
+def _weights(module: nn.Module) -> list[tuple[str, bool]]:
+    return [(name, weight is None) for name, weight in module._parameters.items()]
 
 
 class Forward:
@@ -139,6 +146,12 @@ class Forward:
         bare: dict[int, Any] = {id(w): nn.Parameter(w.to("meta"), requires_grad=False) for w in module.parameters()}
         self._module = copy.deepcopy(module, bare)
         self._projections = Projections(self._module) if device == "mps" else None
+
+    def kept_as(self) -> str | None:
+        """Return a name for what the kernel store keeps, or None if it cannot tell modules of this kind from others."""
+        parts = list(self._module.modules())
+        facts = [(vars(m).get(MARK, ()), [_values(m), list(m._modules), _weights(m)]) for m in parts]
+        return kept_blocks.name([type(m) for m in parts], facts)
 
     def __call__(self, *tensors: Tensor, in_place: bool) -> tuple[Tensor, ...]:
         (x, *state), weights = tensors[:len(tensors) - len(self._names)], tensors[len(tensors) - len(self._names):]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.runtime import compile_cache, forks, torch_internals
+from torch_xlstm_ops.runtime import compile_cache, forks, kernel_store, torch_internals
 from torch_xlstm_ops.runtime.bounded_cache import BoundedCache
 from torch_xlstm_ops.runtime.state import on_reset, warn_once
 
@@ -108,12 +108,12 @@ class _Family:
 
     def find(self, args: Sequence[Tensor]) -> RawCallable:
         if self.general is None:
-            self.general = _compile(self.fn, self.axes, args, frozenset(FREE_AXES), self.how)
+            self.general = _obtain(self.fn, self.axes, args, frozenset(FREE_AXES), self.how)
         call, admits = self.general
         sizes = {a: s for names, t in zip(self.axes, args, strict=True) for a, s in zip(names, t.shape, strict=True)}
         if admits(sizes):
             return call
-        return _compile(self.fn, self.axes, args, frozenset(), self.how)[0]
+        return _obtain(self.fn, self.axes, args, frozenset(), self.how)[0]
 
 
 _Key = tuple[Any, ...]
@@ -144,12 +144,33 @@ def _split(axes: str) -> tuple[str, ...]:
     return tuple(axes.split())
 
 
+def _obtain(
+    fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], how: _How
+) -> tuple[RawCallable, _Admits]:
+    """Return what an earlier process compiled and kept; else compile, and keep it for later ones."""
+    store = kernel_store.chosen()
+    wanted = None if store is None else kernel_store.request(
+        fn, axes, args, _traced_at(free), how.options(args[0].device), INLINED
+    )
+    if store is None or wanted is None:
+        return _compile(fn, axes, args, free, how)
+    found: tuple[RawCallable, _Admits] | None = store.find(wanted)
+    if found is None:
+        found = _compile(fn, axes, args, free, how)
+        store.keep(wanted, *found)
+    return found
+
+
+def _traced_at(free: frozenset[str]) -> dict[str, int]:
+    return {axis: size for axis, size in FREE_AXES.items() if axis in free}
+
+
 def _compile(
     fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], how: _How
 ) -> tuple[RawCallable, _Admits]:
     """Compile `fn` for tensors like `args` with the axes in `free` symbolic, independent of the caller's modes."""
     device = args[0].device
-    sizes = {axis: size for axis, size in FREE_AXES.items() if axis in free}
+    sizes = _traced_at(free)
 
     def compile_here() -> tuple[RawCallable, _Admits]:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from torch_xlstm_ops.cli.shared import amounts
 from torch_xlstm_ops.cli.shared.errors import BadInput, check_extra
 from torch_xlstm_ops.cli.shared.table import aligned
 from torch_xlstm_ops.context.pool.disk import DiskEntry, DiskTier
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 HELP = "list, prune and verify a folder of states"
 
 
@@ -35,7 +33,7 @@ def execute(parsed: argparse.Namespace) -> int:
         if getattr(parsed, flag) and parsed.action != action:
             raise BadInput(f"--{flag} must come with {action}, got {parsed.action}")
     if parsed.action == "prune":
-        _size(parsed.bytes)
+        amounts.size(parsed.bytes)
     folder = Path(parsed.pool)
     if not folder.is_dir():
         raise BadInput(f"--pool must be a folder of states, got {folder}, which is no folder")
@@ -46,7 +44,7 @@ def _list(disk: DiskTier, parsed: argparse.Namespace) -> int:
     rows = [("model", "tokens", "piece", "bytes", "used", "")]
     for entry in reversed(disk.entries()):
         rows.append((entry.identity[:12], str(entry.name.position), str(entry.name.segment or "any"), str(entry.size),
-                     _ago(entry.used), "pinned" if entry.pinned else ""))
+                     amounts.ago(entry.used), "pinned" if entry.pinned else ""))
     print(aligned(rows))
     return 0
 
@@ -66,7 +64,7 @@ def _stats(disk: DiskTier, parsed: argparse.Namespace) -> int:
 
 
 def _prune(disk: DiskTier, parsed: argparse.Namespace) -> int:
-    budget = _size(parsed.bytes)
+    budget = amounts.size(parsed.bytes)
     try:
         removed = disk.prune(budget)
     except OSError as error:
@@ -93,20 +91,3 @@ def _verify(disk: DiskTier, parsed: argparse.Namespace) -> int:
 _ACTIONS: dict[str, Callable[[DiskTier, argparse.Namespace], int]] = {
     "ls": _list, "stats": _stats, "prune": _prune, "verify": _verify,
 }
-
-
-def _size(text: str | None) -> int:
-    if text is None:
-        raise BadInput("prune must come with --bytes SIZE, what it leaves: a number of bytes, or one with K, M, G or T")
-    found = re.fullmatch(r"(\d+)([KMGT]?)", text)
-    if found is None:
-        raise BadInput(f"--bytes must be a number of bytes, or one with K, M, G or T, got {text!r}")
-    return int(found[1]) * _UNITS[found[2]]
-
-
-def _ago(moment: float) -> str:
-    seconds = max(0.0, time.time() - moment)
-    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= unit:
-            return f"{seconds / unit:.0f} {name} ago"
-    return f"{seconds:.0f} s ago"

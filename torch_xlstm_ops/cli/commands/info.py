@@ -16,7 +16,7 @@ from torch_xlstm_ops.cli.shared.errors import bad_input
 from torch_xlstm_ops.cli.shared.table import aligned
 from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.patch import releases, upstream
-from torch_xlstm_ops.runtime import devices, torch_internals
+from torch_xlstm_ops.runtime import devices, kernel_store, torch_internals
 
 PACKAGES = ("torch", "triton", "safetensors", "rich", "ray", "optuna", "matplotlib")
 _UNSET = {"trace": "off", "ray_address": "none"}
@@ -61,6 +61,7 @@ def _sections(device: torch.device) -> dict[str, list[tuple[str, ...]]]:
         f"schedules on {device.type}": schedule_rows(device),
         "configuration": configuration_rows(),
         "tuned plans": tuned_rows(device),
+        "kernels": kernel_rows(device),
         "private APIs of torch": internals(),
     }
 
@@ -148,3 +149,15 @@ def tuned_rows(device: torch.device) -> list[tuple[str, ...]]:
     found = [(key.removeprefix(here), " ".join(f"{field}={value}" for field, value in entry["settings"].items()))
              for key, entry in kept.items() if key.startswith(here)]
     return [("kept in", str(path)), ("for this device", f"{len(found)} of {len(kept)}"), *found]
+
+
+def kernel_rows(device: torch.device) -> list[tuple[str, ...]]:
+    """Return the folder of the kernels that are kept, with their number, or why none are."""
+    store, reason = kernel_store.chosen(), kernel_store.unsupported(device)
+    if store is None:
+        return [("off",)]
+    reason = reason or store.refused()
+    if reason is not None:
+        return [("not kept", reason)]
+    entries = store.entries()
+    return [("kept in", str(store.folder)), ("kernels", f"{len(entries)}, {sum(one.size for one in entries)} bytes")]

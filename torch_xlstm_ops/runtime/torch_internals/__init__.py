@@ -8,6 +8,7 @@ or changed (ImportError, AttributeError, TypeError), the function warns once, us
 from torch_xlstm_ops.runtime.torch_internals.compile import (
     PERSISTENT,
     Admits,
+    Conditions,
     Raw,
     compile_raw,
     compiler_missing,
@@ -38,6 +39,8 @@ from torch_xlstm_ops.runtime.torch_internals.dynamo import (
     traced,
     user_stack,
 )
+from torch_xlstm_ops.runtime.torch_internals.generated import Generated, Kernel, put_together, taken_apart
+from torch_xlstm_ops.runtime.torch_internals.inductor_changes import inductor_changes
 from torch_xlstm_ops.runtime.torch_internals.modes import OperatorMode, forward_mode, outside_modes, transforms, watched
 from torch_xlstm_ops.runtime.torch_internals.modules import global_hooks, hooks
 from torch_xlstm_ops.runtime.torch_internals.need import NEEDS, Need, status
@@ -47,6 +50,9 @@ __all__ = [
     "NEEDS",
     "PERSISTENT",
     "Admits",
+    "Conditions",
+    "Generated",
+    "Kernel",
     "Need",
     "OperatorMode",
     "Raw",
@@ -64,6 +70,7 @@ __all__ = [
     "graph_breaks",
     "hold_address",
     "hooks",
+    "inductor_changes",
     "inductor_options",
     "keep_as_call",
     "like",
@@ -71,10 +78,12 @@ __all__ = [
     "no_recompile_limit",
     "operator_name",
     "outside_modes",
+    "put_together",
     "reduction_choices",
     "register_decomposition",
     "status",
     "supported_options",
+    "taken_apart",
     "traced",
     "transforms",
     "user_stack",

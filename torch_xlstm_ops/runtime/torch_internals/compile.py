@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,15 +67,31 @@ def compile_raw(
     ):
         code = compile_fx_inner(graph, examples, cpp_wrapper="cpp_wrapper" in options)
         call: Raw = code.current_callable  # type: ignore[attr-defined]
-    conditions = {guard.expr for guard in env.guards}
+    return call, Conditions(symbols, {guard.expr for guard in env.guards})
 
-    def admits(sizes: dict[str, int]) -> bool:
-        # The compiler records size != 1 where it excludes broadcasting or relies on strides. Arguments are contiguous
-        # and no free axis is broadcast against a literal 1, so that index arithmetic for 1 is the same as for 2.
-        values = {symbol: max(2, sizes[axis]) for axis, symbol in symbols.items()}
-        return all(bool(condition.subs(values)) for condition in conditions)
 
-    return call, admits
+class Conditions:
+    """The sizes of free axes that a callable is valid for.
+
+    The compiler records size != 1 where it excludes broadcasting or relies on strides. Arguments are contiguous and no
+    free axis is broadcast against a literal 1, so that index arithmetic for 1 is the same as for 2.
+    """
+
+    def __init__(self, symbols: Mapping[str, Any], expressions: Collection[Any]) -> None:
+        self._symbols, self._expressions = symbols, expressions
+        self.axes = tuple(symbols)
+
+    def __call__(self, sizes: Mapping[str, int]) -> bool:
+        values = {symbol: max(2, sizes[axis]) for axis, symbol in self._symbols.items()}
+        return all(bool(expression.subs(values)) for expression in self._expressions)
+
+    def written(self) -> str:
+        """Return the conditions as a Python expression of the axes' names, for sizes of at least 2."""
+        from torch.utils._sympy.printers import PythonPrinter
+
+        named = {symbol: type(symbol)(axis, integer=True, positive=True) for axis, symbol in self._symbols.items()}
+        texts = sorted(f"({PythonPrinter().doprint(one.subs(named))})" for one in self._expressions)
+        return " and ".join(texts) or "True"
 
 
 def _symbols(env: Any, free: Mapping[str, int], axes: Axes) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,166 @@
+"""`xlstm-ops kernels`: list, check, fill and exchange the compiled kernels that are kept for later processes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from torch_xlstm_ops import config
+from torch_xlstm_ops.cli.shared import amounts, warming
+from torch_xlstm_ops.cli.shared.errors import BadInput, bad_input, check_extra
+from torch_xlstm_ops.cli.shared.loading import DTYPES
+from torch_xlstm_ops.cli.shared.table import aligned
+from torch_xlstm_ops.runtime import kernel_store
+from torch_xlstm_ops.runtime.kernel_store import Damaged, Store, Untrusted
+
+HELP = "list, check, fill and exchange the kernels that are kept for later processes"
+_FLAGS = {
+    "bytes": ("prune",), "remove": ("verify",), "model": ("warm",), "shape": ("warm",), "training": ("warm",),
+    "dtype": ("warm",), "file": ("export", "import"),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `kernels`."""
+    parser.usage = ("xlstm-ops kernels (ls | stats | verify [--remove] | prune --bytes SIZE) [--kernels FOLDER]\n"
+                    "       xlstm-ops kernels warm (--model DIR | --shape NHxDHQKxDHHV) [FLAG ...]\n"
+                    "       xlstm-ops kernels (export | import) FILE [--kernels FOLDER]")
+    parser.add_argument("action", choices=list(_ACTIONS), help="ls: every kernel; stats: totals; verify: read every "
+                        "file; prune: remove what was not used for longest; warm: compile ahead of time; export, "
+                        "import: write or add the kernels of a FILE")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="archive that export writes or import reads")
+    setting = config.SETTINGS["kernels"]
+    parser.add_argument(setting.flag, metavar=setting.metavar, help="folder of kernels (default: the configured one)")
+    parser.add_argument("--bytes", metavar="SIZE", help="what prune leaves: a number of bytes, or with K, M, G or T")
+    parser.add_argument("--remove", action="store_true", help="verify removes what is damaged")
+    parser.add_argument("--model", metavar="DIR", help="warm what a Hugging Face xLSTM needs")
+    parser.add_argument("--shape", metavar="NHxDHQKxDHHV", action="append", default=[],
+                        help="warm the mLSTM of these heads; repeatable")
+    parser.add_argument("--dtype", metavar="NAME", help=f"of --shape or --model: {', '.join(DTYPES)} (default float32)")
+    parser.add_argument("--training", action="store_true", help="warm the gradients of each --shape too")
+
+
+def execute(parsed: argparse.Namespace) -> int:
+    """Execute the action and return the exit status: 1 if a kernel is damaged. Raises BadInput."""
+    for flag, actions in _FLAGS.items():
+        if getattr(parsed, flag) and parsed.action not in actions:
+            name = "FILE" if flag == "file" else f"--{flag}"
+            raise BadInput(f"{name} must come with {' or '.join(actions)}, got {parsed.action}")
+    with bad_input():
+        config.reload(flags={} if parsed.kernels is None else {"kernels": parsed.kernels})
+    unsupported, store = kernel_store.unsupported(torch.device("cpu")), kernel_store.chosen()
+    if unsupported is not None:
+        raise BadInput(unsupported)
+    if store is None:
+        raise BadInput("kernels must be on or a folder, got off")
+    refused = store.refused()
+    if refused is not None:
+        raise BadInput(f"--kernels must be a folder that only you can write: {refused}")
+    return _ACTIONS[parsed.action](store, parsed)
+
+
+def _list(store: Store, parsed: argparse.Namespace) -> int:
+    rows = [("kernel", "function", "arguments", "threads", "bytes", "used")]
+    for entry in reversed(store.entries()):
+        try:
+            about = store.read(entry.key).properties
+            what = (about["function"].rpartition(".")[2], about["arguments"], warming.threads(about["options"]))
+        except (Damaged, Untrusted, OSError) as error:
+            what = (str(error), "", "")
+        rows.append((entry.key[:12], *what, str(entry.size), amounts.ago(entry.used)))
+    print(aligned(rows))
+    return 0
+
+
+def _stats(store: Store, parsed: argparse.Namespace) -> int:
+    entries, fit = store.entries(), 0
+    for entry in entries:
+        try:
+            fit += kernel_store.archive.difference(store.read(entry.key)) is None
+        except (Damaged, Untrusted, OSError):
+            continue
+    print(aligned([
+        ("folder", str(store.folder)), ("kernels", str(len(entries))), ("for this machine and installation", str(fit)),
+        ("bytes", f"{sum(entry.size for entry in entries)} of at most {store.capacity}"),
+    ]))
+    return 0
+
+
+def _verify(store: Store, parsed: argparse.Namespace) -> int:
+    damaged, entries = 0, store.entries()
+    for entry in entries:
+        wrong = store.wrong(entry.key)
+        if wrong is not None:
+            damaged += 1
+            print(f"{entry.key}: {wrong}")
+            if parsed.remove:
+                store.remove(entry.key)
+    print(f"{len(entries)} kernels, {damaged} damaged" + (" and removed" if damaged and parsed.remove else ""))
+    return 1 if damaged else 0
+
+
+def _prune(store: Store, parsed: argparse.Namespace) -> int:
+    try:
+        removed = store.prune(amounts.size(parsed.bytes))
+    except OSError as error:
+        raise BadInput(f"--kernels must be a folder that can be written, got {store.folder}: {error}") from error
+    left = store.entries()
+    print(f"{len(removed)} kernels removed, {sum(entry.size for entry in removed)} bytes; {len(left)} left, "
+          f"{sum(entry.size for entry in left)} bytes")
+    return 0
+
+
+def _warm(store: Store, parsed: argparse.Namespace) -> int:
+    if not parsed.shape and parsed.model is None:
+        raise BadInput("warm must come with --model DIR or --shape NHxDHQKxDHHV")
+    dtype = parsed.dtype or "float32"
+    if dtype not in DTYPES:
+        raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    shapes = [warming.shape(text) for text in parsed.shape]
+    before = len(store.entries())
+    for NH, DHQK, DHHV in shapes:
+        warming.warm_shape(NH, DHQK, DHHV, DTYPES[dtype], training=parsed.training)
+    if parsed.model is not None:
+        check_extra("kernels warm --model")
+        warming.warm_model(Path(parsed.model), dtype)
+    after = len(store.entries())
+    print(f"{after - before} kernels added, {after} there")
+    return 0
+
+
+def _export(store: Store, parsed: argparse.Namespace) -> int:
+    path = _file(parsed)
+    try:
+        count = kernel_store.archive.write(store, path)
+    except OSError as error:
+        raise BadInput(f"FILE must be a file that can be written, got {path}: {error}") from error
+    print(f"{count} kernels: {store.folder} -> {path}")
+    return 0
+
+
+def _import(store: Store, parsed: argparse.Namespace) -> int:
+    path = _file(parsed)
+    try:
+        found = kernel_store.archive.read(store, path)
+    except (Damaged, Untrusted, OSError) as error:
+        raise BadInput(f"FILE must be what export wrote, got {path}: {error}") from error
+    for key, reason in found.unfit.items():
+        print(f"{key} does not fit: {reason}")
+    print(f"{found.added} kernels added, {found.present} there, {len(found.unfit)} do not fit: "
+          f"{path} -> {store.folder}")
+    return 1 if found.unfit and not found.added + found.present else 0
+
+
+def _file(parsed: argparse.Namespace) -> Path:
+    if parsed.file is None:
+        raise BadInput(f"{parsed.action} must come with FILE")
+    return Path(parsed.file)
+
+
+_ACTIONS: dict[str, Callable[[Store, argparse.Namespace], int]] = {
+    "ls": _list, "stats": _stats, "verify": _verify, "prune": _prune, "warm": _warm, "export": _export,
+    "import": _import,
+}

@@ -1,0 +1,172 @@
+"""What decides a kernel: its function, its arguments, our source, torch, the processor and the options."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_xlstm_ops.runtime import torch_internals
+from torch_xlstm_ops.runtime.state import on_reset
+
+FORMAT = 1
+_ROOT = Path(__file__).parent.parent.parent
+_SOURCES = ("maths", "runtime", "patch")  # where compiled functions, and what compiles them, are written
+_OWN = f"{__name__.partition('.')[0]}.maths."
+# Lines of /proc/cpuinfo that name the processor and its instructions, on x86 and on ARM.
+_PROCESSOR = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features", "CPU implementer",
+              "CPU architecture", "CPU variant", "CPU part")
+_VARIABLES = ("TORCHINDUCTOR_", "TORCH_COMPILE", "ATEN_CPU_CAPABILITY")
+_IRRELEVANT = ("TORCHINDUCTOR_CACHE_DIR",)
+
+
+class Request(NamedTuple):
+    """What a kernel must be: properties by name. Two kernels with the same properties are the same."""
+
+    properties: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        """Return a name for these properties."""
+        return hashlib.sha256(json.dumps(self.properties, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Return why kernels for a device are not kept, or None if they are."""
+    if device.type != "cpu":
+        return f"kernels for {device.type} are kept by Inductor alone"
+    if not sys.platform.startswith("linux"):
+        return f"kernels are kept on Linux alone, not on {sys.platform}"
+    return None
+
+
+def request(
+    fn: Callable[..., Any], axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: Mapping[str, int],
+    options: Mapping[str, Any], inlined: Mapping[Any, Callable[..., Any]],
+) -> Request | None:
+    """Return the properties of a compiled function, or None if it cannot be kept.
+
+    axes, args, free, options and inlined are those that it is compiled with.
+    """
+    function, around = _name(fn), [(str(op), _name(rule)) for op, rule in inlined.items()]
+    changes = torch_internals.inductor_changes()
+    if function is None or changes is None or unsupported(args[0].device) or not _software():
+        return None
+    found = {
+        **_software(), **_machine(), "function": function, "inlined": repr(around),
+        "arguments": "; ".join(_argument(names, t, free) for names, t in zip(axes, args, strict=True)),
+        "free": repr(sorted(free.items())), "options": repr(sorted(options.items())),
+        "settings": repr((_settings(), changes)),
+    }
+    return Request(found)
+
+
+def _argument(names: Sequence[str], t: Tensor, free: Mapping[str, int]) -> str:
+    sizes = [name if name in free else str(size) for name, size in zip(names, t.shape, strict=True)]
+    return f"{str(t.dtype).removeprefix('torch.')}[{' '.join(sizes)}]"
+
+
+def _name(fn: Callable[..., Any]) -> str | None:
+    """Return a name that stands for a function in every process with our source; None if there is none."""
+    if isinstance(fn, functools.partial):
+        inner, values = _name(fn.func), {name: _value(value) for name, value in fn.keywords.items()}
+        if inner is None or fn.args or None in values.values():
+            return None
+        return inner + "".join(f" {name}={value}" for name, value in sorted(values.items()))
+    kept_as = getattr(fn, "kept_as", None)  # of objects whose source is not ours alone
+    if kept_as is not None:
+        name: str | None = kept_as()
+        return name
+    place = f"{getattr(fn, '__module__', '')}:{getattr(fn, '__qualname__', '<')}"
+    return place if place.startswith(_OWN) and "<" not in place else None
+
+
+def _value(value: object) -> str | None:
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__name__}.{value.name}"
+    return repr(value) if value is None or type(value) in (bool, int, float, str, torch.dtype) else None
+
+
+def _settings() -> list[tuple[str, str]]:
+    """Return what else of the process Inductor and torch read when they compile."""
+    variables = [(name, value) for name, value in sorted(os.environ.items())
+                 if name.startswith(_VARIABLES) and name not in _IRRELEVANT]
+    return [
+        *variables, ("matmul precision", torch.get_float32_matmul_precision()),
+        ("deterministic", str(torch.are_deterministic_algorithms_enabled())),
+        ("mkldnn", str(torch.backends.mkldnn.enabled)),
+    ]
+
+
+@on_reset
+def forget() -> None:
+    """Read the source and the machine again at the next request."""
+    _software.cache_clear()
+    _machine.cache_clear()
+
+
+@functools.cache
+def _software() -> Mapping[str, str]:
+    """Return the versions; nothing if our source is not in files."""
+    hashed, files = hashlib.sha256(), sorted(path for part in _SOURCES for path in (_ROOT / part).rglob("*.py"))
+    for path in files:
+        hashed.update(f"{path.relative_to(_ROOT)}\0".encode())
+        hashed.update(path.read_bytes())
+    if not files:
+        return {}
+    return {
+        "format": str(FORMAT), "source": hashed.hexdigest()[:16],
+        "torch": f"{torch.__version__} {torch.version.git_version or ''}".strip(),
+        "python": str(sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag),
+    }
+
+
+@functools.cache
+def _machine() -> Mapping[str, str]:
+    lines = {}
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            block = file.read(16384).split("\n\n")[0]
+    except OSError:
+        block = ""
+    for line in block.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in _PROCESSOR:
+            lines[name.strip()] = value.strip()
+    instructions = hashlib.sha256(" ".join(sorted(lines.pop("flags", lines.pop("Features", "")).split())).encode())
+    processor = " ".join(lines.values()) or platform.processor()
+    return {
+        "system": f"{sys.platform} {platform.machine()}",
+        "processor": f"{processor} (instructions {instructions.hexdigest()[:12]})",
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def here() -> Mapping[str, str]:
+    """Return the properties of this installation and this machine."""
+    return {**_software(), **_machine()}
+
+
+def compiler() -> str | None:
+    """Return what tells this machine's C++ compiler from another version of it, or None if there is none.
+
+    Runs nothing: path, size and time of the program that Inductor looks for first.
+    """
+    path = shutil.which(os.environ.get("CXX") or "g++")
+    if path is None:
+        return None
+    real = os.path.realpath(path)
+    about = os.stat(real)
+    return f"{real} {about.st_size} {about.st_mtime_ns}"
