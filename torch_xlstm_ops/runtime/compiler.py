@@ -196,8 +196,8 @@ forks.in_child(_in_child)
 
 def _refuse_fast_math(device: torch.device) -> None:
     if device.type == "mps" and devices.mps_fast_math():
-        warn_once("PYTORCH_MPS_FAST_MATH is set: Metal may then reorder sums, which makes results of the mLSTM wrong by "
-                  "up to 1.5e-4 in float32, and assume that gates are never infinite; unset it")
+        warn_once("PYTORCH_MPS_FAST_MATH is set: Metal may then reorder sums, which makes results of the mLSTM wrong "
+                  "by up to 1.5e-4 in float32, and assume that gates are never infinite; unset it")
 
 
 class Uncompiled:
