@@ -10,7 +10,7 @@ import torch
 from tests import oracle
 from tests.parameters import tail
 from torch_xlstm_ops import config, mlstm_chunkwise, slstm_sequence
-from torch_xlstm_ops.runtime import compiler
+from torch_xlstm_ops.runtime import compiler, state
 
 
 def scale(x, y, *, factor):
@@ -128,3 +128,14 @@ def test_compiling_inside_other_modes(compiles):
     with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
         (found,) = compiler.get(scale, AXES, args, factor=2.0)(list(args))
     torch.testing.assert_close(found.clone(), scale(*args, factor=2.0)[0])
+
+
+def test_relaxed_arithmetic_of_mps_is_refused_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    state._told.clear()
+    monkeypatch.setenv("PYTORCH_MPS_FAST_MATH", "1")
+    compiler._refuse_fast_math(torch.device("cpu"))
+    with pytest.warns(RuntimeWarning, match="PYTORCH_MPS_FAST_MATH is set: .* unset it"):
+        compiler._refuse_fast_math(torch.device("mps"))
+    state._told.clear()
+    monkeypatch.setenv("PYTORCH_MPS_FAST_MATH", "0")
+    compiler._refuse_fast_math(torch.device("mps"))

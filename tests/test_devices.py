@@ -22,6 +22,14 @@ def _mps(monkeypatch: pytest.MonkeyPatch, *, platform: str, available: bool, bui
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: recent)
 
 
+@pytest.mark.parametrize(("value", "on"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_relaxed_arithmetic_is_seen(monkeypatch: pytest.MonkeyPatch, value: str | None, on: bool) -> None:
+    monkeypatch.delenv("PYTORCH_MPS_FAST_MATH", raising=False)
+    if value is not None:
+        monkeypatch.setenv("PYTORCH_MPS_FAST_MATH", value)
+    assert devices.mps_fast_math() is on
+
+
 def test_each_reason_against_mps_has_one_text(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = []
     for platform, available, built, recent in (

@@ -217,7 +217,7 @@ def test_every_observer_sees_the_computation(
         with observer():
             found = adapter.forward(model, IDS[:, 3:4], cache).logits
         assert not taken
-        monkeypatch.setattr(decoding, "_decodes", lambda x, state: False)
+        monkeypatch.setattr(decoding, "_compiles", lambda x, state: False)
         with observer():
             assert torch.equal(adapter.forward(model, IDS[:, 3:4], twin).logits, found)
 

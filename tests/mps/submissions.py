@@ -26,7 +26,7 @@ BUILDS: dict[str, Callable[[torch.dtype], Any]] = {}
 
 
 def submissions(model: str, dtype: str, patched: bool) -> dict[str, Any]:
-    """Return ``{"token": ..., "prompt": ...}``, each with the kinds of the whole model and of one block.
+    """Return the kinds of a token's and a prompt's submissions, of the whole model and of one block, and the sources.
 
     One block is the difference that the last block makes.
     """
@@ -38,12 +38,14 @@ def submissions(model: str, dtype: str, patched: bool) -> dict[str, Any]:
         whole = _count(built)
         built.backbone.blocks = blocks[:-1]
         less = _count(built)
-    return {what: {"model": whole[what], "block": {kind: whole[what][kind] - less[what][kind] for kind in KINDS}}
-            for what in whole}
+    counted = {what: {"model": _kinds(whole[what]),
+                      "block": {kind: _kinds(whole[what])[kind] - _kinds(less[what])[kind] for kind in KINDS}}
+               for what in whole}
+    return {**counted, "sources": sorted({launch.source for log in whole.values() for launch in log.launches})}
 
 
-def _count(model: Any) -> dict[str, dict[str, int]]:
-    """Count the second call of each kind: the first compiles."""
+def _count(model: Any) -> dict[str, emulator.Log]:
+    """Record the second call of each kind: the first compiles."""
     ids = torch.randint(3, 60, (1, PROMPT)).to("mps")
     cache = adapter.forward(model, ids).cache
     with emulator.recording() as prompt:
@@ -51,7 +53,7 @@ def _count(model: Any) -> dict[str, dict[str, int]]:
     adapter.forward(model, ids[:, :1], cache)
     with emulator.recording() as token:
         adapter.forward(model, ids[:, :1], cache)
-    return {"token": _kinds(token), "prompt": _kinds(prompt)}
+    return {"token": token, "prompt": prompt}
 
 
 def _kinds(log: emulator.Log) -> dict[str, int]:

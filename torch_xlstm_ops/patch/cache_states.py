@@ -7,9 +7,10 @@ tensors and returns them, that copy does nothing. Outside such a call a block re
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import chain, islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 ALIGNED = 64  # elements: the states in one block of memory begin at multiples of it
 EFFECT = "a token's states are written into the cache"
 CACHE_NAMES = ("cache", "cache_params")
-_written: ContextVar[frozenset[int]] = ContextVar("written", default=frozenset())  # ids of the cache's tuples
+_NONE: Mapping[int, object] = MappingProxyType({})
+_written: ContextVar[Mapping[int, object]] = ContextVar("written", default=_NONE)  # the cache's tuples, by id
 
 
 def model_call(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +35,7 @@ def model_call(original: Callable[..., Any]) -> Callable[..., Any]:
         upstream = type(self).forward.__module__.startswith("transformers.models.xlstm.")
         if not isinstance(states, dict) or not upstream or "forward" in vars(self):
             return original(self, *args, **options)
-        token = _written.set(frozenset(map(id, states.values())))
+        token = _written.set({id(state): state for state in states.values()})
         try:
             return original(self, *args, **options)
         finally:
@@ -53,4 +55,4 @@ def zero_states(shapes: Sequence[Sequence[torch.Size]], dtype: torch.dtype, devi
 
 def is_written(state: object) -> bool:
     """Return whether the running model call overwrites this state with what the block returns."""
-    return id(state) in _written.get()
+    return _written.get().get(id(state)) is state

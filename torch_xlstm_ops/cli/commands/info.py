@@ -110,6 +110,8 @@ def device_rows(report: Sequence[devices.Capabilities]) -> list[tuple[str, ...]]
     rows.append(("C++ compiler", compiler))
     fallback = "on: MPS operations may run on the CPU unseen" if devices.mps_fallback() else "off"
     rows.append(("PYTORCH_ENABLE_MPS_FALLBACK", fallback))
+    if devices.mps_fast_math():
+        rows.append(("PYTORCH_MPS_FAST_MATH", "on: sums on MPS are reordered and less exact: unset it"))
     return rows
 
 

@@ -73,6 +73,11 @@ def mps_fallback() -> bool:
     return os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK", "0") not in ("", "0")
 
 
+def mps_fast_math() -> bool:
+    """Return whether PYTORCH_MPS_FAST_MATH lets Metal reorder sums and assume that nothing is infinite."""
+    return os.environ.get("PYTORCH_MPS_FAST_MATH", "0") not in ("", "0")
+
+
 class Capabilities(NamedTuple):
     """One row of `report`."""
 
