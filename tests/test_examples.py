@@ -14,7 +14,8 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "torch_xlstm_ops/docs/examples"
 NEEDS = {
     "patch_transformers": "transformers", "compile_backend": "transformers", "export": "transformers",
-    "padded_prompts": "transformers", "long_prompt": "transformers", "chat": "transformers", "ray_workers": "ray", "forecasting": "tirex",
+    "padded_prompts": "transformers",
+    "long_prompt": "transformers", "chat": "transformers", "ray_workers": "ray", "forecasting": "tirex",
 }
 NEAR = 1e-3  # for logits in float32
 
