@@ -22,6 +22,7 @@ FLOORS = [
     ["ops"],
     ["registrations"],
     ["api"],
+    ["modules"],
     ["patch"],
     ["backend"],
     ["explain"],
@@ -37,6 +38,7 @@ ONLY = {
     "kernels": {"runtime", "maths"},
     "schedules": {"runtime", "config", "trace", "maths", "kernels"},
     "api": {"maths"},
+    "modules": {"maths", "api"},
     "models": set(),
 }
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

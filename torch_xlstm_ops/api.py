@@ -7,8 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.maths import documents
+from torch_xlstm_ops.maths import documents, sigmoid_gate
 from torch_xlstm_ops.maths.shapes import EPS, MLSTMState, SLSTMState, state_dtype
+from torch_xlstm_ops.maths.sigmoid_gate import SigmoidState
 
 
 def mlstm_chunkwise(
@@ -81,6 +82,39 @@ def mlstm_step_(
     as it does every operator outside ATen that writes to its arguments: use `mlstm_step` there.
     """
     return torch.ops.xlstm.mlstm_step_(q, k, v, igate, fgate, c, n, m, eps=eps)  # type: ignore[no-any-return]
+
+
+def mlstm_sigmoid_chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor | None = None, n: Tensor | None = None,
+    *, normalize: bool = True, reset: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None, schedule: str | None = None, eps: float = EPS,
+) -> tuple[Tensor, SigmoidState]:
+    """Run an mLSTM with a sigmoid input gate over a sequence; differentiable.
+
+        c' = sigmoid(fgate) c + sigmoid(igate) k v^T          n' likewise with k
+        h  = (q DHQK^-1/2 . c') / (max(|q DHQK^-1/2 . n'|, 1) + eps)
+
+    Arguments as of `mlstm_chunkwise`, without m: the state needs no stabiliser.
+    normalize: whether h has the denominator, default true; n is returned in either case.
+
+    Returns h (B, NH, S, DHHV) in v's dtype, and the state after the last token.
+    Raises as `mlstm_chunkwise`.
+    """
+    run = functools.partial(mlstm_chunkwise, reset=reset, cu_seqlens=cu_seqlens, chunk_size=chunk_size,
+                            schedule=schedule)
+    return sigmoid_gate.through(run, (q, k, v, igate, fgate), c, n, normalize=normalize, eps=eps)
+
+
+def mlstm_sigmoid_step(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, *, normalize: bool = True,
+    eps: float = EPS,
+) -> tuple[Tensor, SigmoidState]:
+    """Advance an mLSTM with a sigmoid input gate by one token; differentiable.
+
+    Arguments as of `mlstm_step`, without m, and `mlstm_sigmoid_chunkwise`. Returns h (B, NH, DHHV) and the state after
+    the token. Raises as `mlstm_step`.
+    """
+    return sigmoid_gate.through(mlstm_step, (q, k, v, igate, fgate), c, n, normalize=normalize, eps=eps)
 
 
 def slstm_sequence(
