@@ -76,6 +76,7 @@ def test_info_tells_devices_versions_schedules_and_sources(
     monkeypatch.setattr(torch_internals, "status", lambda: needs)
     monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     monkeypatch.setattr(info.torch_internals, "compiler_missing", lambda: None)
+    monkeypatch.setattr(info.energy, "missing", lambda device: None)
     monkeypatch.setenv("XLSTM_MPS_WORKERS", "6")
     status, out, err = run("info", "--device", "cpu", "--chunk-size", "64")
     assert (status, err) == (0, "")
@@ -95,6 +96,7 @@ devices
   cpu                          8 threads, no streams, no events, memory 0.50 GiB of unknown
   mps                          MPS needs macOS, and this is linux
   C++ compiler                 found
+  energy counter               found
   PYTORCH_ENABLE_MPS_FALLBACK  on: MPS operations may run on the CPU unseen
 
 schedules on cpu

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.bounds import UNIT, Bounds, bounds
-from tests.fuzz.draws import DHHV, DHQK, L, Call
+from tests.fuzz.draws import DHHV, DHQK, Call, L
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, error, exact, weigh
 from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step, mlstm_step_
 from torch_xlstm_ops.api import slstm_sequence, slstm_step

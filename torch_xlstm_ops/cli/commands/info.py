@@ -17,6 +17,7 @@ from torch_xlstm_ops.cli.shared.table import aligned
 from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.patch import releases, upstream
 from torch_xlstm_ops.runtime import devices, kernel_store, torch_internals
+from torch_xlstm_ops.runtime.devices import energy
 
 PACKAGES = ("torch", "triton", "safetensors", "rich", "ray", "optuna", "matplotlib")
 _UNSET = {"trace": "off", "ray_address": "none"}
@@ -108,11 +109,16 @@ def device_rows(report: Sequence[devices.Capabilities]) -> list[tuple[str, ...]]
     missing = torch_internals.compiler_missing()
     compiler = "found" if missing is None else f"none, operators run uncompiled on the CPU: {missing}"
     rows.append(("C++ compiler", compiler))
+    rows.append(("energy counter", energy.missing(_counted()) or "found"))
     fallback = "on: MPS operations may run on the CPU unseen" if devices.mps_fallback() else "off"
     rows.append(("PYTORCH_ENABLE_MPS_FALLBACK", fallback))
     if devices.mps_fast_math():
         rows.append(("PYTORCH_MPS_FAST_MATH", "on: sums on MPS are reordered and less exact: unset it"))
     return rows
+
+
+def _counted() -> torch.device:
+    return torch.device("cuda" if devices.cuda_missing() is None else "cpu")
 
 
 def _abilities(found: devices.Capabilities) -> str:

@@ -13,6 +13,8 @@ from typing import NamedTuple, TextIO
 import torch
 
 from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.runtime.devices import energy
+from torch_xlstm_ops.runtime.devices.energy import EnergyCounter
 from torch_xlstm_ops.runtime.files import replacing
 
 
@@ -25,6 +27,7 @@ class Measurement(NamedTuple):
     interval_tok_s: float
     average_tok_s: float
     memory_bytes: int | None
+    joules: float | None = None  # of the device since the phase began, all processes together
 
 
 @dataclass
@@ -41,11 +44,18 @@ class Meter:
     _began: float = 0.0
     _tokens: int = 0
     _last: tuple[int, float] = (0, 0.0)
+    _energy: EnergyCounter | None = None
+    _energy_before: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.without_energy = energy.missing(self.device)  # why there are no joules
+        self._energy = EnergyCounter(self.device) if self.without_energy is None else None
 
     def start(self, phase: str) -> None:
         """Begin a phase."""
         self._phase, self._tokens, self._last = phase, 0, (0, 0.0)
         devices.synchronize(self.device)
+        self._energy_before = 0.0 if self._energy is None else self._energy.read()
         self._began = time.perf_counter()
 
     def add(self, tokens: int, *, last: bool = False, empty: bool = False) -> None:
@@ -63,7 +73,8 @@ class Meter:
         used = devices.memory(self.device).used
         self.rows.append(Measurement(
             self._phase, self._tokens, seconds, _rate(self._tokens - before, seconds - at),
-            _rate(self._tokens, seconds), used))
+            _rate(self._tokens, seconds), used,
+            None if self._energy is None else self._energy.read() - self._energy_before))
         self._last = (self._tokens, seconds)
 
     def final(self, phase: str) -> Measurement | None:

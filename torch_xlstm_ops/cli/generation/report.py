@@ -31,6 +31,8 @@ def facts(request: GenerateRequest, loaded: Loaded, ran: WarmUp, meter: Meter) -
         "prefill tok/s": _speed(prefill),
         "decode tok/s": _speed(decode),
         "time to first token s": None if prefill is None else round(prefill.seconds, 4),
+        "prefill joules/token": _joules(prefill, meter),
+        "decode joules/token": _joules(decode, meter),
         "peak memory GiB": None if peak is None else round(peak / 2**30, 2),
         "new tokens": (decode.tokens if decode is not None else 0) + (prefill is not None),
     }
@@ -44,6 +46,15 @@ def tokens_read(store: StateStore, meter: Meter) -> dict[str, object]:
 
 def _speed(row: Measurement | None) -> float | None:
     return None if row is None else round(row.average_tok_s, 2)
+
+
+def _joules(row: Measurement | None, meter: Meter) -> float | str | None:
+    """Return joules a token, or why there are none."""
+    if meter.without_energy is not None:
+        return f"not counted: {meter.without_energy}"
+    if row is None or row.joules is None or row.tokens == 0:
+        return None
+    return float(f"{row.joules / row.tokens:.3g}")
 
 
 def how_to_resume(file: str, total: int) -> str:
