@@ -21,9 +21,11 @@ from torch_xlstm_ops.runtime.state import on_reset
 from torch_xlstm_ops.schedules.queue import task_runner
 from torch_xlstm_ops.schedules.ray import cluster, serialization
 from torch_xlstm_ops.schedules.ray.actor import ActorHandle
+from torch_xlstm_ops.schedules.ray.gcs_watch import GcsWatch
 
 START_SECONDS = 120.0  # in which a cluster must start an actor
 HEARTBEAT_SECONDS = 5.0  # between two heartbeats of an actor that works, and the timeout of each
+POLL_SECONDS = 1.0  # between looks at whether the GCS is lost
 MAX_RETRIES = 3  # of one task whose actor died
 
 _log = logging.getLogger("torch_xlstm_ops.ray")
@@ -77,7 +79,8 @@ class ActorPool:
         for _ in range(MAX_RETRIES + 1):
             actor = self._take()
             try:
-                return serialization.from_bytes(self._wait(actor, pickled, args))
+                with cluster.call() as watch:
+                    return serialization.from_bytes(self._wait(actor, pickled, args, watch))
             except RayTaskError as error:
                 raise error.cause from error
             except (RayActorError, ObjectLostError) as error:  # the actor, or its result with its node
@@ -89,7 +92,9 @@ class ActorPool:
         raise RuntimeError(f"{MAX_RETRIES + 1} actors died while they ran one task: see Ray's logs for the reason"
                            ) from lost
 
-    def _wait(self, actor: ActorHandle, pickled: bytes, args: Sequence[serialization.TensorBytes]) -> Any:
+    def _wait(
+        self, actor: ActorHandle, pickled: bytes, args: Sequence[serialization.TensorBytes], watch: GcsWatch | None
+    ) -> Any:
         import ray
 
         size = serialization.nbytes(args)
@@ -97,8 +102,13 @@ class ActorPool:
             began = time.monotonic()
             with serialization.store_errors("the tensors of a task", size):
                 result = actor.actor.call.remote(pickled, args)
-            while not ray.wait([result], timeout=HEARTBEAT_SECONDS)[0]:
-                self._heartbeat(actor, time.monotonic() - began)
+            beats = 1
+            while not ray.wait([result], timeout=min(HEARTBEAT_SECONDS, POLL_SECONDS))[0]:
+                if watch is not None:
+                    watch.check()
+                if time.monotonic() - began >= beats * HEARTBEAT_SECONDS:
+                    self._heartbeat(actor, time.monotonic() - began)
+                    beats += 1
             with serialization.store_errors("the results of a task, beside its tensors", size):
                 return ray.get(result)
 
@@ -132,7 +142,8 @@ class ActorPool:
             actors = list(self._actors)
         if not actors:
             raise RuntimeError("the actors were ended while a task waited for one")
-        first, _ = ray.wait([actor.started for actor in actors], num_returns=1, timeout=START_SECONDS)
+        with cluster.call() as watch:
+            first = self._first_started(actors, watch)
         if not first:
             raise RuntimeError(f"Ray did not start an actor on {self.device} within {START_SECONDS:g} s: "
                                f"{cluster.available('CPU')} CPUs and {cluster.available('GPU')} GPUs are free; use "
@@ -142,6 +153,19 @@ class ActorPool:
             actor = min((actor for actor in actors if actor.started in started), key=lambda actor: actor.queued)
             actor.queued += 1
             return actor
+
+    def _first_started(self, actors: Sequence[ActorHandle], watch: GcsWatch | None) -> list[Any]:
+        """Return what tells of the first actor that has started, nothing if none has in time."""
+        import ray
+
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            first, _ = ray.wait([actor.started for actor in actors], num_returns=1, timeout=POLL_SECONDS)
+            if first:
+                return first  # type: ignore[no-any-return]
+            if watch is not None:
+                watch.check()
+        return []
 
     def _release(self, actor: ActorHandle) -> None:
         with self._lock:
