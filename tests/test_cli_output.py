@@ -60,7 +60,7 @@ def test_a_prompt_in_utf_8_is_read_in_any_locale(model_directory: Path) -> None:
         for environment in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
     ]
     assert [(one.returncode, one.stderr) for one in told] == [(0, "")] * 2
-    assert told[0].stdout.isascii() and told[0].stdout == told[1].stdout or "?" in told[1].stdout
+    assert (told[0].stdout.isascii() and told[0].stdout == told[1].stdout) or "?" in told[1].stdout
 
 
 @pytest.mark.parametrize("flag", ["--trace", "--stats-log"])
@@ -72,7 +72,7 @@ def test_a_full_disk_keeps_the_old_file(flag: str, model_directory: Path, tmp_pa
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     arguments = ["generate", "--model", model_directory, "--max-new-tokens", 3, "--prompt", "a", flag, old]
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=env, timeout=300,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                          capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1] == f"{LINE}{old}: File too large"
