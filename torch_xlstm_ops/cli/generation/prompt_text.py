@@ -21,7 +21,8 @@ def prompt_text(parsed: argparse.Namespace) -> str | Path:
     """
     if parsed.prompt is not None and parsed.prompt_file is not None:
         raise BadInput("--prompt must come without --prompt-file, got both")
-    name, text = "--prompt", None if parsed.prompt is None else _argument(parsed.prompt)
+    name = "--prompt"
+    text: str | Path | None = None if parsed.prompt is None else _argument(parsed.prompt)
     if parsed.prompt_file is not None:
         name = "--prompt-file"
         try:

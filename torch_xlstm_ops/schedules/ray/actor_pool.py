@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,6 @@ from torch_xlstm_ops.runtime.state import on_reset
 from torch_xlstm_ops.schedules.queue import task_runner
 from torch_xlstm_ops.schedules.ray import cluster, serialization
 from torch_xlstm_ops.schedules.ray.actor import ActorHandle
-from torch_xlstm_ops.schedules.ray.gcs_watch import GcsWatch
 
 START_SECONDS = 120.0  # in which a cluster must start an actor
 HEARTBEAT_SECONDS = 5.0  # between two heartbeats of an actor that works, and the timeout of each
@@ -38,6 +37,7 @@ class ActorPool:
         """device: the type that the actors compute on."""
         serialization.suppress_read_only_warning()
         self.device = device
+        self._watch = cluster.watch()
         self._actors: list[ActorHandle] = []
         self._count = 0  # of all actors ever started
         self._lock = forks.new_lock()
@@ -79,8 +79,8 @@ class ActorPool:
         for _ in range(MAX_RETRIES + 1):
             actor = self._take()
             try:
-                with cluster.call() as watch:
-                    return serialization.from_bytes(self._wait(actor, pickled, args, watch))
+                with self._connection():
+                    return serialization.from_bytes(self._wait(actor, pickled, args))
             except RayTaskError as error:
                 raise error.cause from error
             except (RayActorError, ObjectLostError) as error:  # the actor, or its result with its node
@@ -92,9 +92,14 @@ class ActorPool:
         raise RuntimeError(f"{MAX_RETRIES + 1} actors died while they ran one task: see Ray's logs for the reason"
                            ) from lost
 
-    def _wait(
-        self, actor: ActorHandle, pickled: bytes, args: Sequence[serialization.TensorBytes], watch: GcsWatch | None
-    ) -> Any:
+    def _connection(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._watch is None else self._watch.call()
+
+    def _check(self) -> None:
+        if self._watch is not None:
+            self._watch.check()
+
+    def _wait(self, actor: ActorHandle, pickled: bytes, args: Sequence[serialization.TensorBytes]) -> Any:
         import ray
 
         size = serialization.nbytes(args)
@@ -104,8 +109,7 @@ class ActorPool:
                 result = actor.actor.call.remote(pickled, args)
             beats = 1
             while not ray.wait([result], timeout=min(HEARTBEAT_SECONDS, POLL_SECONDS))[0]:
-                if watch is not None:
-                    watch.check()
+                self._check()
                 if time.monotonic() - began >= beats * HEARTBEAT_SECONDS:
                     self._heartbeat(actor, time.monotonic() - began)
                     beats += 1
@@ -136,35 +140,30 @@ class ActorPool:
 
     def _take(self) -> ActorHandle:
         """Return the started actor with the shortest queue."""
-        import ray
-
         with self._lock:
             actors = list(self._actors)
         if not actors:
             raise RuntimeError("the actors were ended while a task waited for one")
-        with cluster.call() as watch:
-            first = self._first_started(actors, watch)
-        if not first:
+        with self._connection():
+            started = self._started(actors)
+        if not started:
             raise RuntimeError(f"Ray did not start an actor on {self.device} within {START_SECONDS:g} s: "
                                f"{cluster.available('CPU')} CPUs and {cluster.available('GPU')} GPUs are free; use "
                                "fewer workers, or end other work on the cluster")
-        started, _ = ray.wait([actor.started for actor in actors], num_returns=len(actors), timeout=0)
         with self._lock:
             actor = min((actor for actor in actors if actor.started in started), key=lambda actor: actor.queued)
             actor.queued += 1
             return actor
 
-    def _first_started(self, actors: Sequence[ActorHandle], watch: GcsWatch | None) -> list[Any]:
-        """Return what tells of the first actor that has started, nothing if none has in time."""
+    def _started(self, actors: Sequence[ActorHandle]) -> list[Any]:
+        """Return what tells of the actors that have started, once one has; nothing if none has in time."""
         import ray
 
-        until = time.monotonic() + START_SECONDS
+        starting, until = [actor.started for actor in actors], time.monotonic() + START_SECONDS
         while time.monotonic() < until:
-            first, _ = ray.wait([actor.started for actor in actors], num_returns=1, timeout=POLL_SECONDS)
-            if first:
-                return first  # type: ignore[no-any-return]
-            if watch is not None:
-                watch.check()
+            if ray.wait(starting, num_returns=1, timeout=POLL_SECONDS)[0]:
+                return ray.wait(starting, num_returns=len(actors), timeout=0)[0]  # type: ignore[no-any-return]
+            self._check()
         return []
 
     def _release(self, actor: ActorHandle) -> None:

@@ -6,8 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch_xlstm_ops import config
 from torch_xlstm_ops.runtime import forks
@@ -72,24 +70,9 @@ def _watch_gcs() -> None:
     _watch = GcsWatch(ray.get_runtime_context().gcs_address, close)
 
 
-@contextmanager
-def call() -> Iterator[GcsWatch | None]:
-    """Yield the watch of the GCS, if we made the connection, for a call that uses Ray.
-
-    Raises RuntimeError if the GCS is lost, also in place of the error of Ray that comes of it.
-    """
-    watch = _watch
-    if watch is None:
-        yield None
-        return
-    with watch.call():
-        try:
-            watch.check()
-            yield watch
-        except BaseException as error:
-            if isinstance(error, Exception):
-                watch.check()
-            raise
+def watch() -> GcsWatch | None:
+    """Return the watch of the GCS, if we made the connection."""
+    return _watch
 
 
 def _leave_to_parent() -> None:
@@ -128,7 +111,12 @@ def free(resource: str) -> float:
     """Return how many units of a resource, CPU or GPU, are free in the cluster."""
     import ray
 
-    return float(ray.available_resources().get(resource, 0))
+    watch = _watch
+    if watch is None:
+        return float(ray.available_resources().get(resource, 0))
+    with watch.call():
+        watch.wait_for_answer()
+        return float(ray.available_resources().get(resource, 0))
 
 
 def describe() -> str:

@@ -42,11 +42,18 @@ class GcsWatch:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Have `disconnect` wait for a ``with`` block, for a while."""
+        """Have `disconnect` wait, for a while, for a ``with`` block that uses the connection.
+
+        Raises RuntimeError if the GCS is lost, also in place of an error of Ray's that comes of it.
+        """
         with self._changed:
+            self.check()
             self._calls += 1
         try:
             yield
+        except Exception:
+            self.check()
+            raise
         finally:
             with self._changed:
                 self._calls -= 1
@@ -58,6 +65,12 @@ class GcsWatch:
             raise RuntimeError(f"Ray's GCS at {self._address} has not answered for {PATIENCE_SECONDS:g} s: start Ray "
                                "again; the next call connects anew")
 
+    def wait_for_answer(self) -> None:
+        """Return once the GCS answers: a request would block for a minute. Raises RuntimeError if it is lost."""
+        while not self._answers():
+            self.check()
+            time.sleep(0.1)
+
     def _run(self) -> None:
         answered = time.monotonic()
         while not self._stop.wait(PROBE_SECONDS):
@@ -67,9 +80,9 @@ class GcsWatch:
                 break
         else:
             return
-        self.lost = True
         _log.warning("Ray's GCS at %s does not answer: disconnecting", self._address)
         with self._changed:
+            self.lost = True
             self._changed.wait_for(lambda: not self._calls, DISCONNECT_SECONDS)
         if not self._stop.is_set():
             self._disconnect()
