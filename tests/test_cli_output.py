@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli_models import model_directory
+from torch_xlstm_ops.cli.generation.prompt_text import prompt_text
+from torch_xlstm_ops.cli.shared.errors import BadInput
 
 __all__ = ["model_directory"]  # a fixture
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")]
@@ -53,14 +56,21 @@ def test_output_that_nobody_reads_is_no_traceback(
     assert done.returncode in (0, 1)
 
 
-def test_a_prompt_in_utf_8_is_read_in_any_locale(model_directory: Path) -> None:
-    told = [
-        command("generate", "--model", model_directory, "--no-patch", "--quiet", "--max-new-tokens", 3,
-                "--prompt", "caf\u00e9", **environment)
-        for environment in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
-    ]
-    assert [(one.returncode, one.stderr) for one in told] == [(0, "")] * 2
-    assert (told[0].stdout.isascii() and told[0].stdout == told[1].stdout) or "?" in told[1].stdout
+def test_a_prompt_in_utf_8_is_read_in_any_locale() -> None:
+    def read(prompt: str) -> object:
+        return prompt_text(argparse.Namespace(prompt=prompt, prompt_file=None))
+
+    assert read("caf\u00e9") == read("caf\udcc3\udca9") == "caf\u00e9"  # the latter as ASCII locales decode it
+    with pytest.raises(BadInput, match="--prompt must be UTF-8 text, got 'caf"):
+        read("caf\udce9")
+
+
+def test_a_locale_that_is_not_utf_8_is_no_traceback(model_directory: Path) -> None:
+    done = command("generate", "--model", model_directory, "--no-patch", "--quiet", "--max-new-tokens", 3, "--prompt",
+                   "caf\u00e9", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1  # transformers itself opens files in the encoding of the locale
+    assert (done.returncode, bool(done.stderr)) in ((0, False), (2, True))
 
 
 @pytest.mark.parametrize("flag", ["--trace", "--stats-log"])

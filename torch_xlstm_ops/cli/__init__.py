@@ -10,12 +10,15 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch_xlstm_ops
 from torch_xlstm_ops.cli.commands import cache, check, generate, info, kernels, run, tune
 from torch_xlstm_ops.cli.shared.errors import BadInput
 from torch_xlstm_ops.runtime.extras import how_to_install
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 class Command(Protocol):
@@ -39,6 +42,10 @@ COMMANDS: dict[str, Command] = {
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise BadInput(message)
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Print help or the version; argparse itself would not tell that the output is full."""
+        print(message, end="", file=file or sys.stderr)
 
 
 class _Completion(argparse.Action):
