@@ -1,4 +1,4 @@
-"""Laws of forked children: the operators work in them on one thread, whatever the parent did, and never hang."""
+"""Laws of forked children: operators work in them on one thread, whatever the parent did, and never wait forever."""
 
 from __future__ import annotations
 

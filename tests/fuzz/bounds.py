@@ -45,7 +45,8 @@ def bounds(args: list[Tensor]) -> Bounds:
         base = zero_if_empty(new)
         keep, add = torch.exp(carried - base), torch.exp(i - base)
         empty = (carried == -torch.inf)[..., None]
-        c_abs = torch.where(empty, 0, keep[..., None] * c_abs) + (add * k[:, :, t].abs())[..., None] * v[:, :, t, None].abs()
+        added = (add * k[:, :, t].abs())[..., None] * v[:, :, t, None].abs()
+        c_abs = torch.where(empty, 0, keep[..., None] * c_abs) + added
         n = torch.where(empty[..., 0], 0, keep * n) + add * k[:, :, t]
         n_abs = torch.where(empty[..., 0], 0, keep * n_abs) + add * k[:, :, t].abs()
         at, at_abs = (q[:, :, t] * n).sum(-1).abs(), (q[:, :, t].abs() * n_abs).sum(-1)
@@ -55,7 +56,8 @@ def bounds(args: list[Tensor]) -> Bounds:
         found.append(read * ratio)
         sizes = [x[x.isfinite()].abs().max().item() if x.isfinite().any() else 0.0 for x in (carried, i, new, m)]
         exponent = max(exponent, *sizes)
-        kappa, kink = max(kappa, ratio.max().item()), min(kink, ((at - low).abs() / torch.maximum(at_abs, low)).min().item())
+        kappa = max(kappa, ratio.max().item())
+        kink = min(kink, ((at - low).abs() / torch.maximum(at_abs, low)).min().item())
         near = ((carried - i).abs() / (1 + new.abs()))[carried.isfinite() & i.isfinite()]
         tie, m = min(tie, near.min().item() if near.numel() else tie), new
     h = torch.stack(found, -1) if found else q.new_zeros(q.shape[:3])

@@ -57,7 +57,8 @@ def draw(seed: int) -> Call:
     if operator.startswith("step") and not state:
         state = [torch.zeros(B, NH, DHQK, DHHV), torch.zeros(B, NH, DHQK), torch.zeros(B, NH, 1)]
     gate_dtype = torch.float32 if dtype == torch.float16 else dtype
-    args = [t.to(dtype) for t in streams] + [t.to(gate_dtype) for t in gates] + [t.to(state_dtype(dtype)) for t in state]
+    dtypes = [dtype] * 3 + [gate_dtype] * 2 + [state_dtype(dtype)] * len(state)
+    args = [t.to(wanted) for t, wanted in zip([*streams, *gates, *state], dtypes, strict=True)]
     kinds += _spoil(choose, args)
     reset = None
     if operator in ("chunkwise", "gradient") and choose.random() < 0.2:
@@ -117,7 +118,8 @@ STATES: dict[str, Callable[..., list[Tensor]]] = {
     "no state": lambda c, n, m: [], "zero state": lambda c, n, m: [c * 0, n * 0, m * 0],
     "a state": lambda c, n, m: [c, n, m], "large m": lambda c, n, m: [c, n, m + 100.0],
     "huge m": lambda c, n, m: [c, n, m * 0 + 1e30], "small m": lambda c, n, m: [c, n, m * 0 - 1e30],
-    "empty": lambda c, n, m: [c * 0, n * 0, m * 0 - math.inf], "m of -inf alone": lambda c, n, m: [c, n, m * 0 - math.inf],
+    "empty": lambda c, n, m: [c * 0, n * 0, m * 0 - math.inf],
+    "m of -inf alone": lambda c, n, m: [c, n, m * 0 - math.inf],
     "large c": lambda c, n, m: [c * 1e4, n, m], "n of 0": lambda c, n, m: [c, n * 0, m],
 }
 
@@ -155,8 +157,10 @@ def _gaps(t: Tensor) -> Tensor:
 def _overlapping(t: Tensor) -> Tensor:
     """Return windows of one row that overlap: element (i, j) is that of i + j."""
     rows, size = t.shape[0], t[0].numel()
-    base = t.reshape(-1)[: rows + size - 1].clone() if t.numel() >= rows + size - 1 else t.reshape(-1)
-    return base.as_strided((rows, *t.shape[1:]), (1, *t[:1].contiguous().stride()[1:])) if len(base) >= rows + size - 1 else t
+    if rows == 1:
+        return t
+    base, strides = t.reshape(-1)[: rows + size - 1].clone(), t[:1].contiguous().stride()[1:]
+    return base.as_strided(t.shape, (1, *strides))
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -9,12 +9,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch_xlstm_ops
 from torch_xlstm_ops.cli.commands import cache, check, generate, info, kernels, run, tune
 from torch_xlstm_ops.cli.shared.errors import BadInput
 from torch_xlstm_ops.runtime.extras import how_to_install
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 class Command(Protocol):
@@ -38,6 +42,10 @@ COMMANDS: dict[str, Command] = {
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise BadInput(message)
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Print help or the version; argparse itself would not tell that the output is full."""
+        print(message, end="", file=file or sys.stderr)
 
 
 class _Completion(argparse.Action):
@@ -69,15 +77,54 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `xlstm-ops` and return its exit status: 2 for input that cannot be used, 130 after an interrupt."""
+    """Run `xlstm-ops` and return its exit status.
+
+    2 for input that cannot be used, 130 after an interrupt, 1 if the output or a file cannot be written.
+    """
+    _open_closed_streams()
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        parsed = parser().parse_args(arguments)
-        return COMMANDS[parsed.command].execute(parsed)
+        return _run(given)
     except BadInput as error:
-        print(f"xlstm-ops: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of stdout left; the interpreter must not flush to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of stdout left
+        _discard_output()
         return 1
+    except OSError as error:
+        if given[:1] == ["run"]:  # the script's own
+            raise
+        _discard_output()
+        where = "the output" if error.filename is None else error.filename
+        return _fail(f"could not read or write {where}: {error.strerror or error}", 1)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        parsed = parser().parse_args(arguments)
+        status = COMMANDS[parsed.command].execute(parsed)
+    except SystemExit:  # of --help, --version, or a script
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()  # here an error can still be told
+    return status
+
+
+def _fail(message: str, status: int) -> int:
+    with suppress(OSError):
+        print(f"xlstm-ops: error: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _open_closed_streams() -> None:
+    """Let output that nobody can read, as its file is closed, go nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def _discard_output() -> None:
+    """Drop what is buffered and could not be written, which the interpreter would write at exit."""
+    with suppress(OSError, ValueError):  # ValueError: a stream without a file, as in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

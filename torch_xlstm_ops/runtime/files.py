@@ -49,11 +49,13 @@ def replacing(path: str | Path, mode: str = "w", *, durable: bool = False) -> It
                 os.fsync(file.fileno())
             file.close()
             os.replace(partial, target)
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 file.close()  # Windows does not delete an open file
             with suppress(FileNotFoundError):
                 os.remove(partial)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = os.fspath(path)  # a full disk is told without
             raise
     if durable:
         _flush_folder(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import io
+import os
 from pathlib import Path
 
 from torch_xlstm_ops.cli.shared.errors import BadInput
@@ -20,7 +21,8 @@ def prompt_text(parsed: argparse.Namespace) -> str | Path:
     """
     if parsed.prompt is not None and parsed.prompt_file is not None:
         raise BadInput("--prompt must come without --prompt-file, got both")
-    name, text = "--prompt", parsed.prompt
+    name = "--prompt"
+    text: str | Path | None = None if parsed.prompt is None else _argument(parsed.prompt)
     if parsed.prompt_file is not None:
         name = "--prompt-file"
         try:
@@ -34,6 +36,18 @@ def prompt_text(parsed: argparse.Namespace) -> str | Path:
     if text == "":
         raise BadInput(f"{name} must not be empty, got {'an empty file' if parsed.prompt_file else repr(text)}")
     return DEFAULT_PROMPT if text is None else text
+
+
+def _argument(text: str) -> str:
+    """Return an argument that holds UTF-8, whatever the locale in which Python decoded it. Raises BadInput."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:  # bytes that the locale does not have
+        try:
+            return os.fsencode(text).decode("utf-8")
+        except UnicodeError:
+            raise BadInput(f"--prompt must be UTF-8 text, got {text!a}") from None
 
 
 def _read(path: Path) -> str | Path:

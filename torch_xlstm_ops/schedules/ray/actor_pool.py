@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch_xlstm_ops.schedules.ray.actor import ActorHandle
 
 START_SECONDS = 120.0  # in which a cluster must start an actor
 HEARTBEAT_SECONDS = 5.0  # between two heartbeats of an actor that works, and the timeout of each
+POLL_SECONDS = 1.0  # between looks at whether the GCS is lost
 MAX_RETRIES = 3  # of one task whose actor died
 
 _log = logging.getLogger("torch_xlstm_ops.ray")
@@ -36,6 +37,7 @@ class ActorPool:
         """device: the type that the actors compute on."""
         serialization.suppress_read_only_warning()
         self.device = device
+        self._watch = cluster.watch()
         self._actors: list[ActorHandle] = []
         self._count = 0  # of all actors ever started
         self._lock = forks.new_lock()
@@ -77,7 +79,8 @@ class ActorPool:
         for _ in range(MAX_RETRIES + 1):
             actor = self._take()
             try:
-                return serialization.from_bytes(self._wait(actor, pickled, args))
+                with self._connection():
+                    return serialization.from_bytes(self._wait(actor, pickled, args))
             except RayTaskError as error:
                 raise error.cause from error
             except (RayActorError, ObjectLostError) as error:  # the actor, or its result with its node
@@ -89,6 +92,13 @@ class ActorPool:
         raise RuntimeError(f"{MAX_RETRIES + 1} actors died while they ran one task: see Ray's logs for the reason"
                            ) from lost
 
+    def _connection(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._watch is None else self._watch.call()
+
+    def _check(self) -> None:
+        if self._watch is not None:
+            self._watch.check()
+
     def _wait(self, actor: ActorHandle, pickled: bytes, args: Sequence[serialization.TensorBytes]) -> Any:
         import ray
 
@@ -97,8 +107,12 @@ class ActorPool:
             began = time.monotonic()
             with serialization.store_errors("the tensors of a task", size):
                 result = actor.actor.call.remote(pickled, args)
-            while not ray.wait([result], timeout=HEARTBEAT_SECONDS)[0]:
-                self._heartbeat(actor, time.monotonic() - began)
+            beats = 1
+            while not ray.wait([result], timeout=min(HEARTBEAT_SECONDS, POLL_SECONDS))[0]:
+                self._check()
+                if time.monotonic() - began >= beats * HEARTBEAT_SECONDS:
+                    self._heartbeat(actor, time.monotonic() - began)
+                    beats += 1
             with serialization.store_errors("the results of a task, beside its tensors", size):
                 return ray.get(result)
 
@@ -126,22 +140,31 @@ class ActorPool:
 
     def _take(self) -> ActorHandle:
         """Return the started actor with the shortest queue."""
-        import ray
-
         with self._lock:
             actors = list(self._actors)
         if not actors:
             raise RuntimeError("the actors were ended while a task waited for one")
-        first, _ = ray.wait([actor.started for actor in actors], num_returns=1, timeout=START_SECONDS)
-        if not first:
+        with self._connection():
+            started = self._started(actors)
+        if not started:
             raise RuntimeError(f"Ray did not start an actor on {self.device} within {START_SECONDS:g} s: "
                                f"{cluster.available('CPU')} CPUs and {cluster.available('GPU')} GPUs are free; use "
                                "fewer workers, or end other work on the cluster")
-        started, _ = ray.wait([actor.started for actor in actors], num_returns=len(actors), timeout=0)
         with self._lock:
             actor = min((actor for actor in actors if actor.started in started), key=lambda actor: actor.queued)
             actor.queued += 1
             return actor
+
+    def _started(self, actors: Sequence[ActorHandle]) -> list[Any]:
+        """Return what tells of the actors that have started, once one has; nothing if none has in time."""
+        import ray
+
+        starting, until = [actor.started for actor in actors], time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            if ray.wait(starting, num_returns=1, timeout=POLL_SECONDS)[0]:
+                return ray.wait(starting, num_returns=len(actors), timeout=0)[0]  # type: ignore[no-any-return]
+            self._check()
+        return []
 
     def _release(self, actor: ActorHandle) -> None:
         with self._lock:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import subprocess
 import sys
 
@@ -12,12 +11,21 @@ from torch_xlstm_ops import config
 from torch_xlstm_ops.runtime import forks
 from torch_xlstm_ops.runtime.state import on_reset
 from torch_xlstm_ops.schedules.ray import private_ray
+from torch_xlstm_ops.schedules.ray.gcs_watch import GcsWatch
 
 SECONDS = 12.0  # in which a cluster must answer: `ray.init` itself waits for minutes
-_PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+_PROBE = """
+import socket, sys
+host, _, port = sys.argv[1].rpartition(":")
+if port.isdecimal():
+    socket.create_connection((host, int(port))).close()  # refused at once, where ray.init tries for long
+import ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+"""
 
 _lock = forks.new_lock()
 _ours = False
+_watch: GcsWatch | None = None  # of the connection that we made
 _inherited = False  # whether a parent, from which this process was forked, was connected
 
 
@@ -43,20 +51,35 @@ def connect() -> bool:
             check_reachable(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         _ours = True
+        _watch_gcs()
         return True
 
 
 def check_not_inherited() -> None:
     """Raise RuntimeError in a child that was forked from a process connected to Ray: Ray would wait forever."""
     if _inherited:
-        raise RuntimeError("Ray must be used by the process that connected to it, got a child that was forked from "
-                           'that process: start it by spawn (multiprocessing.get_context("spawn"))')
+        raise RuntimeError("Ray must be used by the process that connected to it, got a child that was forked from it: "
+                           'start it by spawn (multiprocessing.get_context("spawn"))')
+
+
+def _watch_gcs() -> None:
+    """Watch the GCS of the connection, from which we disconnect when it is lost; one that others made stays."""
+    global _watch
+    import ray
+
+    _watch = GcsWatch(ray.get_runtime_context().gcs_address, close)
+
+
+def watch() -> GcsWatch | None:
+    """Return the watch of the GCS, if we made the connection."""
+    return _watch
 
 
 def _leave_to_parent() -> None:
     """In a forked child: the connection is the parent's, and stays."""
-    global _ours, _inherited
+    global _ours, _inherited, _watch
     ray = sys.modules.get("ray")
+    _watch = None
     _ours, _inherited = False, _inherited or (ray is not None and ray.is_initialized())
 
 
@@ -66,8 +89,11 @@ forks.in_child(_leave_to_parent)
 @on_reset
 def close() -> None:
     """Disconnect, and end a cluster that was started here; do nothing if we did not make the connection."""
-    global _ours
+    global _ours, _watch
     with _lock:
+        if _watch is not None:
+            _watch.stop()
+        _watch = None
         if _ours:
             import ray
 
@@ -85,7 +111,12 @@ def free(resource: str) -> float:
     """Return how many units of a resource, CPU or GPU, are free in the cluster."""
     import ray
 
-    return float(ray.available_resources().get(resource, 0))
+    watch = _watch
+    if watch is None:
+        return float(ray.available_resources().get(resource, 0))
+    with watch.call():
+        watch.wait_for_answer()
+        return float(ray.available_resources().get(resource, 0))
 
 
 def describe() -> str:
@@ -98,12 +129,9 @@ def describe() -> str:
 
 
 def check_reachable(address: str) -> None:
-    """Raise RuntimeError unless the cluster answers; a child process asks, as it can be killed."""
+    """Raise RuntimeError unless the cluster answers within SECONDS; a child process asks, as it can be killed."""
     wanted = f"ray_address must be that of a running Ray cluster, got {address}"
-    host, _, port = address.rpartition(":")
     try:
-        if port.isdecimal():
-            socket.create_connection((host, int(port)), timeout=SECONDS / 2).close()
         subprocess.run([sys.executable, "-c", _PROBE, address], check=True, capture_output=True, text=True,
                        timeout=SECONDS)
     except OSError as error:
