@@ -203,7 +203,7 @@ def test_patched_transformers_model_equals_its_peer(reports: Reports, dtype: str
     assert report["error"] <= TOLERANCE[cases.DTYPES[dtype]] + 2 * report["eager_error"]
     assert report["round_trips"] == []
     assert all(implemented_for_mps(op) for op in report["aten"])
-    functions = {"mlstm.segment_factors", "traced.Forward", "decoding._capped"}
+    functions = {"mlstm.chunked", "mlstm.segment_factors", "traced.Forward", "decoding._capped"}
     assert {call["function"] for call in report["calls"]} == functions
     for call in report["calls"]:
         check_launches(call["launches"])

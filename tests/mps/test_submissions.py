@@ -12,6 +12,7 @@ from .submissions import KINDS
 
 pytest.importorskip("transformers")
 
+TEXT = (Path(__file__).parents[2] / "torch_xlstm_ops/docs/mps.md").read_text()
 TOKEN, BLOCK_TOKEN = 60, {"embedded": 9, "7B": 12}  # most submissions of a token
 BLOCK_PROMPT = {"float32": 40, "bfloat16": 44}  # of a prompt, by dtype
 TABLE = {  # kernels, products, copies, fills, other: in the whole model, and in one block
@@ -44,8 +45,14 @@ def test_a_model_submits_what_the_table_says(
         assert sum(found[0]) <= TOKEN
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [job("submissions", model="embedded", dtype="float32", patched=False)])
+def test_an_unpatched_token_submits_what_the_document_says(reports: Reports, wanted: Job) -> None:
+    whole, _ = counts(reports(wanted), "token")
+    assert f"Unpatched, a token of the embedded model takes {sum(whole)} submissions." in TEXT
+
+
 def test_the_document_quotes_the_table() -> None:
-    text = (Path(__file__).parents[2] / "torch_xlstm_ops/docs/mps.md").read_text()
     for (model, dtype, what), (whole, block) in TABLE.items():
         cells = [model, dtype, what, *map(str, whole), str(sum(whole)), str(sum(block))]
-        assert f"| {' | '.join(cells)} |" in text
+        assert f"| {' | '.join(cells)} |" in TEXT
