@@ -247,6 +247,8 @@ def test_what_decides_a_kernel_is_in_its_key(monkeypatch: pytest.MonkeyPatch) ->
 
     with options.patch(epilogue_fusion=False):
         found.add(key())
+    with options.patch(post_grad_custom_pre_pass=lambda graph: None):
+        assert torch_internals.inductor_changes() is None
     assert key() == plain
     monkeypatch.setattr(identity, "_software", lambda: {"torch": "another"})
     found.add(key())

@@ -106,7 +106,7 @@ def _settings() -> list[tuple[str, str]]:
     return [
         *variables, ("matmul precision", torch.get_float32_matmul_precision()),
         ("deterministic", str(torch.are_deterministic_algorithms_enabled())),
-        ("mkldnn", str(torch.backends.mkldnn.enabled)),
+        ("mkldnn", str(torch.backends.mkldnn.enabled)), ("default dtype", str(torch.get_default_dtype())),
     ]
 
 
