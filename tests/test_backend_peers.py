@@ -91,7 +91,21 @@ def test_the_backend_module_is_one_operator_for_any_length(S: int):
     assert taken(layer, **given).count("-> torch.ops.xlstm") == 1
 
 
-def test_a_sigmoid_input_gate_is_not_replaced():
+@pytest.mark.slow
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("name", ["native_autograd", "native_custbw"])
+def test_a_sequence_with_a_sigmoid_input_gate_is_replaced(name: str, normalize: bool):
+    kernel = function("mlstm_kernels.torch.parallel.native_siging.fwbw", f"mlstm_siging_parallel__{name}")
+    args = draw(Sizes(S=33), state=False)
+
+    def call(*args: Tensor) -> Any:
+        return kernel(*args, normalize=normalize)
+
+    assert_close([compiled(call)(*args)], [call(*args)], TOLERANCE[torch.float32])
+    assert taken(call, *args).count("-> torch.ops.xlstm") == 1
+
+
+def test_a_wrapped_sigmoid_input_gate_is_not_replaced():
     function("mlstm_kernels.torch.kernel_wrappers", "wrap_chunkwise__arbitrary_sequence_length")
     wrappers = importlib.import_module("mlstm_kernels.torch.kernel_wrappers")
 

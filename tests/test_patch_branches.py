@@ -17,10 +17,11 @@ HERE = Path(__file__).parent
 def test_the_laws_hold_where_transformers_builds_on_xlstm() -> None:
     pytest.importorskip("transformers", reason="needs the package transformers")
     pytest.importorskip("xlstm", reason="needs the package xlstm")
-    laws = [str(HERE / name) for name in ("test_patch_transformers.py", "test_patch_decoding.py")]
+    names = ("transformers", "decoding", "models", "caches", "packing")
+    laws = [str(HERE / f"test_patch_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *laws]
     done = subprocess.run(command, cwd=HERE.parent, env={**os.environ, "XLSTM_TEST_BRANCH": "xlstm"},
-                          capture_output=True, text=True, timeout=500)
+                          capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -17,9 +18,16 @@ from torch_xlstm_ops.models import transformers as adapter  # noqa: E402
 from torch_xlstm_ops.patch import patch  # noqa: E402
 
 GREEDY: dict[str, Any] = {"do_sample": False}
-newest = pytest.mark.skipif(not hasattr(transformers.generation.utils.GenerationMixin, "_prefill")
-                            or not hasattr(transformers.Cache, "is_linear"),
-                            reason="needs a transformers whose generate goes on from caches by their number of tokens")
+newest = pytest.mark.skipif("cache" not in inspect.signature(peer.xLSTMModel.forward).parameters,
+                            reason="needs a transformers whose generate goes on from the cache of any model")
+
+
+def calls_with(model: Any, cache: Any, **options: Any) -> dict[str, Any]:
+    return {adapter.cache_parameter(model): cache, "use_cache": True, **options}
+
+
+def cache_of(out: Any) -> Any:
+    return out.cache if hasattr(out, "cache") else out.cache_params
 
 
 @newest
@@ -97,11 +105,11 @@ def test_tokens_are_taken_back(taken: int) -> None:
     kept = 16 - taken
     with patch("transformers"), torch.no_grad():
         cache = adapter.forward(model, ids[:, :9]).cache
-        wanted = model(ids[:, :kept], attention_mask=mask[:, :kept], use_cache=True).cache
+        wanted = cache_of(model(ids[:, :kept], attention_mask=mask[:, :kept], use_cache=True))
         cache.activate_past_recording()
         for stop in (12, 13, 16):  # a call of three tokens, one of one, one of three
             start = cache.get_seq_length()
-            model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache, use_cache=True)
+            model(ids[:, start:stop], **calls_with(model, cache, attention_mask=mask[:, :stop]))
         cache.crop(-taken)
         assert cache.get_seq_length() == kept
     for found, expected in zip(states(cache), states(wanted), strict=True):

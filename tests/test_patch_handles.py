@@ -269,6 +269,23 @@ def test_a_newer_version_in_which_everything_differs_is_refused(monkeypatch: pyt
         patch("made_up")
 
 
+def test_what_was_found_and_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, old = upstream.PACKAGES["made_up"], Upstream("made_up_drop_in", "old", (2, 0), (2, 4), "made_up")
+    monkeypatch.setitem(sys.modules, "old", types.ModuleType("old"))
+    monkeypatch.setattr(upstream, "PACKAGES", {"made_up": made, "old": old})
+    monkeypatch.setattr(upstream, "OTHERS", {"old": "not touched: another recurrence", "absent": "not there"})
+    with pytest.warns(RuntimeWarning, match="not patched: old must be old>=2.0, got 1.2.3"):
+        handle = patch()
+    assert handle.report()[3:] == (
+        "old: not touched: another recurrence",
+        "old: not touched: old must be old>=2.0, got 1.2.3: pip install 'old>=2.0'",
+    )
+    with patch("made_up") as other:
+        assert len(other.report()) == 3
+    handle.remove()
+    assert handle.report() == ()
+
+
 @pytest.mark.parametrize("providers", [{"made_up": ["made-up-fork"]}, {}], ids=["fork", "no distribution"])
 def test_a_fork_is_patched_if_checks_pass(monkeypatch: pytest.MonkeyPatch, providers: dict[str, list[str]]) -> None:
     def version(name: str) -> str:

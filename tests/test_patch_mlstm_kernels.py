@@ -141,12 +141,62 @@ def test_results_alias_no_input() -> None:
         assert all(torch.equal(a, b) for a, b in zip(after, wanted, strict=True))
 
 
-def test_sigmoid_gated_kernels_stay_theirs() -> None:
+@pytest.mark.parametrize("kernel", ["parallel--native_siging_autograd", "parallel--native_siging_custbw"])
+def test_sigmoid_gated_backends_equal_their_unpatched_selves(kernel: str) -> None:
     args = draw(Sizes(S=16), state=False)
-    module = backend(mode="train", chunkwise_kernel="parallel--native_siging_autograd", return_last_states=False)
+    module = backend(mode="train", chunkwise_kernel=kernel, return_last_states=False)
     theirs = run(module, args)
     with patch("mlstm_kernels"):
+        assert_close([run(module, args)], [theirs], 1e-5)
+    with patch("mlstm_kernels", compat=True):
         assert torch.equal(run(module, args), theirs)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sigmoid_gated_backends_go_on_from_their_state(normalize: bool) -> None:
+    args = draw(Sizes(S=33), state=False)
+    with patch("mlstm_kernels"):
+        module = backend(chunkwise_kernel="chunkwise--native_autograd", normalize_siging=normalize)
+        module.config.chunkwise_kernel = "chunkwise--triton_xl_chunk_siging"
+        whole, final = run(module, args)
+        first, state = run(module, [t[:, :, :20] for t in args])
+        second, after = run(module, [*(t[:, :, 20:] for t in args), *state])
+    assert len(after) == 3
+    assert_close([torch.cat([first, second], 2), *after], [whole, *final], 1e-5)
+    theirs = get_mlstm_kernel("parallel--native_siging_autograd")(*args, normalize=normalize)
+    assert_close([whole], [theirs], 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the Triton kernels stay theirs")
+@pytest.mark.parametrize("before", [True, False], ids=["imported before", "imported while patched"])
+def test_triton_functions_by_name_run_without_cuda(before: bool) -> None:
+    pytest.importorskip("triton", reason="needs the package triton")
+
+    def imported() -> list[Any]:
+        from mlstm_kernels.torch.chunkwise.triton_limit_chunk import mlstm_chunkwise__limit_chunk
+        from mlstm_kernels.torch.chunkwise.triton_xl_chunk import mlstm_chunkwise__xl_chunk
+        from mlstm_kernels.torch.chunkwise.triton_xl_chunk_siging import mlstm_siging_chunkwise__xl_chunk
+        from mlstm_kernels.torch.parallel.triton_limit_headdim import mlstm_parallel__limit_headdim
+        from mlstm_kernels.torch.recurrent.triton_step import mlstm_recurrent_step__triton
+
+        return [mlstm_chunkwise__limit_chunk, mlstm_chunkwise__xl_chunk, mlstm_parallel__limit_headdim,
+                mlstm_siging_chunkwise__xl_chunk, mlstm_recurrent_step__triton]
+
+    functions = imported() if before else []
+    args = draw(Sizes(S=33))
+    with patch("mlstm_kernels"):
+        *chunks, parallel, sigmoid, step = functions or imported()
+        for function in chunks:
+            h, state = function(*args, return_last_states=True, chunk_size=64, eps=1e-6)
+            assert_close([h, *state], exact(args), 1e-5)
+        assert_close([parallel(*args[:5])], exact([*args[:5], *map(torch.zeros_like, args[5:])])[:1], 1e-5)
+        q, k, v, i, f, *state = draw(Sizes(S=1))
+        h, after = step(q[:, :, 0], k[:, :, 0], v[:, :, 0], i, f, *state)
+        assert_close([h[:, :, None], *after], exact([q, k, v, i, f, *state]), 1e-5)
+        for normalize in (True, False):
+            h, _state = sigmoid(*args[:5], return_last_states=True, normalize=normalize)
+            theirs = get_mlstm_kernel("parallel--native_siging_autograd")(*args[:5], normalize=normalize)
+            assert_close([h], [theirs], 1e-5)
 
 
 def test_a_backend_built_while_patched_is_pickled_by_name() -> None:

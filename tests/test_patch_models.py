@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -46,7 +47,8 @@ def test_the_state_after_padding_is_that_of_the_row_alone() -> None:
     model, (ids, mask), more = build(torch.float64), padded("right"), prompt(3, 1)
     with patch("transformers"), torch.no_grad():
         alone = adapter.forward(model, SHORT).cache
-        cache = model(ids, attention_mask=mask, use_cache=True).cache
+        out = model(ids, attention_mask=mask, use_cache=True)
+        cache = out.cache if hasattr(out, "cache") else out.cache_params
         for state, single in zip(adapter.layers(cache), adapter.layers(alone), strict=True):
             for both, one in zip(state, single, strict=True):
                 torch.testing.assert_close(both[1:], one, rtol=1e-12, atol=1e-12)
@@ -59,7 +61,8 @@ def test_a_padded_step_leaves_its_row_as_it_is() -> None:
     with patch("transformers"), torch.no_grad():
         cache = adapter.forward(model, ids).cache
         before = adapter.copy_row(cache, 1)
-        model(ids[:, :1], attention_mask=torch.tensor([[1] * 5, [1, 1, 1, 1, 0]]), cache=cache)
+        mask = torch.tensor([[1] * 5, [1, 1, 1, 1, 0]])
+        model(ids[:, :1], attention_mask=mask, **{adapter.cache_parameter(model): cache})
         after = adapter.copy_row(cache, 1)
         assert all(torch.equal(a, b) for was, now in zip(before, after, strict=True)
                    for a, b in zip(was, now, strict=True))
@@ -129,6 +132,17 @@ def test_a_compiled_model_heeds_a_mask() -> None:
         compiled = torch.compile(model, backend="eager")
         found = logits(compiled, ids, attention_mask=mask, use_cache=False)
         torch.testing.assert_close(found[1:, 4:], logits(model, SHORT), **EXACT)
+
+
+def test_masks_are_taken_by_name_and_prompts_without_one_are_read_whole() -> None:
+    """Trainer drops the columns of a data set that a forward does not name; `generate` would take id 0 for padding."""
+    model, ids = build(), prompt(9)
+    ids[0, 3] = model.config.pad_token_id
+    wanted = model.generate(ids, max_new_tokens=4, do_sample=False)
+    with patch("transformers"):
+        assert "attention_mask" in inspect.signature(model.forward).parameters
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), wanted)
+    assert "attention_mask" not in inspect.signature(model.forward).parameters
 
 
 @pytest.mark.slow

@@ -87,11 +87,11 @@ def test_a_call_that_goes_on_begins_a_document_where_positions_begin() -> None:
     model = build(torch.float64)
     first, second = DOCUMENTS[0], DOCUMENTS[2]
     with patch("transformers"), torch.no_grad():
-        cache = adapter.forward(model, first).cache
-        fresh = model(second[:, :4], position_ids=torch.arange(4)[None], cache=cache).logits
-        on = model(second[:, 4:5], position_ids=torch.tensor([[4]]), cache=cache).logits
+        before = {adapter.cache_parameter(model): adapter.forward(model, first).cache}
+        fresh = model(second[:, :4], position_ids=torch.arange(4)[None], **before).logits
+        on = model(second[:, 4:5], position_ids=torch.tensor([[4]]), **before).logits
         torch.testing.assert_close(torch.cat([fresh, on], 1).double(), logits(model, second)[:, :5], **EXACT)
-        fresh = model(second[:, :1], position_ids=torch.tensor([[0]]), cache=cache).logits
+        fresh = model(second[:, :1], position_ids=torch.tensor([[0]]), **before).logits
         torch.testing.assert_close(fresh.double(), logits(model, second)[:, :1], **EXACT)
 
 

@@ -49,6 +49,11 @@ def _token(module: str, function: str, tensors: str) -> Rule:
     return Rule(module, function, functions.mlstm_token, tensors, ranks, 3, ("eps", "dtype_state"))
 
 
+def _sigmoid(module: str, function: str) -> Rule:
+    """Return the rule of an mLSTM with a sigmoid input gate."""
+    return _sequence(module, function, _MK_STREAMS)._replace(adapter=functions.mlstm_sigmoid_sequence)
+
+
 RULES = (
     _sequence(_HF, "wrap_chunkwise_arbitrary_sequence_length", _HF_STREAMS, "mlstm_chunkwise_kernel"),
     _sequence(_HF, "mlstm_chunkwise_native_autograd", _HF_STREAMS),
@@ -60,6 +65,8 @@ RULES = (
               "mlstm_chunkwise_kernel"),
     _sequence(_MK + ".chunkwise.native.fwbw", "mlstm_chunkwise__native_autograd", _MK_STREAMS),
     _sequence(_MK + ".chunkwise.native.fwbw", "mlstm_chunkwise__native_custbw", _MK_STREAMS),
+    _sigmoid(_MK + ".parallel.native_siging.fwbw", "mlstm_siging_parallel__native_autograd"),
+    _sigmoid(_MK + ".parallel.native_siging.fwbw", "mlstm_siging_parallel__native_custbw"),
     _sequence(_MK + ".recurrent.native_sequence", "mlstm_recurrent_sequence__native_fw", _MK_STREAMS, "dtype_state"),
     _token(_MK + ".recurrent.native_step", "mlstm_recurrent_step__native", _MK_STREAMS + " c n m"),
     Rule(_BLOCKS, "parallel_stabilized_simple", functions.xlstm_parallel, "queries keys values " + _GATES, (4,) * 5, 3,

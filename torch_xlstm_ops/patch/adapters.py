@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.api import mlstm_chunkwise, mlstm_step, slstm_sequence
+from torch_xlstm_ops.api import mlstm_chunkwise, mlstm_sigmoid_chunkwise, mlstm_step, slstm_sequence
 from torch_xlstm_ops.maths.shapes import MLSTMState, SLSTMState, state_dtype
+from torch_xlstm_ops.maths.sigmoid_gate import SigmoidState
 from torch_xlstm_ops.patch.tokens import Marked, unmarked
 
 
@@ -37,6 +38,22 @@ def mlstm(
         return mlstm_chunkwise(q, k, v, igate, fgate, c, n, m, reset=tokens.reset, eps=eps, schedule=schedule)
     h, state = mlstm_step(q.squeeze(2), k.squeeze(2), v.squeeze(2), igate, fgate, c, n, m, eps=eps)
     return h.unsqueeze(2), state
+
+
+def mlstm_sigmoid(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor | None, n: Tensor | None,
+    m: Tensor | Marked | None, *, normalize: bool, eps: float,
+) -> tuple[Tensor, SigmoidState]:
+    """Run an mLSTM with a sigmoid input gate on a sequence (B, NH, S, D).
+
+    c, n: states of any floating dtype on any device, or None; m, which such an mLSTM has not, may be marked with the
+    tokens. Returns h in v's dtype and new states in float32 (float64 for float64 inputs).
+    """
+    tokens = unmarked(m)[1]
+    igate, fgate = tokens.gates(igate, fgate)
+    saved = requires_grad(q, k, v, igate, fgate, c, n)
+    c, n = (None if t is None else t.to(q.device, state_dtype(q.dtype), copy=saved) for t in (c, n))
+    return mlstm_sigmoid_chunkwise(q, k, v, igate, fgate, c, n, normalize=normalize, reset=tokens.reset, eps=eps)
 
 
 def slstm(

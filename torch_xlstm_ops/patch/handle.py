@@ -44,15 +44,18 @@ def patch(*targets: str | torch.nn.Module, compat: bool = False) -> Handle:
     with lock:
         if names:
             return Handle(of_packages(list(dict.fromkeys(chosen)), compat), compat)
-        return Handle(of_all_installed(compat), compat)
+        found, left = of_all_installed(compat)
+        return Handle(found, compat, left=left)
 
 
 class Handle:
     """The replacements of one call of `patch`; each stays until every handle that holds it is removed."""
 
     def __init__(
-        self, replacements: Sequence[Replacement], compat: bool = False, model: torch.nn.Module | None = None
+        self, replacements: Sequence[Replacement], compat: bool = False, model: torch.nn.Module | None = None, *,
+        left: Sequence[str] = (),
     ) -> None:
+        self._left = tuple(left)
         # Unique among all processes: a pickled layer may carry its mark to another one.
         self._token = None if model is None else uuid.uuid4().hex
         with lock:
@@ -65,7 +68,10 @@ class Handle:
         self._removed = False
 
     def report(self) -> tuple[str, ...]:
-        """Return one line for each attribute that this handle keeps replaced; nothing once it is removed."""
+        """Return one line for each attribute that this handle keeps replaced; nothing once it is removed.
+
+        `patch()` without names adds a line for each package that it found and left as it is.
+        """
         if self._removed:
             return ()
         lines = []
@@ -73,7 +79,7 @@ class Handle:
             layers = sum(isinstance(ref(), one.replacement.layer_class) for ref in self._marked)
             where = "" if self._token is None else f" ({layers} layers of one model)"
             lines.append(f"{one.replacement.name}{where}: {one.replacement.effect}")
-        return tuple(lines)
+        return (*lines, *self._left)
 
     def remove(self) -> None:
         """Put back what no other handle holds. A second call does nothing.

@@ -19,8 +19,10 @@ class _DropIn(Protocol):
     def replacements(self, compat: bool) -> Sequence[Replacement]: ...
 
 
-def of_all_installed(compat: bool) -> list[Replacement]:
-    """Return the replacements for every installed package; warn of those that cannot be patched.
+def of_all_installed(compat: bool) -> tuple[list[Replacement], list[str]]:
+    """Return the replacements for every installed package, and a line for each that is left as it is and why.
+
+    Warns of those that cannot be patched.
 
     Raises ImportError if none is installed, RuntimeError if none can be patched.
     """
@@ -30,16 +32,21 @@ def of_all_installed(compat: bool) -> list[Replacement]:
         raise ImportError(f"there is nothing to patch: {wanted}")
     found: list[Replacement] = []
     failures: list[Exception] = []
+    left = [f"{name}: {why}" for name, why in upstream.OTHERS.items() if releases.installed(name)]
     for name in installed:
         try:
-            found += _of_package(name, compat)
+            these = _of_package(name, compat)
         except (ImportError, RuntimeError) as error:
             failures.append(error)
+            left.append(f"{name}: not touched: {error}")
+        else:
+            found += these
+            left += [] if these else [f"{name}: not touched with compat={compat}"]
     if not found:
         raise RuntimeError(f"nothing could be patched: {'; '.join(map(str, failures))}") from failures[0]
     for failure in failures:
         warnings.warn(f"not patched: {failure}", RuntimeWarning, stacklevel=3)
-    return found
+    return found, left
 
 
 def of_model(model: torch.nn.Module, compat: bool) -> list[Replacement]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_xlstm_ops.api import slstm_step
 from torch_xlstm_ops.maths.shapes import state_dtype
-from torch_xlstm_ops.patch.adapters import mlstm, slstm
+from torch_xlstm_ops.patch.adapters import mlstm, mlstm_sigmoid, slstm
 from torch_xlstm_ops.patch.upstream.flashrnn import FLOOR, every_state
 
 Given = Mapping[str, Any]
@@ -33,6 +33,12 @@ def mlstm_token(t: Sequence[Any], given: Given) -> tuple[Tensor, tuple[Tensor, .
     q, k, v, *rest = t
     h, state = mlstm(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), *rest, eps=given["eps"])
     return h.squeeze(2), tuple(_in(given["dtype_state"], state))
+
+
+def mlstm_sigmoid_sequence(t: Sequence[Any], given: Given) -> Any:
+    """Run a sequence with a sigmoid input gate with the arguments of mlstm_kernels."""
+    h, state = mlstm_sigmoid(*t, normalize=given["normalize"], eps=given["eps"])
+    return (h, tuple(state)) if given["return_last_states"] else h
 
 
 def xlstm_parallel(t: Sequence[Any], given: Given) -> Tensor:

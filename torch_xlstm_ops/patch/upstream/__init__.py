@@ -40,3 +40,10 @@ PACKAGES = {
     "tirex": Upstream(f"{_HERE}.tirex", "tirex-ts", (1, 4), (1, 4), "tirex"),
     "tirex2": Upstream(f"{_HERE}.tirex2", "tirex-2", (0, 4), (0, 4), "tirex2"),
 }  # by import name
+
+# Packages with an xLSTM by another way, by import name: what becomes of it.
+OTHERS = {
+    "neuralforecast": "its xLSTM is built of xlstm's blocks, and runs on ours where xlstm does",
+    "pytorch_forecasting": "not touched: the cells of its xLSTMTime keep a vector where an mLSTM keeps a matrix, and "
+                           "normalise their gates, which no operator computes",
+}

@@ -1,7 +1,7 @@
 """Drop-in for mlstm_kernels: `mLSTMBackend`, which runs xlstm_large and tirex-2, and the kernel registries.
 
 `mLSTMBackend.__init__` looks its kernels up once, so existing models do not see changes of the registries; therefore
-the class's `forward` is replaced. Kernels with a sigmoid input gate compute another recurrence and are not replaced.
+the class's `forward` is replaced. Kernels with a sigmoid input gate run on `mlstm_sigmoid_chunkwise`.
 
 Without CUDA, the Triton names of the registries resolve to ours, so that models with configs that name them can be
 built. A model built in this way while patched refers to functions of this module, and still runs after removal.
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.patch.adapters import mlstm, requires_grad, returns_states
+from torch_xlstm_ops.patch.adapters import mlstm, mlstm_sigmoid, requires_grad, returns_states
 from torch_xlstm_ops.patch.replacements import Replacement
-from torch_xlstm_ops.patch.tokens import Marked
+from torch_xlstm_ops.patch.upstream import mlstm_triton
 
 BACKEND_PARAMETERS = (
     "self", "q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial", "return_last_states", "mode",
@@ -53,6 +53,9 @@ def replacements(compat: bool) -> Sequence[Replacement]:
         found.append(_entry(parallel.registry, "parallel", "triton_limit_headdim", chunks))
         found.append(_entry(recurrent.registry_sequence, "recurrent sequence", "native_sequence__triton", sequence))
         found.append(_entry(recurrent.registry_step, "recurrent step", "triton", step))
+        if not compat:
+            found.append(_entry(chunkwise.registry, "chunkwise", "triton_xl_chunk_siging", sigmoid_sequence))
+        found += mlstm_triton.replacements(custbw if compat else None)
     return found
 
 
@@ -76,6 +79,16 @@ def step(
     return h.squeeze(2), _narrowed(state, dtype_state)
 
 
+def sigmoid_sequence(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
+    c_initial: Tensor | None = None, n_initial: Tensor | None = None, m_initial: Tensor | None = None,
+    return_last_states: bool = False, eps: float = 1e-6, normalize: bool = True, **ignored: Any,
+) -> Any:
+    """Run a sequence with a sigmoid input gate with the arguments of a registered kernel; its state is c, n."""
+    h, state = mlstm_sigmoid(q, k, v, i, f, c_initial, n_initial, None, normalize=normalize, eps=eps)
+    return (h, tuple(state)) if return_last_states else h
+
+
 def _entry(registry: dict[str, Any], kind: str, name: str, kernel: Callable[..., Any]) -> Replacement:
     place = f"mlstm_kernels.torch's {kind} kernel {name}"
     return Replacement(registry, name, lambda original: kernel, "resolves to ours", place=place)
@@ -94,15 +107,19 @@ def _backend_forward(original: Callable[..., Any], custbw: Callable[..., Any] | 
     ) -> Any:
         config = self.config
         kernel = config.chunkwise_kernel
-        if "siging" in kernel:
-            if isinstance(m_initial, Marked):
-                raise NotImplementedError(f"{kernel} heeds no attention_mask and no packed documents")
+        if "siging" in kernel and custbw is not None:
             return original(self, q, k, v, i, f, c_initial, n_initial, m_initial, return_last_states, mode)
         both = returns_states(
             return_last_states, mode, mode_default=config.mode, states_default=config.return_last_states
         )
         if q.is_cuda and torch.is_autocast_enabled("cuda"):  # the kernels' dtype, which may differ from autocast's
             q, k, v = (t.to(getattr(torch, config.autocast_kernel_dtype)) for t in (q, k, v))
+        asked = config.mode if mode is None else mode
+        if "siging" in kernel:
+            h, (c, n) = mlstm_sigmoid(q, k, v, i, f, c_initial, n_initial, m_initial, eps=config.eps,
+                                      normalize=config.normalize_siging)
+            m = [c.new_zeros((*n.shape[:2], 1))] if "inference" in asked else []  # where callers take three states
+            return (h, (c, n, *m)) if both else h
         if custbw is not None and _without_normaliser(kernel) and requires_grad(q, k, v, i, f):
             if "triton" in kernel and not q.is_cuda:
                 chunk = config.chunk_size if q.shape[2] % config.chunk_size == 0 else q.shape[2]  # the original pads
@@ -111,7 +128,6 @@ def _backend_forward(original: Callable[..., Any], custbw: Callable[..., Any] | 
         schedule = SCHEDULES.get(kernel.removeprefix("chunkwise--"))
         h, state = mlstm(q, k, v, i, f, c_initial, n_initial, m_initial, eps=config.eps, schedule=schedule)
         rounds = custbw is not None and kernel.startswith("chunkwise--native") and q.shape[2] > 1
-        asked = config.mode if mode is None else mode
         dtype = k.dtype if rounds else getattr(torch, config.inference_state_dtype) if "inference" in asked else None
         return (h, _narrowed(state, dtype)) if both else h
 
