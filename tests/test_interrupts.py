@@ -93,7 +93,7 @@ def interrupt(
     environment = {**os.environ, **dict([mark.split("=")]), "PYTHONPATH": str(Path(__file__).parents[1]),
                    "OMP_NUM_THREADS": "1"}
     if cache is not None:
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+        environment |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"), str(cache))  # nothing is there
     with open(folder / "output", "w+") as output:
         process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, stdout=output,
                                    stderr=subprocess.STDOUT, preexec_fn=before)
