@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import marked
+from torch_xlstm_ops.runtime import interrupts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals need POSIX")]
 SECONDS = 300.0
@@ -77,6 +78,19 @@ check()
 """ + END
 
 
+def test_a_deferred_interrupt_is_raised_at_the_end_and_a_second_one_at_once() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
+        signal.raise_signal(signal.SIGINT)
+        done.append("worked on")
+    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        done.append("not stopped")
+    assert done == ["worked on"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def ignore() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -118,7 +132,7 @@ def wait_for(law: Callable[[], bool], seconds: float = SECONDS) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("after", [0.5, 3.0, 8.0])
+@pytest.mark.parametrize("after", [0.5, 2.0, 4.0, 8.0])
 def test_after_an_interrupt_of_a_first_compile_the_next_call_works(tmp_path: Path, after: float) -> None:
     assert interrupt(COMPILING, tmp_path, after, cache=tmp_path / "cache") >= {"interrupted", "right"}
 

@@ -42,6 +42,7 @@ EXEMPT = {
     "runtime.compiler:INLINED": IMPORT,
     "runtime.compiler:_compiling_thread": "the thread that compiles now",
     "runtime.compiler:_forked_from_compiling": "how this process began",
+    "runtime.compiler:_has_compiled": "modules stay imported",
     "runtime.compiler:_split": PURE,
     "runtime.forks:_in_child": IMPORT,
     "runtime.forks:_locks": "the locks that exist",

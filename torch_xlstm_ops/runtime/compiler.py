@@ -11,13 +11,13 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.runtime import compile_cache, devices, forks, kernel_store, torch_internals
+from torch_xlstm_ops.runtime import compile_cache, devices, forks, interrupts, kernel_store, torch_internals
 from torch_xlstm_ops.runtime.bounded_cache import BoundedCache
 from torch_xlstm_ops.runtime.state import on_reset, warn_once
 
@@ -122,6 +122,7 @@ _families: BoundedCache[_Key, _Family] = BoundedCache(CAPACITY)  # by the fixed 
 _holders: list[weakref.WeakMethod[Callable[[], None]]] = []  # methods that `clear` calls
 _compiling = forks.new_rlock()  # Inductor's options are global in some versions of torch
 _compiling_thread: int | None = None
+_has_compiled = False  # the first compilation imports Inductor; an import that is interrupted leaves modules unusable
 _forked_from_compiling = False  # whether another thread of the parent compiled when this process was forked
 _INSTALL = "on the CPU install g++ or clang, or name a C++ compiler in the environment variable CXX"
 _SPAWN = 'start processes by spawn (multiprocessing.get_context("spawn")), or after the first call'
@@ -178,9 +179,12 @@ def _compile(
             return torch_internals.compile_raw(fn, axes, args, sizes, how.options(device), INLINED)
 
     def attempt(unwritable: OSError | None) -> tuple[RawCallable, _Admits] | BaseException:
-        with _compiling, _noted(), compile_cache.writable_folder(unwritable):
+        global _has_compiled
+        first = nullcontext() if _has_compiled else interrupts.deferred()
+        with _compiling, _noted(), first, compile_cache.writable_folder(unwritable):
             try:
                 found: tuple[RawCallable, _Admits] = torch_internals.outside_modes()(compile_here)
+                _has_compiled = True
                 return found
             except (RuntimeError, OSError) as error:
                 return _cause(error)
