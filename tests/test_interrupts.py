@@ -79,14 +79,18 @@ check()
 
 
 def test_a_deferred_interrupt_is_raised_at_the_end_and_a_second_one_at_once() -> None:
-    done = []
-    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
-        signal.raise_signal(signal.SIGINT)
-        done.append("worked on")
-    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        done.append("not stopped")
+    done: list[str] = []
+
+    def press(times: int, then: str) -> None:
+        with interrupts.deferred():
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+            done.append(then)
+
+    with pytest.raises(KeyboardInterrupt):
+        press(1, "worked on")
+    with pytest.raises(KeyboardInterrupt):
+        press(2, "not stopped")
     assert done == ["worked on"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
