@@ -14,14 +14,14 @@ pytest.importorskip("transformers")
 
 TEXT = (Path(__file__).parents[2] / "torch_xlstm_ops/docs/mps.md").read_text()
 TOKEN, BLOCK_TOKEN = 60, {"embedded": 9, "7B": 12}  # most submissions of a token
-BLOCK_PROMPT = {"float32": 40, "bfloat16": 44}  # of a prompt, by dtype
+BLOCK_PROMPT = {"float32": 40, "bfloat16": 43}  # of a prompt, by dtype
 TABLE = {  # kernels, products, copies, fills, other: in the whole model, and in one block
     ("embedded", "float32", "token"): ([56, 1, 0, 0, 2], [9, 0, 0, 0, 0]),
     ("embedded", "bfloat16", "token"): ([56, 1, 1, 0, 2], [9, 0, 0, 0, 0]),
     ("7B", "bfloat16", "token"): ([20, 1, 1, 0, 2], [9, 0, 0, 0, 0]),
-    ("embedded", "float32", "prompt"): ([116, 97, 30, 2, 2], [19, 16, 5, 0, 0]),
-    ("embedded", "bfloat16", "prompt"): ([116, 97, 43, 2, 2], [19, 16, 7, 0, 0]),
-    ("7B", "bfloat16", "prompt"): ([44, 33, 15, 2, 2], [21, 16, 7, 0, 0]),
+    ("embedded", "float32", "prompt"): ([110, 97, 30, 2, 2], [18, 16, 5, 0, 0]),
+    ("embedded", "bfloat16", "prompt"): ([110, 97, 43, 2, 2], [18, 16, 7, 0, 0]),
+    ("7B", "bfloat16", "prompt"): ([42, 33, 15, 2, 2], [20, 16, 7, 0, 0]),
 }
 CASES = [
     pytest.param(*case, job("submissions", model=case[0], dtype=case[1], patched=True), id=" ".join(case),

@@ -29,5 +29,5 @@ def lay_out(streams: Sequence[Tensor], NC: int, L: int) -> list[Tensor] | None:
         return None
     axes = [("G S N D" if first else "G N S D")[:2 * t.dim() - 1] for t, first in zip(bases, tokens_first, strict=True)]
     args = [torch.empty(NC, L, dtype=torch.uint8, device=bases[0].device), *bases]
-    run = compiler.get(chunked, ["NC L", *axes], args, tokens_first=tokens_first)
+    run = compiler.get(chunked, ["NC L", *axes], args, join_in_place=True, tokens_first=tokens_first)
     return None if isinstance(run, compiler.Uncompiled) else in_chunks(run(args), streams, NC, L)

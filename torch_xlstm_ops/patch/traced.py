@@ -77,7 +77,7 @@ class Traced:
         if not all(type(t) in (Tensor, nn.Parameter) and t.device == device and t.is_contiguous() for t in tensors):
             return None
         axes = [axes_of(tensors[0]), *(" ".join("abcd"[:t.dim()]) for t in tensors[1:])]
-        run = compiler.get(self.forward, axes, tensors, in_place=in_place)
+        run = compiler.get(self.forward, axes, tensors, join_in_place=device.type == "mps", in_place=in_place)
         if isinstance(run, compiler.Uncompiled):  # slower than the original
             return None
         return threads, torch_internals.like(tensors), run

@@ -39,7 +39,6 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
         "max_fusion_unique_io_buffers": 28,  # Metal allows 31 buffers a kernel; Inductor does not check that
         "realize_reads_threshold": 2,  # store the gates' factors: no other kernel then reads m
         "assert_indirect_indexing": False,  # an error is read from the device
-        "force_pointwise_cat": True,  # weights that share an input are read where they are, not copied
     },
 }
 # Decompositions of operators that a compiled function may call: filled by registrations/.
@@ -48,7 +47,7 @@ INLINED: dict[Any, PureFunction] = {}
 
 def get(
     fn: PureFunction, axes: Sequence[str], args: Sequence[Tensor], *, release_gil: bool = False,
-    threads: int | None = None, **static: Any,
+    threads: int | None = None, join_in_place: bool = False, **static: Any,
 ) -> RawCallable:
     """Return a compiled ``fn(*args, **static)``, to be called with one list of contiguous tensors.
 
@@ -56,8 +55,9 @@ def get(
     axes: the axes of each argument, e.g. ``"G NC L DHQK"``; names in FREE_AXES stay symbolic, all others are fixed.
     release_gil: generate a C++ wrapper, which takes longer to compile and runs without the GIL (CPU).
     threads: the exact number that a CPU kernel uses; default what the calling thread may use now.
+    join_in_place: read what `torch.cat` joins where it is, in the kernel that uses it, and do not copy it first.
     """
-    how = _How(release_gil, threads or torch.get_num_threads())
+    how = _How(release_gil, threads or torch.get_num_threads(), join_in_place)
     key = (
         fn, how, args[0].device, *static.values(), *[t.shape for t in args], *[t.dtype for t in args],
     )
@@ -91,11 +91,12 @@ class _How(NamedTuple):
 
     release_gil: bool
     threads: int  # a CPU kernel has one accumulator for each
+    join_in_place: bool = False
 
     def options(self, device: torch.device) -> dict[str, Any]:
         cpu = {"cpp.threads": self.threads} if device.type == "cpu" else {}
         return {"size_asserts": False, **cpu, **(RELEASE_GIL if self.release_gil else {}),
-                **DEVICE_OPTIONS.get(device.type, {})}
+                **({"force_pointwise_cat": True} if self.join_in_place else {}), **DEVICE_OPTIONS.get(device.type, {})}
 
 
 class _Family:
