@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch_xlstm_ops.patch.traced import traced
 from torch_xlstm_ops.registrations import register
 from torch_xlstm_ops.runtime import compiler, kernel_store
 
+ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are kept on Linux alone")
 
 
@@ -112,3 +115,30 @@ def test_a_block_has_a_name_unless_other_code_changed_its_functions(monkeypatch:
     finally:
         handle.remove()
     assert block_name(model) != name  # the original functions run
+
+
+GENERATE = """
+import sys
+from torch_xlstm_ops import cli
+from torch_xlstm_ops.runtime import compiler
+compiles, original = [], compiler._compile
+compiler._compile = lambda *args: compiles.append(args[0]) or original(*args)
+status = cli.main(["generate", "--max-new-tokens", "3", "--quiet"])
+print(len(compiles))
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_generate_compiles_nothing_and_writes_the_same_text(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    environment = {**os.environ, "XLSTM_OPS_KERNELS": str(tmp_path / "kernels"), "PYTHONPATH": str(ROOT)}
+    texts, compiled = [], []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", GENERATE], env=environment, cwd=ROOT, capture_output=True,
+                              text=True, timeout=300, check=True)
+        *text, last = done.stdout.splitlines()
+        texts.append(text)
+        compiled.append(last)
+    assert compiled == ["3", "0"]
+    assert texts[0] == texts[1]
