@@ -24,7 +24,7 @@ def mlstm(
     """
     B, NH, S, DHQK = q.shape
     wide = state_dtype(q.dtype)
-    m, tokens = unmarked(m)
+    m, tokens = unmarked(m, q.device)
     igate, fgate = tokens.gates(igate, fgate)
     step = S == 1 and tokens.reset is None
     if c is None and n is None and m is None and not step:
@@ -49,7 +49,7 @@ def mlstm_sigmoid(
     c, n: states of any floating dtype on any device, or None; m, which such an mLSTM has not, may be marked with the
     tokens. Returns h in v's dtype and new states in float32 (float64 for float64 inputs).
     """
-    tokens = unmarked(m)[1]
+    tokens = unmarked(m, q.device)[1]
     igate, fgate = tokens.gates(igate, fgate)
     saved = requires_grad(q, k, v, igate, fgate, c, n)
     c, n = (None if t is None else t.to(q.device, state_dtype(q.dtype), copy=saved) for t in (c, n))

@@ -28,11 +28,15 @@ class Tokens(NamedTuple):
         """Return what holds for the tokens from start to stop."""
         return Tokens(*(None if t is None else t[:, start:stop] for t in self))
 
+    def on(self, device: torch.device) -> Tokens:
+        """Return the same on a device."""
+        return Tokens(*(None if t is None else t.to(device) for t in self))
+
     def gates(self, igate: Tensor, fgate: Tensor) -> tuple[Tensor, Tensor]:
         """Return gates (B, NH, S) with which padding changes nothing."""
         if self.read is None:
             return igate, fgate
-        padding = ~self.read[:, None].to(igate.device)
+        padding = ~self.read[:, None]
         return igate.masked_fill(padding, -math.inf), fgate.masked_fill(padding, math.inf)
 
 
@@ -43,9 +47,9 @@ class Marked(NamedTuple):
     tokens: Tokens
 
 
-def unmarked(m: Tensor | Marked | None) -> tuple[Tensor | None, Tokens]:
-    """Return m and the tokens that it is marked with."""
-    return (m.m, m.tokens) if isinstance(m, Marked) else (m, Tokens(None, None))
+def unmarked(m: Tensor | Marked | None, device: torch.device) -> tuple[Tensor | None, Tokens]:
+    """Return m and the tokens that it is marked with, these on a device."""
+    return (m.m, m.tokens.on(device)) if isinstance(m, Marked) else (m, Tokens(None, None))
 
 
 def of_call(arguments: Mapping[str, Any], B: int, S: int) -> Tokens | None:
