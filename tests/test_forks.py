@@ -137,6 +137,7 @@ def finish(code: str, tmp_path: Path) -> None:
         assert process.returncode == 0, output.read()
 
 
+@pytest.mark.slow
 def test_a_child_computes_what_its_parent_did(tmp_path: Path) -> None:
     finish(AFTER_THE_PARENT, tmp_path)
 

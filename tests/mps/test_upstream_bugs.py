@@ -12,7 +12,10 @@ from ..oracle import GRADIENT_TOLERANCE
 from . import cases
 from .jobs import Job, Reports, job
 
-FULL_SIZE = [pytest.param(job("full_size", op=op), id=op) for op in ("mlstm", "slstm")]
+FULL_SIZE = [
+    pytest.param(job("full_size", op=op), id=op, marks=pytest.mark.slow if op == "mlstm" else ())
+    for op in ("mlstm", "slstm")
+]
 LONG_SUMS = [
     pytest.param(dtype, job("long_sums", dtype=dtype), id=dtype, marks=() if dtype == "float32" else pytest.mark.slow)
     for dtype in ("float32", "bfloat16")
