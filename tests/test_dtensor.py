@@ -40,7 +40,7 @@ def on_two_processes(law, tmp_path):
 
 @needs_gloo
 @pytest.mark.parametrize("law", [
-    dtensor_laws.operators,
+    pytest.param(dtensor_laws.operators, marks=pytest.mark.slow),
     pytest.param(dtensor_laws.options, marks=pytest.mark.slow),
     pytest.param(dtensor_laws.in_place, marks=pytest.mark.slow),
     pytest.param(dtensor_laws.heads_in_parallel, marks=pytest.mark.slow),

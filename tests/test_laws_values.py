@@ -194,7 +194,7 @@ def test_steps_equal_recurrence(legal, dtype):
 
 
 @every_legal
-@every_dtype
+@every_dtype_of_gradients
 def test_gradients_of_a_step_equal_those_of_the_recurrence(legal, dtype):
     args = [t[:, :, :1] for t in drawn(legal, dtype)[:5]] + drawn(legal, dtype)[5:]
     token = [t.requires_grad_() for t in [*(x[:, :, 0] for x in args[:3]), *args[3:]]]
@@ -440,7 +440,7 @@ def cells_masked(args: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("legal", [cells_masked_and_closed, cells_empty_m, cells_empty_state, cells_masked])
-@every_dtype
+@every_dtype_of_gradients
 def test_slstm_and_its_gradients_equal_the_recurrence(legal, dtype):
     args = draw_cells(dtype)
     legal(args)

@@ -261,6 +261,7 @@ def test_a_decoded_model_is_freed() -> None:
     assert block() is None
 
 
+@pytest.mark.slow
 def test_another_batch_and_another_model_are_compiled_calls() -> None:
     model, wider = build(), build(num_heads=4)
     unpatched = [logits(m, ids) for m in (model, wider) for ids in (prompt(4, 1), prompt(4, 3))]

@@ -73,6 +73,7 @@ def test_no_plan_changes_the_gradients(S, seed, plan):
     assert_close(found, torch.autograd.grad(weigh(exact(wide)), wide), GRADIENT_TOLERANCE[torch.float32])
 
 
+@pytest.mark.slow
 def test_gradients_equal_inductors():
     args, found = [t.requires_grad_() for t in draw(Sizes(S=100))], {}
     for schedule in ("queued", "inductor"):

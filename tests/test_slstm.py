@@ -19,6 +19,7 @@ from torch.library import opcheck
 from tests.oracle import GRADIENT_TOLERANCE, TOLERANCE, assert_close, weigh
 from tests.parameters import tail
 from torch_xlstm_ops.api import slstm_sequence, slstm_step
+from torch_xlstm_ops.kernels.slstm import Kernels, Lengths
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.shapes import SLSTMState, state_dtype
 from torch_xlstm_ops.maths.slstm import Product
@@ -86,7 +87,7 @@ def eager_kernels(product, lengths, floor):
     def lookup(fn, **static):
         return lambda args: lambda args: fn(*args, floor=floor, **static)
 
-    return blocks.Kernels(
+    return Kernels(
         lengths=lengths, block=lookup(slstm.block_, product=product), activate=lambda args: slstm.activate_(*args),
         replay=lookup(slstm.replay_), backward=lookup(slstm.block_backward_, product=product),
         products=slstm.recurrent_products,
@@ -103,7 +104,7 @@ def test_blocks_and_their_gradient_are_the_recurrence(product, T, S, seed, floor
     x, r, b, y, c, n, m = args = [t.double() for t in draw(S, seed=seed, state=state)]
     reset = draw_reset(S, seed=seed) if masked else None
     mask = () if reset is None else (reset.t().contiguous(),)
-    kernels = eager_kernels(product, blocks.Lengths(T, T + 1, T), floor)
+    kernels = eager_kernels(product, Lengths(T, T + 1, T), floor)
     x_first = x.transpose(0, 1).contiguous()
     h, *state = blocks.forward(kernels, x_first, slstm.weights(r, product, r.dtype), b, y, c, n, m, *mask)
     wanted = exact(args, reset, floor)

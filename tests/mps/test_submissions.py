@@ -25,7 +25,7 @@ TABLE = {  # kernels, products, copies, fills, other: in the whole model, and in
 }
 CASES = [
     pytest.param(*case, job("submissions", model=case[0], dtype=case[1], patched=True), id=" ".join(case),
-                 marks=() if case[:2] == ("embedded", "float32") else pytest.mark.slow)
+                 marks=(pytest.mark.slow, *([pytest.mark.gate] if case[:3] == ("embedded", "float32", "token") else [])))
     for case in TABLE
 ]
 
