@@ -23,9 +23,10 @@ TABLE = {  # kernels, products, copies, fills, other: in the whole model, and in
     ("embedded", "bfloat16", "prompt"): ([110, 97, 43, 2, 2], [18, 16, 7, 0, 0]),
     ("7B", "bfloat16", "prompt"): ([42, 33, 15, 2, 2], [20, 16, 7, 0, 0]),
 }
+IN_THE_GATE = ("embedded", "float32", "token")
 CASES = [
     pytest.param(*case, job("submissions", model=case[0], dtype=case[1], patched=True), id=" ".join(case),
-                 marks=(pytest.mark.slow, *([pytest.mark.gate] if case[:3] == ("embedded", "float32", "token") else [])))
+                 marks=(pytest.mark.slow, *([pytest.mark.gate] if case[:3] == IN_THE_GATE else [])))
     for case in TABLE
 ]
 
