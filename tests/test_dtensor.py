@@ -41,9 +41,9 @@ def on_two_processes(law, tmp_path):
 @needs_gloo
 @pytest.mark.parametrize("law", [
     pytest.param(dtensor_laws.operators, marks=pytest.mark.slow),
-    pytest.param(dtensor_laws.options, marks=pytest.mark.slow),
+    pytest.param(dtensor_laws.options, marks=pytest.mark.soak),
     pytest.param(dtensor_laws.in_place, marks=pytest.mark.slow),
-    pytest.param(dtensor_laws.heads_in_parallel, marks=pytest.mark.slow),
+    pytest.param(dtensor_laws.heads_in_parallel, marks=pytest.mark.soak),
 ], ids=lambda law: law.__name__)
 def test_sharded_calls_equal_whole_ones(law, tmp_path):
     on_two_processes(law, tmp_path)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.fuzz.__main__ import run
 
-CALLS = int(os.environ.get("XLSTM_TEST_FUZZ_CALLS", "300"))
+CALLS = int(os.environ.get("XLSTM_TEST_FUZZ_CALLS", "100"))
 
 
 @pytest.mark.slow

@@ -291,7 +291,8 @@ def test_command_names_the_parts_that_there_are(capsys: pytest.CaptureFixture[st
     assert wanted in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_all_parts_in_small_agree(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     command.main(["--quick", "--schedules", "inductor", "queued", "recurrent", "--out", str(tmp_path)])

@@ -288,7 +288,7 @@ def test_a_dead_node_changes_no_result(ray_cluster, monkeypatch):
     assert_close(found, exact(args), TOLERANCE[torch.float32])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_more_than_the_object_store_holds_goes_through_it(ray_cluster):
     args = draw(Sizes(B=1, NH=4, S=65_536, DHQK=64, DHHV=64), state=False)
     with config.use(segment=65_536, heads_per_band=1, workers=2), torch.inference_mode():

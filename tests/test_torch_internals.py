@@ -127,6 +127,8 @@ with torch_internals.OperatorMode(lambda op, args, kwargs: op(*args, **kwargs)):
 torch_internals.reduction_choices(), torch_internals.compiler_missing(), torch_internals.user_stack()
 torch_internals.functional_mode()
 torch_internals.traced(lambda: (), []), torch_internals.hooks(model), torch_internals.global_hooks()
+# Nothing was kept, so nothing loads a kept kernel.
+assert torch_internals.put_together(torch_internals.Generated("", {}), "kernel") is None
 unused = [name for name in gone if NEEDS[name].moved is None]
 assert not unused, unused
 """
