@@ -48,14 +48,6 @@ def workers() -> str:
     return about + "\n".join(table(head, rows)) + "\n"
 
 
-def drop_ins() -> str:
-    """Return the table of models beside their unpatched selves."""
-    found = json.loads((results.FOLDER / "drop_ins.cpu.json").read_text(encoding="utf-8"))
-    rows = [(row.what, row.peer.split(",")[0], row.ours, f"{row.ratio:.2f}") for row in results.rows(found)]
-    about = f"On two cores, {found['date']}, commit {found['commit']}; random weights, the packages' default sizes.\n\n"
-    return about + "\n".join(table(("model", "unpatched", "patched", "ratio"), rows)) + "\n"
-
-
 QUOTES = (
     Quote(ROOT / "csrc_free_README.md", "glance", glance.lines),
     Quote(DOCS / "parallel.md", "workers", workers),
