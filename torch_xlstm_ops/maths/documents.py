@@ -7,11 +7,12 @@ has no such token, as its y changes with every one: its documents run together u
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from torch_xlstm_ops.maths.nonfinite import identity_where
 
 Results = tuple[Tensor, Sequence[Tensor]]  # h, and the state
 Run = Callable[..., Results]
@@ -52,8 +53,7 @@ def mlstm(run: Run, counts: Sequence[int], streams: Sequence[Tensor], state: Seq
         size = torch.tensor([counts[d] for d in documents], device=device)
         real = torch.arange(longest, device=device) < size[:, None]  # (documents, longest)
         q, k, v, igate, fgate = (_rows(t, at) for t in streams)
-        igate = igate.masked_fill(~real[:, None], -math.inf)
-        fgate = fgate.masked_fill(~real[:, None], math.inf)
+        igate, fgate = identity_where(~real[:, None], igate, fgate)
         index = torch.tensor(documents, device=device)
         h, after = run(q, k, v, igate, fgate, *(None if t is None else t[index] for t in state))
         found_h.append(h.transpose(1, 2)[real])  # (tokens, NH, DHHV)

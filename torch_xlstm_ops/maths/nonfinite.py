@@ -17,6 +17,11 @@ from torch_xlstm_ops.maths.shapes import state_dtype
 IDENTITY_IGATE, IDENTITY_FGATE = -math.inf, math.inf
 
 
+def identity_where(skipped: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gates (..., S) with which skipped tokens change nothing; skipped: bool, broadcast to them."""
+    return igate.masked_fill(skipped, IDENTITY_IGATE), fgate.masked_fill(skipped, IDENTITY_FGATE)
+
+
 class NonFiniteMask:
     """Which tokens (B, NH, S) and states (B, NH) of packed rows are not finite, or follow one in their document.
 
@@ -40,7 +45,7 @@ class NonFiniteMask:
         q, k, v, igate, fgate = streams
         q = q.masked_fill(_broadcast(self._q, q), 0.0)
         k, v = (t.masked_fill(_broadcast(self._token, t), 0.0) for t in (k, v))
-        return [q, k, v, igate.masked_fill(self._token, IDENTITY_IGATE), fgate.masked_fill(self._token, IDENTITY_FGATE)]
+        return [q, k, v, *identity_where(self._token, igate, fgate)]
 
     def mask_state(self, state: Sequence[Tensor]) -> list[Tensor]:
         """Return c, n, m with the initial state in place of one that is not finite."""

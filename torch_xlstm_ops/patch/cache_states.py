@@ -7,6 +7,7 @@ tensors and returns them, that copy does nothing. Outside such a call a block re
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import chain, islice
@@ -18,7 +19,7 @@ from torch import Tensor
 
 ALIGNED = 64  # elements: the states in one block of memory begin at multiples of it
 EFFECT = "a token's states are written into the cache"
-CACHE_NAMES = ("cache", "cache_params")
+CACHE_NAMES = ("cache", "cache_params")  # of the argument and the result that carry it, the newest first
 _NONE: Mapping[int, object] = MappingProxyType({})
 _written: ContextVar[Mapping[int, object]] = ContextVar("written", default=_NONE)  # the cache's tuples, by id
 
@@ -30,8 +31,7 @@ def model_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return original(self, *args, **options)
-        cache = next((options[name] for name in CACHE_NAMES if options.get(name) is not None), None)
-        states = getattr(cache, "rnn_state", None)
+        states = getattr(given(options), "rnn_state", None)
         upstream = type(self).forward.__module__.startswith("transformers.models.xlstm.")
         if not isinstance(states, dict) or not upstream or "forward" in vars(self):
             return original(self, *args, **options)
@@ -42,6 +42,16 @@ def model_call(original: Callable[..., Any]) -> Callable[..., Any]:
             _written.reset(token)
 
     return call
+
+
+def given(options: Mapping[str, Any]) -> Any:
+    """Return the cache among the arguments of a call, or None."""
+    return next((options[name] for name in CACHE_NAMES if options.get(name) is not None), None)
+
+
+def name_in(function: Callable[..., Any]) -> str:
+    """Return the name that a function has for the cache."""
+    return next(name for name in CACHE_NAMES if name in inspect.signature(function).parameters)
 
 
 def zero_states(shapes: Sequence[Sequence[torch.Size]], dtype: torch.dtype, device: Any) -> list[tuple[Tensor, ...]]:

@@ -33,14 +33,11 @@ def block_call(original: Callable[..., Result]) -> Callable[..., Result]:
     def call(self: nn.Module, *args: Any, **options: Any) -> Result:
         if len(args) == 2 and not options and not self.training and _compiles(*args) and not _observed():
             x, state = args
-            block = traced(self, x.device.type)
-            if block is not None:
-                in_place = is_written(state)
-                with devices.submission(x.device):
-                    found = block.run([x, *state], in_place=in_place)
-                if found is not None:
-                    h, *new = found
-                    return h, state if in_place else tuple(new)
+            in_place = is_written(state)
+            found = _run(self, [x, *state], in_place)
+            if found is not None:
+                h, *new = found
+                return h, state if in_place else tuple(new)
         return original(self, *args, **options)
 
     return call
@@ -52,12 +49,9 @@ def norm_call(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **options: Any) -> Tensor:
         if len(args) == 1 and not options and not self.training and _compiles_on_gpu(args[0]) and not _observed():
-            norm = traced(self, args[0].device.type)
-            if norm is not None:
-                with devices.submission(args[0].device):
-                    found = norm.run([args[0]])
-                if found is not None:
-                    return found[0]
+            found = _run(self, [args[0]])
+            if found is not None:
+                return found[0]
         return original(self, *args, **options)
 
     return call
@@ -76,6 +70,16 @@ def soft_cap_call(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return original(values, cap_value)
 
     return call
+
+
+def _run(module: nn.Module, inputs: Sequence[Tensor], in_place: bool = False) -> Sequence[Tensor] | None:
+    """Return a module's results by one compiled call, see `Traced.run`, or None where it cannot be compiled."""
+    device = inputs[0].device
+    compiled = traced(module, device.type)
+    if compiled is None:
+        return None
+    with devices.submission(device):
+        return compiled.run(inputs, in_place=in_place)
 
 
 def _capped(values: Tensor, *, cap: float) -> tuple[Tensor]:

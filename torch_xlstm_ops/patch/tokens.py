@@ -7,12 +7,13 @@ gradient checkpointing too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from torch_xlstm_ops.maths.nonfinite import identity_where
 
 CUMULATIVE = ("cu_seqlens", "cu_seq_lens_q")
 ARGUMENTS = ("attention_mask", "position_ids", "seq_idx", *CUMULATIVE)  # of a model's forward
@@ -36,8 +37,7 @@ class Tokens(NamedTuple):
         """Return gates (B, NH, S) with which padding changes nothing."""
         if self.read is None:
             return igate, fgate
-        padding = ~self.read[:, None]
-        return igate.masked_fill(padding, -math.inf), fgate.masked_fill(padding, math.inf)
+        return identity_where(~self.read[:, None], igate, fgate)
 
 
 class Marked(NamedTuple):

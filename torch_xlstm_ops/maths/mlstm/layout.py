@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.maths.nonfinite import IDENTITY_FGATE, IDENTITY_IGATE
+
 # What a padding token holds, in the order q k v igate fgate: the monoid's identity.
-PADDING = (0.0, 0.0, 0.0, -math.inf, math.inf)
+PADDING = (0.0, 0.0, 0.0, IDENTITY_IGATE, IDENTITY_FGATE)
 
 
 def chunked(like: Tensor, *streams: Tensor, tokens_first: tuple[bool, ...]) -> tuple[Tensor, ...]:

@@ -7,7 +7,6 @@ and the calls since, and reads those anew up to the token that is wanted: `crop`
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.patch import cache_states
 from torch_xlstm_ops.patch.replacements import Replacement
 
 RECORD = "_xlstm_ops_record"  # on a cache that records: its Record
@@ -37,7 +37,8 @@ class Call(NamedTuple):
         total = self.inputs.shape[1]
         given = {name: value if value.dim() < 2 else value[:, : value.shape[1] - total + S]
                  for name, value in self.given.items()}
-        model(**{self.name: self.inputs[:, :S], _parameter(model): cache}, use_cache=True, **given)
+        name = cache_states.name_in(type(model).forward)
+        model(**{self.name: self.inputs[:, :S], name: cache}, use_cache=True, **given)
 
 
 class Record:
@@ -66,7 +67,7 @@ def replacements(module: ModuleType) -> Sequence[Replacement]:
 
     effect = "generate goes on from a cache, and beam search and assisted decoding run with one"
     found = [add(name, member) for name, member in vars(_Methods).items() if not name.startswith("__")]
-    if "cache" in inspect.signature(module.xLSTMModel.forward).parameters:
+    if cache_states.name_in(module.xLSTMModel.forward) == "cache":
         lm = module.xLSTMForCausalLM
         make = functools.partial(_prepared_cache, module.xLSTMCache)
         found.append(Replacement(lm, "_prepare_cache_for_generation", make, "assisted decoding begins with a cache"))
@@ -164,10 +165,6 @@ def _begin_record(cache: Any) -> None:
     """Record from here on, if the cache records."""
     if RECORD in vars(cache):
         vars(cache)[RECORD] = Record(cache)
-
-
-def _parameter(model: torch.nn.Module) -> str:
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "cache_params"
 
 
 def _prepared_cache(cache: type, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.patch import tokens
+from torch_xlstm_ops.patch import cache_states, tokens
 from torch_xlstm_ops.patch.replacements import Replacement
 from torch_xlstm_ops.patch.upstream import transformers_cache
 
-CACHE_NAMES = ("cache", "cache_params")  # the newest first
 INPUTS = ("input_ids", "inputs_embeds")
 State = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -46,7 +45,7 @@ def _model_forward(module: ModuleType, original: Callable[..., Any]) -> Callable
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         given = {name: options.pop(name) for name in tokens.ARGUMENTS if options.get(name) is not None}
         marked = tokens.of_call(given, *_inputs(args, options)[1].shape[:2]) if given else None
-        cache = args[2] if len(args) > 2 else options.get("cache", options.get("cache_params"))
+        cache = args[2] if len(args) > 2 else cache_states.given(options)
         if cache is not None and transformers_cache.records(cache):
             transformers_cache.note(self, cache, *_inputs(args, options), given)
         if marked is None:
@@ -66,7 +65,7 @@ def _inputs(args: Sequence[Any], options: Mapping[str, Any]) -> tuple[str, Tenso
 
 def _runner(module: ModuleType) -> Callable[..., Any]:
     """Return a `xLSTMModel.forward`, without its decorators, that gives `tokens` to the blocks."""
-    name = next(name for name in CACHE_NAMES if name in inspect.signature(module.xLSTMOutput).parameters)
+    name = cache_states.name_in(module.xLSTMOutput)
 
     def run(
         self: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, cache: Any = None,
@@ -132,7 +131,7 @@ def _prepared(original: Callable[..., Any]) -> Callable[..., Any]:
             options["next_sequence_length"] = None
         inputs = original(self, *args, **options)
         ids = inputs.get("input_ids")
-        cached = any(inputs.get(name) is not None for name in CACHE_NAMES)
+        cached = cache_states.given(inputs) is not None
         if cached and ids is not None and ids.shape[1] == 1 and not options.get("is_first_iteration"):
             inputs.pop("attention_mask", None)
         return inputs
