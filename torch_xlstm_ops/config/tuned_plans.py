@@ -23,6 +23,7 @@ from torch_xlstm_ops import config
 from torch_xlstm_ops.config import user_cache
 from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.runtime import bounded_read, files
+from torch_xlstm_ops.runtime.devices import processor
 from torch_xlstm_ops.runtime.state import on_reset
 
 VERSION = 1
@@ -77,12 +78,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            found = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "")
-    except OSError:  # not Linux
-        found = ""
-    return found or platform.processor() or platform.machine()
+    return processor.facts().get("model name") or platform.processor() or platform.machine()
 
 
 def place(tuned: str) -> Path | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.runtime import torch_internals
+from torch_xlstm_ops.runtime.devices import processor
 from torch_xlstm_ops.runtime.state import on_reset
 
 FORMAT = 1
@@ -135,21 +136,12 @@ def _software() -> Mapping[str, str]:
 
 @functools.cache
 def _machine() -> Mapping[str, str]:
-    lines = {}
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            block = file.read(16384).split("\n\n")[0]
-    except OSError:
-        block = ""
-    for line in block.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in _PROCESSOR:
-            lines[name.strip()] = value.strip()
+    lines = {name: value for name, value in processor.facts().items() if name in _PROCESSOR}
     instructions = hashlib.sha256(" ".join(sorted(lines.pop("flags", lines.pop("Features", "")).split())).encode())
-    processor = " ".join(lines.values()) or platform.processor()
+    model = " ".join(lines.values()) or platform.processor()
     return {
         "system": f"{sys.platform} {platform.machine()}",
-        "processor": f"{processor} (instructions {instructions.hexdigest()[:12]})",
+        "processor": f"{model} (instructions {instructions.hexdigest()[:12]})",
         "vectors": torch.backends.cpu.get_cpu_capability(),
     }
 
