@@ -15,36 +15,37 @@ from torch_xlstm_ops.api import mlstm_chunkwise, slstm_sequence
 from torch_xlstm_ops.maths.shapes import state_dtype
 
 
-class RMSNorm(nn.Module):
-    """Divide by the root mean square, computed in float32 (float64 for float64)."""
+class Scaled(nn.Module):
+    """The weight, and the bias, of what a norm has normalised."""
 
     def __init__(self, features: int, eps: float, *, bias: bool = False) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(features))
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+
+    def scale(self, y: Tensor) -> Tensor:
+        """Return y (..., features) times the weight, plus the bias."""
+        y = y * self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class RMSNorm(Scaled):
+    """Divide by the root mean square, computed in float32 (float64 for float64)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., features)."""
         wide = x.to(state_dtype(x.dtype))
-        y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
-        return y if self.bias is None else y + self.bias
+        return self.scale((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype))
 
 
-class HeadNorm(nn.Module):
+class HeadNorm(Scaled):
     """Normalise each head to mean 0 and variance 1, computed in float32 (float64 for float64)."""
-
-    def __init__(self, features: int, eps: float, *, bias: bool = False) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
     def forward(self, h: Tensor) -> Tensor:
         """Normalise h (B, S, NH, DHHV); return (B, S, NH DHHV)."""
         y = nn.functional.layer_norm(h.to(state_dtype(h.dtype)), h.shape[-1:], eps=self.eps)
-        y = y.to(h.dtype).flatten(2) * self.weight
-        return y if self.bias is None else y + self.bias
+        return self.scale(y.to(h.dtype).flatten(2))
 
 
 class MLSTMLayer(nn.Module):

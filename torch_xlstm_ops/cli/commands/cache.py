@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,16 +77,8 @@ def _prune(disk: DiskTier, parsed: argparse.Namespace) -> int:
 
 
 def _verify(disk: DiskTier, parsed: argparse.Namespace) -> int:
-    count = damaged = 0
-    for entry, wrong in disk.verify():
-        count += 1
-        if wrong is not None:
-            damaged += 1
-            print(wrong)
-            if parsed.remove:
-                disk.remove(entry.name)
-    print(f"{count} states, {damaged} damaged" + (" and removed" if damaged and parsed.remove else ""))
-    return 1 if damaged else 0
+    found = ((wrong, functools.partial(disk.remove, entry.name)) for entry, wrong in disk.verify())
+    return amounts.verified(found, "states", remove=parsed.remove)
 
 
 _ACTIONS: dict[str, Callable[[DiskTier, argparse.Namespace], int]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,16 +91,9 @@ def _stats(store: Store, parsed: argparse.Namespace) -> int:
 
 
 def _verify(store: Store, parsed: argparse.Namespace) -> int:
-    damaged, entries = 0, store.entries()
-    for entry in entries:
-        wrong = store.wrong(entry.key)
-        if wrong is not None:
-            damaged += 1
-            print(f"{entry.key}: {wrong}")
-            if parsed.remove:
-                store.remove(entry.key)
-    print(f"{len(entries)} kernels, {damaged} damaged" + (" and removed" if damaged and parsed.remove else ""))
-    return 1 if damaged else 0
+    found = ((wrong and f"{entry.key}: {wrong}", functools.partial(store.remove, entry.key))
+             for entry in store.entries() for wrong in [store.wrong(entry.key)])
+    return amounts.verified(found, "kernels", remove=parsed.remove)
 
 
 def _prune(store: Store, parsed: argparse.Namespace) -> int:

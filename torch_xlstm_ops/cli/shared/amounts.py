@@ -1,9 +1,10 @@
-"""Numbers of bytes and moments, as people write and read them."""
+"""What the commands for kept files share: numbers of bytes and moments as people write them, and `verify`."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable, Iterable
 
 from torch_xlstm_ops.cli.shared.errors import BadInput
 
@@ -18,6 +19,23 @@ def size(text: str | None) -> int:
     if found is None:
         raise BadInput(f"--bytes must be a number of bytes, or one with K, M, G or T, got {text!r}")
     return int(found[1]) * _UNITS[found[2]]
+
+
+def verified(found: Iterable[tuple[str | None, Callable[[], object]]], kind: str, *, remove: bool) -> int:
+    """Print what is wrong with files, remove those if asked, and return the exit status: 1 if one is damaged.
+
+    found: for each file what is wrong, or None, and what removes it. kind: what the files are, in the plural.
+    """
+    count = damaged = 0
+    for wrong, take_away in found:
+        count += 1
+        if wrong is not None:
+            damaged += 1
+            print(wrong)
+            if remove:
+                take_away()
+    print(f"{count} {kind}, {damaged} damaged" + (" and removed" if damaged and remove else ""))
+    return 1 if damaged else 0
 
 
 def ago(moment: float) -> str:
