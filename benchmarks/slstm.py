@@ -30,7 +30,7 @@ from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.ops.slstm import sequence
 from torch_xlstm_ops.runtime import devices
-from torch_xlstm_ops.schedules.slstm.cuda_graphs import CudaGraphs
+from torch_xlstm_ops.runtime.cuda_graphs import CudaGraphs
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, in the Euclidean norm
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}

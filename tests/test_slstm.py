@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import expecttest
 import pytest
@@ -25,7 +23,6 @@ from torch_xlstm_ops.maths.shapes import SLSTMState, state_dtype
 from torch_xlstm_ops.maths.slstm import Product
 from torch_xlstm_ops.ops.slstm import sequence
 from torch_xlstm_ops.schedules.slstm import blocks
-from torch_xlstm_ops.schedules.slstm.cuda_graphs import CudaGraphs
 
 B, S, NH, DH = 3, 11, 2, 4  # NH, DH: one pair, as each new one is a compile
 ops = torch.ops.xlstm
@@ -417,76 +414,6 @@ def test_compiled_model_equals_eager():
 
     compiled = torch.autograd.grad(torch.compile(model, fullgraph=True)(*args), args)
     assert_close(compiled, torch.autograd.grad(model(*args), args), GRADIENT_TOLERANCE[torch.float32])
-
-
-class NoGraph:
-    """Stands for a CUDA graph: replaying it computes nothing."""
-
-    def replay(self):
-        pass
-
-
-class OnCuda(torch.Tensor):
-    """A CPU tensor that says it is elsewhere."""
-
-    device = property(lambda self: torch.device("cuda", 0))
-
-
-@pytest.fixture
-def cuda_without_cuda(monkeypatch):
-    """Let `Graphs` believe in CUDA; returns the stream it finds, whose number may be set."""
-    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
-    for name, stand_in in {
-        "device": lambda _: nullcontext(), "current_stream": lambda _: SimpleNamespace(**vars(stream)),
-        "is_current_stream_capturing": lambda: False, "CUDAGraph": NoGraph, "graph": lambda *_, **__: nullcontext(),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    return stream
-
-
-def computing(calls):
-    def compute(args):
-        calls.append(len(args))
-        return (args[0] * 2,)
-
-    return compute
-
-
-def test_graphs_record_what_comes_twice_and_replay_it_after(cuda_without_cuda):
-    graphs, calls, x = CudaGraphs(capacity=2), [], torch.ones(3).as_subclass(OnCuda)
-    counts = []
-    for _ in range(4):
-        (result,) = graphs.run("a", computing(calls), [x])
-        assert result.shape == x.shape
-        counts.append(len(calls))
-    assert counts == [1, 2, 2, 2]
-    cuda_without_cuda.cuda_stream = 1
-    graphs.run("a", computing(calls), [x])
-    assert len(calls) == 3  # another stream has its own graph, and has not called before
-    for what in "bcd":
-        graphs.run(what, computing(calls), [x])
-        graphs.run(what, computing(calls), [x])
-    assert len(graphs._graphs) == 2
-    graphs.clear()
-    assert not graphs._graphs
-
-
-def test_what_no_graph_can_hold_runs_without_one(cuda_without_cuda, monkeypatch):
-    def fails(*_, **__):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(torch.cuda, "graph", fails)
-    graphs, calls, x = CudaGraphs(), [], torch.ones(3).as_subclass(OnCuda)
-    graphs.run("a", computing(calls), [x])
-    with pytest.warns(RuntimeWarning, match="without a CUDA graph here: operation not permitted"):
-        graphs.run("a", computing(calls), [x])
-    graphs.run("a", computing(calls), [x])
-    assert len(calls) == 3
-    large, none = CudaGraphs(most_bytes=8), CudaGraphs(capacity=0)
-    for _ in range(3):
-        large.run("a", computing(calls), [x])
-        none.run("a", computing(calls), [x])
-    assert len(calls) == 9
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -126,6 +126,8 @@ with torch_internals.OperatorMode(lambda op, args, kwargs: op(*args, **kwargs)):
     mlstm_step(*token)
 torch_internals.reduction_choices(), torch_internals.compiler_missing(), torch_internals.user_stack()
 torch_internals.functional_mode()
+torch_internals.copy_all([torch.zeros(2)], [torch.ones(2)])
+torch_internals.prepares_graph(torch.device("cpu"))
 torch_internals.traced(lambda: (), []), torch_internals.hooks(model), torch_internals.global_hooks()
 # Nothing was kept, so nothing loads a kept kernel.
 assert torch_internals.put_together(torch_internals.Generated("", {}), "kernel") is None

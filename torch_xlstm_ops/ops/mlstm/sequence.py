@@ -8,16 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops import config
+from torch_xlstm_ops import config, trace
+from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.maths import mlstm, packing
 from torch_xlstm_ops.maths.shapes import EPS, state_dtype
 from torch_xlstm_ops.ops.mlstm.arguments import Gradients, split
-from torch_xlstm_ops.ops.mlstm.dispatch import dispatch
+from torch_xlstm_ops.ops.mlstm.dispatch import Dispatch, dispatch
 from torch_xlstm_ops.ops.operator import without_view
-from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.runtime import compiler, devices
+from torch_xlstm_ops.runtime.cuda_graphs import Compute, CudaGraphs
 from torch_xlstm_ops.schedules import sequential
 
 Results = tuple[Tensor, ...]
+
+graphs = CudaGraphs(first_calls=32)
+compiler.forget_with(graphs.clear)
 
 
 def run(
@@ -36,7 +41,12 @@ def run(
         if v.numel() == 0:
             return v.new_empty(v.shape), *_copied(state, streams.q, v)
         initial = None if arguments.initial is None else _by_rows(arguments.initial, q)
-        h, final = call.schedule.forward(call.plan, call.kernels, streams, initial)
+
+        def compute(ready: Sequence[Tensor]) -> Results:
+            h, final = call.schedule.forward(call.plan, call.kernels, ready[:5], list(ready[5:]) or None)
+            return h, *final
+
+        h, *final = _replayed("forward", call, eps, compute, [*streams, *(initial or ())])
         return without_view(h.view(v.shape)), *_by_heads(final, q)
 
 
@@ -68,11 +78,18 @@ def run_backward(
         if v.numel() == 0:
             zeros = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in streams]
             return *zeros, *_copied(dstate, q, v)
-        initial = _copied(state, q, v) if arguments.initial is None else arguments.initial
-        found, dinitial = call.schedule.backward(
-            call.plan, call.kernels, streams, _by_rows(initial, q), dh.flatten(0, 1), _by_rows(dstate, q)
-        )
-        return *[without_view(g.view(t.shape)) for g, t in zip(found, streams, strict=True)], *_by_heads(dinitial, q)
+        initial = () if arguments.initial is None else _by_rows(arguments.initial, q)
+
+        def compute(ready: Sequence[Tensor]) -> Results:
+            streams, dh, dstate = ready[:5], ready[5], list(ready[6:9])
+            before = list(ready[9:]) or [torch.zeros_like(t) for t in dstate]
+            found, dinitial = call.schedule.backward(call.plan, call.kernels, streams, before, dh, dstate)
+            return *found, *dinitial
+
+        args = [*streams, dh.flatten(0, 1), *_by_rows(dstate, q), *initial]
+        found = _replayed("backward", call, eps, compute, args)
+        of_streams = (without_view(g.view(t.shape)) for g, t in zip(found[:5], streams, strict=True))
+        return *of_streams, *_by_heads(found[5:], q)
 
 
 def fake_backward(
@@ -102,6 +119,19 @@ def summarize(
 def save(args: Sequence[Tensor | None], results: Results) -> Sequence[Tensor | None]:
     """Return what the gradient reads: the arguments."""
     return args
+
+
+def _replayed(
+    what: str, call: Dispatch, eps: float, compute: Compute, args: Sequence[Tensor]
+) -> Results:
+    """Return ``compute(args)``, on CUDA by a graph where such calls come often and are small.
+
+    While a trace is recorded nothing is replayed, as a graph has no segments to record.
+    """
+    found = None
+    if call.plan.schedule in (Schedule.INDUCTOR, Schedule.RECURRENT) and not trace.active():
+        found = graphs.replay((what, call.plan, eps), compute, args)
+    return compute(args) if found is None else found
 
 
 def _state_sizes(q: Tensor, v: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -16,9 +16,9 @@ from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.slstm import Product
 from torch_xlstm_ops.maths.slstm.parallel import window as codes
 from torch_xlstm_ops.runtime import compiler
+from torch_xlstm_ops.runtime.cuda_graphs import CudaGraphs
 from torch_xlstm_ops.schedules.slstm import parallel as schedule
 from torch_xlstm_ops.schedules.slstm import rounds
-from torch_xlstm_ops.schedules.slstm.cuda_graphs import CudaGraphs
 
 _Results = tuple[Tensor, ...]
 Forward = Callable[[Tensor, Tensor, Tensor, list[Tensor], Tensor | None, float], _Results]

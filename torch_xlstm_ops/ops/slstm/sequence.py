@@ -16,8 +16,8 @@ from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.ops.slstm.arguments import check_gradients, check_sequence
 from torch_xlstm_ops.ops.slstm.parallel import Parallel, why_not
 from torch_xlstm_ops.runtime import compiler, devices
+from torch_xlstm_ops.runtime.cuda_graphs import CudaGraphs
 from torch_xlstm_ops.schedules.slstm import blocks
-from torch_xlstm_ops.schedules.slstm.cuda_graphs import CudaGraphs
 
 OP = "slstm_sequence"  # its name in traces
 Results = tuple[Tensor, ...]

@@ -41,10 +41,17 @@ from torch_xlstm_ops.runtime.torch_internals.dynamo import (
 )
 from torch_xlstm_ops.runtime.torch_internals.generated import Generated, Kernel, put_together, taken_apart
 from torch_xlstm_ops.runtime.torch_internals.inductor_changes import inductor_changes
-from torch_xlstm_ops.runtime.torch_internals.modes import OperatorMode, forward_mode, outside_modes, transforms, watched
+from torch_xlstm_ops.runtime.torch_internals.modes import (
+    OperatorMode,
+    forward_mode,
+    outside_modes,
+    prepares_graph,
+    transforms,
+    watched,
+)
 from torch_xlstm_ops.runtime.torch_internals.modules import global_hooks, hooks
 from torch_xlstm_ops.runtime.torch_internals.need import NEEDS, Need, status
-from torch_xlstm_ops.runtime.torch_internals.tensors import like, written
+from torch_xlstm_ops.runtime.torch_internals.tensors import copy_all, like, written
 
 __all__ = [
     "NEEDS",
@@ -62,6 +69,7 @@ __all__ = [
     "compile_key",
     "compile_raw",
     "compiler_missing",
+    "copy_all",
     "forward_mode",
     "frame",
     "functional_mode",
@@ -78,6 +86,7 @@ __all__ = [
     "no_recompile_limit",
     "operator_name",
     "outside_modes",
+    "prepares_graph",
     "put_together",
     "reduction_choices",
     "register_decomposition",

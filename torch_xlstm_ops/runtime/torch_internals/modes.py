@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 from torch_xlstm_ops.runtime.torch_internals.need import need
 
 Runner = Callable[[Callable[[], Any]], Any]
+_GRAPH_TREES = "torch._inductor.cudagraph_trees"
 _Mode = TypeVar("_Mode", bound="OperatorMode")
 
 
@@ -31,6 +33,27 @@ def watched() -> bool:
         c._len_torch_dispatch_stack() or c._len_torch_function_stack()
         or c._are_functorch_transforms_active() or forward_ad._current_level >= 0 or c._is_tracing()
     )
+
+
+def _assume_recorded(device: torch.device) -> bool:
+    return _GRAPH_TREES in sys.modules
+
+
+@need(_assume_recorded, where=(f"{_GRAPH_TREES}.get_manager", f"{_GRAPH_TREES}.CUDAGraphTreeManager"),
+      without="where torch.compile has used CUDA graphs, our operators record none of their own and are slower")
+def prepares_graph(device: torch.device) -> bool:
+    """Return whether torch.compile runs this call on a CUDA device to record it in a CUDA graph afterwards.
+
+    It then refuses memory that outlives the call. True if unknown.
+    """
+    trees = sys.modules.get(_GRAPH_TREES)
+    if trees is None:
+        return False
+    try:
+        manager = trees.get_manager(device.index, create_if_none_exists=False)
+    except AssertionError:  # this thread has never run a compiled graph
+        return False
+    return manager is not None and bool(torch.cuda.current_stream(device) == manager.stream)
 
 
 def _assume_transforms() -> bool:

@@ -1,4 +1,4 @@
-"""Compare tensors with those of an earlier call in a microsecond, and mark tensors as written."""
+"""Compare tensors with those of an earlier call in a microsecond, mark tensors as written, and copy several."""
 
 from __future__ import annotations
 
@@ -47,3 +47,16 @@ def _count_by_view(tensors: Sequence[Tensor]) -> None:
 def written(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that a kernel wrote to tensors in place."""
     torch.autograd.graph.increment_version(tensors)
+
+
+def _copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+@need(_copy_each, where=("torch._foreach_copy_",), without="tensors are copied one by one, with a launch each")
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors into others of the same dtypes, on CUDA with one launch for each dtype where strides allow."""
+    for dtype in dict.fromkeys(t.dtype for t in targets):
+        of_dtype = [index for index, t in enumerate(targets) if t.dtype == dtype]
+        torch._foreach_copy_([targets[i] for i in of_dtype], [sources[i] for i in of_dtype])

@@ -1,0 +1,161 @@
+"""Laws of CUDA graphs: which calls are recorded, what is kept, and that a replayed call has the same results."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests import oracle
+from torch_xlstm_ops import mlstm_chunkwise
+from torch_xlstm_ops.ops.mlstm import sequence
+from torch_xlstm_ops.runtime import state, torch_internals
+from torch_xlstm_ops.runtime.cuda_graphs import CudaGraphs
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # torch.compile records one without kernels
+]
+
+
+class NoGraph:
+    """Stands for a CUDA graph: replaying it computes nothing."""
+
+    def replay(self):
+        pass
+
+    def pool(self):
+        return "pool"
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it is elsewhere."""
+
+    device = property(lambda self: torch.device("cuda", 0))
+
+
+@pytest.fixture
+def cuda_without_cuda(monkeypatch):
+    """Let `CudaGraphs` believe in CUDA; returns the stream it finds, whose number may be set, and the pools used."""
+    found = SimpleNamespace(cuda_stream=0, synchronize=lambda: None, pools=[])
+
+    def graph(_, pool, **how):
+        found.pools.append(pool)
+        return nullcontext()
+
+    for name, stand_in in {
+        "device": lambda _: nullcontext(),
+        "current_stream": lambda _: SimpleNamespace(cuda_stream=found.cuda_stream, synchronize=found.synchronize),
+        "is_current_stream_capturing": lambda: False, "CUDAGraph": NoGraph, "graph": graph,
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=1 << 20),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return found
+
+
+def computing(calls):
+    def compute(args):
+        calls.append(len(args))
+        return (args[0] * 2,)
+
+    return compute
+
+
+def test_graphs_record_what_comes_twice_and_replay_it_after(cuda_without_cuda):
+    graphs, calls, x = CudaGraphs(capacity=2), [], torch.ones(3).as_subclass(OnCuda)
+    counts = []
+    for _ in range(4):
+        (result,) = graphs.run("a", computing(calls), [x])
+        assert result.shape == x.shape
+        counts.append(len(calls))
+    assert counts == [1, 2, 2, 2]
+    cuda_without_cuda.cuda_stream = 1
+    graphs.run("a", computing(calls), [x])
+    assert len(calls) == 3  # another stream has its own graph, and has not called before
+    for what in "bcd":
+        graphs.run(what, computing(calls), [x])
+        graphs.run(what, computing(calls), [x])
+    assert len(graphs._graphs) == 2
+    assert cuda_without_cuda.pools == [None, None, "pool", "pool"]  # graphs of a stream share their memory
+    graphs.clear()
+    assert not graphs._graphs
+
+
+def test_graphs_are_recorded_after_the_first_calls(cuda_without_cuda):
+    graphs, calls, x = CudaGraphs(first_calls=3), [], torch.ones(3).as_subclass(OnCuda)
+    for _ in range(6):
+        graphs.run("a", computing(calls), [x])
+    assert len(calls) == 4
+
+
+def test_what_no_graph_can_hold_runs_without_one(cuda_without_cuda, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    state.reset()
+    graphs, calls, x = CudaGraphs(), [], torch.ones(3).as_subclass(OnCuda)
+    graphs.run("a", computing(calls), [x])
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph here, and slower: operation not permitted"):
+        graphs.run("a", computing(calls), [x])
+    graphs.run("a", computing(calls), [x])
+    assert len(calls) == 3
+    large, none = CudaGraphs(most_bytes=8), CudaGraphs(capacity=0)
+    for _ in range(3):
+        large.run("a", computing(calls), [x])
+        none.run("a", computing(calls), [x])
+    assert len(calls) == 9
+
+
+def test_a_small_device_holds_small_graphs_only(cuda_without_cuda):
+    graphs, calls = CudaGraphs(), []
+    x = torch.ones((1 << 20) // 256 // 4 + 1).as_subclass(OnCuda)
+    for _ in range(3):
+        graphs.run("a", computing(calls), [x])
+    assert len(calls) == 3
+
+
+def test_nothing_is_recorded_inside_a_recording_of_torch_compile(cuda_without_cuda, monkeypatch):
+    monkeypatch.setattr(torch_internals, "prepares_graph", lambda device: True)
+    graphs, calls, x = CudaGraphs(), [], torch.ones(3).as_subclass(OnCuda)
+    for _ in range(3):
+        graphs.run("a", computing(calls), [x])
+    assert len(calls) == 3
+
+
+def weighed(result):
+    return oracle.weigh([t.cpu() for t in (result[0], *result[1])])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("with_state", [True, False])
+def test_a_replayed_mlstm_has_the_results_and_gradients_of_its_first_call(monkeypatch, with_state):
+    monkeypatch.setattr(sequence, "graphs", CudaGraphs())
+    for seed in range(4):  # plain, recorded, replayed, replayed
+        args = oracle.draw(oracle.Sizes(S=100, DHQK=32, DHHV=64), torch.bfloat16, state=with_state, seed=seed)
+        leaves = [t.cuda().requires_grad_() for t in args]
+        found = mlstm_chunkwise(*leaves)
+        gradients = torch.autograd.grad(weighed(found), leaves)
+        with monkeypatch.context() as plain:
+            plain.setattr(sequence, "graphs", CudaGraphs(capacity=0))
+            wanted = mlstm_chunkwise(*leaves)
+            wanted_gradients = torch.autograd.grad(weighed(wanted), leaves)
+        for a, b in zip([found[0], *found[1], *gradients], [wanted[0], *wanted[1], *wanted_gradients], strict=True):
+            assert torch.equal(a, b)
+    assert len(sequence.graphs._graphs) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_torch_compile_records_operators_in_its_own_graphs():
+    args = [t.cuda() for t in oracle.draw(oracle.Sizes(S=100, DHQK=32, DHHV=64), torch.float32, state=False)]
+
+    def layers(q, k, v, igate, fgate):
+        for _ in range(3):
+            v = v + mlstm_chunkwise(q, k, v, igate, fgate)[0]
+        return v
+
+    with torch.no_grad():
+        wanted = layers(*args)
+        compiled = torch.compile(layers, mode="reduce-overhead")
+        for _ in range(5):
+            torch.testing.assert_close(compiled(*args), wanted)
