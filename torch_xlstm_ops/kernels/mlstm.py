@@ -44,7 +44,8 @@ class Kernels(NamedTuple):
     summarize: Run  # k v igate fgate -> F M dC dn, and M dC dn of the chunks
     absorb: Run  # F M dC dn c n m -> c n m
     final_state: Run  # k v igate fgate c n m -> c n m
-    backward: Run  # q k v igate fgate c n m dh dc dn dm -> their gradients
+    # q k v igate fgate c n m dh dc dn dm, and maybe memory for the gradients of q, k and v -> their gradients
+    backward: Run
     step: Run  # q k v igate fgate c n m -> h c n m, of one token
     step_gradient: Run  # of one token: q k v igate fgate c n m dh dc dn dm -> their gradients
 
@@ -87,26 +88,27 @@ def _forward(compiled: Compiled, eps: float) -> Callable[[list[Tensor], State | 
     final_state_ = compiled(mlstm.final_state_)
 
     def forward(streams: list[Tensor], state: State | None, out: Output) -> State | None:
-        v, scores = streams[2], mlstm.scores(*streams[:2])
+        q, k, v = streams[:3]
         G, NC = v.shape[:2]
         q_gated = C_before = None
+        # Only the functions hold the scores, so that they can free them.
         if state is None and NC == 1:
-            P, *after = single_chunk([*streams, scores])
+            P, *after = single_chunk([*streams, mlstm.scores(q, k)])
         elif state is None and mlstm.prefers_zero_state(v.device.type):
-            P, q_gated, W, dC, n, m, keep, add = zero_state([*streams, scores])
+            P, q_gated, W, dC, n, m, keep, add = zero_state([*streams, mlstm.scores(q, k)])
             C_before = mlstm.inter_chunk_states(W, dC, None)
             after = [n.new_empty((*n.shape, v.shape[-1])), n, m]
             final_state_([dC, C_before, keep, add, after[0]])
             del W, dC
         else:
             state = empty_state(streams, G, zero=True) if state is None else state
-            P, q_gated, W, dC, *after = general([*streams, scores, *state])
+            P, q_gated, W, dC, *after = general([*streams, mlstm.scores(q, k), *state])
         if not finite(*after[:2]):
             return None
         if q_gated is not None and C_before is None:
             C_before = mlstm.inter_chunk_states(W, dC, state[0])  # type: ignore[index]
             del W, dC
-        del scores
+        del q, k
         streams.clear()
         _write(out, P, q_gated, C_before, v)
         return after
@@ -135,12 +137,14 @@ def _write(out: Output, P: Tensor, q_gated: Tensor | None, C_before: Tensor | No
 
 def _backward(compiled: Compiled, eps: float) -> Run:
     """Return `Kernels.backward`."""
-    factors = compiled(mlstm.gradient, eps=eps)
+    factors = compiled(mlstm.gradient_, eps=eps)
 
     def backward(args: list[Tensor]) -> Sequence[Tensor]:
-        q, k, v, dh = *args[:3], args[8]
-        P, dS, dq, dk, k_gated, ddC, *rest = factors([*args[:5], mlstm.scores(q, k), *args[5:]])
-        return *mlstm.finish_gradient(P, dS, dq, dk, k_gated, ddC, q, k, v, dh), *rest
+        (q, k, v), dh = args[:3], args[8]
+        found = args[12:] or [torch.empty_like(t) for t in (q, k, v)]
+        P, dS, k_gated, ddC, *rest = factors([*args[:5], mlstm.scores(q, k), *args[5:12], *found[:2]])
+        mlstm.finish_gradient_(P, dS, k_gated, ddC, q, k, v, dh, *found)
+        return *found, *rest
 
     return backward
 

@@ -107,8 +107,13 @@ class Machine(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def make(shape: Shape, device: str, config: Config, machine: Machine = Machine()) -> Plan:  # noqa: B008
-    """Return the plan for a call on a device of type `device`; sizes in `config` override the defaults."""
+def make(
+    shape: Shape, device: str, config: Config, machine: Machine = Machine(), *, gradient: bool = False,  # noqa: B008
+) -> Plan:
+    """Return the plan for a call on a device of type `device`; sizes in `config` override the defaults.
+
+    gradient: whether the call computes a gradient, whose tasks take more memory.
+    """
     schedule = config.schedule
     concurrent = schedule in (Schedule.QUEUED, Schedule.RAY)
     defaults = device_defaults(schedule, device, shape.DHQK)
@@ -122,7 +127,8 @@ def make(shape: Shape, device: str, config: Config, machine: Machine = Machine()
     segment = config.segment or max(4, chunks) * L
     segment = _ceil(segment, L) * L
     NC = _ceil(min(segment, max(shape.tokens, 1)), L)
-    fitting = max(1, min(defaults.state_bytes // (summary * NC), defaults.task_tokens // (NC * L)))
+    task_tokens = defaults.gradient_tokens if gradient else defaults.task_tokens
+    fitting = max(1, min(defaults.state_bytes // (summary * NC), task_tokens // (NC * L)))
     if concurrent:  # a band for each worker is better than full bands
         fitting = min(fitting, _ceil(shape.rows, _wanted_workers(schedule, device, config, machine)))
     band = min(config.heads_per_band or max(1, fitting), max(shape.rows, 1))

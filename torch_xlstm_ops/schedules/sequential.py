@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from torch_xlstm_ops import trace
 from torch_xlstm_ops.kernels.mlstm import Kernels, State, empty_state
 from torch_xlstm_ops.maths.nonfinite import finite
 from torch_xlstm_ops.schedules.plan import Plan, Segment
-from torch_xlstm_ops.schedules.slicing import OP, Rows, write_band
+from torch_xlstm_ops.schedules.slicing import OP, Rows, StreamGradients, write_band
 from torch_xlstm_ops.schedules.token_by_token import fall_back, gradient, state_after
 
 Summary = tuple[Tensor, Tensor, Tensor, Tensor]  # F M dC dn
@@ -66,7 +65,7 @@ def backward(
     Only the states between segments are kept; all else is recomputed.
     """
     rows = Rows(plan, streams)
-    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in rows.streams]
+    gradients = StreamGradients(rows)
     whole: State = []
     for index, band in enumerate(plan.bands):
         found = BandGradient(kernels, rows, gradients, dh, band, [t[band] for t in state], [t[band] for t in dstate])
@@ -81,17 +80,17 @@ def backward(
             else:
                 found.retreat(number)
         if len(plan.bands) == 1:
-            return gradients, found.dstate
+            return gradients.whole, found.dstate
         whole = whole or empty_state(streams, plan.rows)
         write_band(whole, band, found.dstate)
-    return gradients, whole
+    return gradients.whole, whole
 
 
 class BandGradient:
     """The backward pass of one band: forward over all segments but the last for the states, and back over all."""
 
     def __init__(
-        self, kernels: Kernels, rows: Rows, gradients: list[Tensor], dh: Tensor, band: slice, state: State,
+        self, kernels: Kernels, rows: Rows, gradients: StreamGradients, dh: Tensor, band: slice, state: State,
         dstate: State,
     ) -> None:
         self._kernels, self._rows, self._gradients, self._dh, self._band = kernels, rows, gradients, dh, band
@@ -113,24 +112,12 @@ class BandGradient:
         """
         rows, band, segment, state = self._rows, self._band, self._rows.segments[number], self._before.pop()
         streams, dh = rows.take_all(band, segment), rows.gradient(self._dh, band, segment)
-        parts = self._kernels.backward([*streams, *state, dh, *self.dstate])
-        if not finite(*state[:2], *self.dstate, parts[0][..., 0]):
-            parts, self.dstate = gradient(self._kernels, rows, band, segment, state, self._dh, self.dstate)
-            for index, part in enumerate(parts):
-                self._put(index, segment, part)
-            return
-        for index, part in enumerate(parts[:5]):
-            whole = self._gradients[index]
-            if part.shape[0] == whole.shape[0] and part.shape[1] * part.shape[2] == whole.shape[1]:
-                self._put(index, segment, part.flatten(1, 2))
-            else:
-                rows.put(whole, band, segment, part)
-        self.dstate = list(parts[5:])
-
-    def _put(self, index: int, segment: Segment, part: Tensor) -> None:
-        """Take a gradient (G, tokens, ...) as it is where it is that of the whole call, else copy it."""
-        whole = self._gradients[index]
-        if part.shape == whole.shape and part.dtype == whole.dtype:
-            self._gradients[index] = part
+        memory = self._gradients.memory(band, segment)
+        parts = self._kernels.backward([*streams, *state, dh, *self.dstate, *memory])
+        if finite(*state[:2], *self.dstate, parts[0][..., 0]):
+            self.dstate = list(parts[5:])
+            parts = [t.flatten(1, 2) for t in parts[:5]]
         else:
-            whole[self._band, segment.start:segment.stop] = part
+            parts, self.dstate = gradient(self._kernels, rows, band, segment, state, self._dh, self.dstate)
+        for index, part in enumerate(parts):
+            self._gradients.put(index, band, segment, part)

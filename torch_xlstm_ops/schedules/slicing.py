@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -60,6 +61,17 @@ class Rows:
         tokens = segment.stop - segment.start
         whole[band, segment.start:segment.stop] = part.flatten(1, 2)[:, :tokens]
 
+    def place(self, whole: Tensor, band: slice, segment: Segment) -> Tensor | None:
+        """Return a task's slice of `whole` (R, S, ...) as (G, NC, L, ...), or None where it has no memory of its own.
+
+        That is one block without padding, in which a matrix product may be written.
+        """
+        part = whole[band, segment.start:segment.stop]
+        L = self.plan.chunk_size
+        if part.shape[1] != segment.chunks * L or not part.is_contiguous() or not accepts_product(part):
+            return None
+        return part.view(part.shape[0], segment.chunks, L, *part.shape[2:])
+
     def output(self, band: slice, segment: Segment) -> OutputSlice:
         """Return where a task writes its h."""
         return OutputSlice(self, band, segment)
@@ -86,17 +98,51 @@ class OutputSlice:
     def begin(self) -> Tensor:
         """Return memory for h (G*NC, L, DHHV)."""
         segment, L, h = self._segment, self._rows.plan.chunk_size, self._rows.h
-        part = h[self._band, segment.start:segment.stop]
-        if part.shape[1] == segment.chunks * L and part.is_contiguous() and accepts_product(part):
-            return part.view(-1, L, part.shape[-1])
-        self._temporary = h.new_empty(part.shape[0], segment.chunks, L, part.shape[-1])
-        return self._temporary.flatten(0, 1)
+        place = self._rows.place(h, self._band, segment)
+        if place is None:
+            self._temporary = place = h.new_empty(self._band.stop - self._band.start, segment.chunks, L, h.shape[-1])
+        return place.flatten(0, 1)
 
     def end(self) -> None:
         """Copy a temporary into the slice."""
         if self._temporary is not None:
             self._rows.put(self._rows.h, self._band, self._segment, self._temporary)
             self._temporary = None
+
+
+class StreamGradients:
+    """The gradients of a call's streams (R, S, ...), put together from those of its tasks.
+
+    The gradient of the only task is taken as it is.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        plan = rows.plan
+        self._rows, self._only = rows, len(plan.bands) == len(plan.segments) == 1
+        self.whole = [] if self._only else [
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in rows.streams
+        ]
+
+    def memory(self, band: slice, segment: Segment) -> list[Tensor]:
+        """Return a task's slices of the gradients of q, k, v (G, NC, L, D), to compute them there.
+
+        Empty where they have no memory of their own, as of `Rows.place`.
+        """
+        places = [self._rows.place(whole, band, segment) for whole in self.whole[:3]] if not self._only else [None]
+        return [place for place in places if place is not None] if None not in places else []
+
+    def put(self, index: int, band: slice, segment: Segment, part: Tensor) -> None:
+        """Write the gradient of a task's stream (G, T, ...), of its tokens and maybe padding after them.
+
+        The only task puts the gradients of its streams in order.
+        """
+        part = part[:, : segment.stop - segment.start]
+        if self._only:
+            self.whole.append(part.to(self._rows.streams[index].dtype).contiguous())
+            return
+        target = self.whole[index][band, segment.start:segment.stop]
+        if part.data_ptr() != target.data_ptr():  # else it was computed there
+            target.copy_(part)
 
 
 def write_band(whole: State, band: slice, state: Sequence[Tensor]) -> None:

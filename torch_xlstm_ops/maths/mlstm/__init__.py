@@ -7,7 +7,7 @@ segment, are masked products.
 """
 
 from torch_xlstm_ops.maths.mlstm.chunks import absorb, combine
-from torch_xlstm_ops.maths.mlstm.gradient import finish_gradient, gradient
+from torch_xlstm_ops.maths.mlstm.gradient import finish_gradient_, gradient, gradient_
 from torch_xlstm_ops.maths.mlstm.layout import PADDING, chunked, in_chunks
 from torch_xlstm_ops.maths.mlstm.recurrence import advance, recurrent, step, step_, write_state_
 from torch_xlstm_ops.maths.mlstm.segment import (
@@ -36,8 +36,9 @@ __all__ = [
     "factors_from_summary",
     "final_state",
     "final_state_",
-    "finish_gradient",
+    "finish_gradient_",
     "gradient",
+    "gradient_",
     "in_chunks",
     "inter_chunk_states",
     "prefers_zero_state",
@@ -71,5 +72,5 @@ AXES = {
     summarize: _STREAMS[1:],
     absorb: (*_SUMMARY, *_STATE),
     final_state: (*_STREAMS[1:], *_STATE),
-    gradient: (*_STREAMS, "G NC L L", *_STATE, "G NC L DHHV", *_STATE),
+    gradient_: (*_STREAMS, "G NC L L", *_STATE, "G NC L DHHV", *_STATE, *_STREAMS[:2]),
 }

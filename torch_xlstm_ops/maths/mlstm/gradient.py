@@ -82,6 +82,19 @@ def gradient(
     return *factors, k_gated, states.ddC, digate, dfgate, states.dc, states.dn, dm_in[:, None]
 
 
+def gradient_(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, scores: Tensor, c: Tensor, n: Tensor, m: Tensor,
+    dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, dq: Tensor, dk: Tensor, *, eps: float,
+) -> tuple[Tensor, ...]:
+    """Write the inter-chunk parts of dq and dk (G, NC, L, DHQK); return the rest of `gradient`'s results."""
+    P, dS, dq_inter, dk_inter, *rest = gradient(
+        q, k, v, igate, fgate, scores, c, n, m, dh, dc, dn, dm, eps=eps
+    )
+    dq.copy_(dq_inter.view(dq.shape))
+    dk.copy_(dk_inter.view(dk.shape))
+    return P, dS, *rest
+
+
 def _distribute(gradient: Tensor, candidates: Tensor, maximum: Tensor) -> Tensor:
     """Distribute the gradient (...) of a maximum over the last axis (..., L) evenly among its arguments."""
     found = candidates == maximum[..., None]
@@ -100,12 +113,16 @@ def _sum_over_gates(E: Tensor, e: Tensor, dlog_gate: Tensor, dlog_W: Tensor) -> 
     return inside + sum_over_chunks(dlog_W)[..., None]
 
 
-def finish_gradient(
-    P: Tensor, dS: Tensor, dq: Tensor, dk: Tensor, k_gated: Tensor, ddC: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    dh: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v (G, NC, L, D) from the factors of `gradient`, adding in place to dq and dk."""
-    dq.baddbmm_(dS, k.flatten(0, 1))
-    dk.baddbmm_(dS.mT, q.flatten(0, 1))
-    dv = torch.bmm(k_gated.flatten(0, 1), ddC).to(v.dtype).baddbmm_(P.mT, dh.flatten(0, 1))
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+def finish_gradient_(
+    P: Tensor, dS: Tensor, k_gated: Tensor, ddC: Tensor, q: Tensor, k: Tensor, v: Tensor, dh: Tensor, dq: Tensor,
+    dk: Tensor, dv: Tensor,
+) -> None:
+    """Write the gradients of q, k, v (G, NC, L, D) from the factors of `gradient_`, which has begun dq and dk."""
+    dq.flatten(0, 1).baddbmm_(dS, k.flatten(0, 1))
+    dk.flatten(0, 1).baddbmm_(dS.mT, q.flatten(0, 1))
+    from_states, k_gated = dv.flatten(0, 1), k_gated.flatten(0, 1)
+    if k_gated.dtype == dv.dtype:
+        torch.bmm(k_gated, ddC, out=from_states)
+    else:
+        from_states.copy_(torch.bmm(k_gated, ddC))
+    from_states.baddbmm_(P.mT, dh.flatten(0, 1))

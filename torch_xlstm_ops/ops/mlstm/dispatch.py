@@ -54,7 +54,9 @@ def _find(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float, trai
     shape = plan.Shape(B * NH, S, DHQK, v.shape[-1])
     strict = cfg.schedule in (Schedule.INDUCTOR, Schedule.QUEUED)
     cfg = tuned.apply_tuned(cfg, shape, q.device, q.dtype, training=training)
-    planned = plan.make(shape, q.device.type, cfg, machine(q.device, cfg.schedule))
+    planned = plan.make(
+        shape, q.device.type, cfg, machine(q.device, cfg.schedule), gradient=len(tensors) > 8
+    )
     release_gil = q.device.type == "cpu" and planned.threaded
     return Dispatch(
         planned, schedules.load(planned.schedule, q.device), kernels(eps, release_gil=release_gil, strict=strict)

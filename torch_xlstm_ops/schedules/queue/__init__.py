@@ -22,7 +22,7 @@ from torch_xlstm_ops.schedules.queue.band_queues import (
     Summary,
 )
 from torch_xlstm_ops.schedules.queue.task_runner import TaskRunner
-from torch_xlstm_ops.schedules.slicing import OP, Rows, write_band
+from torch_xlstm_ops.schedules.slicing import OP, Rows, StreamGradients, write_band
 from torch_xlstm_ops.schedules.token_by_token import fall_back
 
 
@@ -52,10 +52,10 @@ def backward(
     if must_run_sequentially(streams[0].device):
         return sequential.backward(plan, kernels, streams, state, dh, dstate)
     rows = Rows(plan, streams)
-    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in rows.streams]
+    gradients = StreamGradients(rows)
     queues = [_backward_queue(plan, kernels, rows, gradients, dh, band, state, dstate) for band in plan.bands]
     TaskRunner(plan, queues, dh.device, OP, "backward", cancel_remote).run()
-    return gradients, dstate
+    return gradients.whole, dstate
 
 
 def must_run_sequentially(device: torch.device) -> bool:
@@ -116,7 +116,7 @@ def _forward_summarised(
 
 
 def _backward_queue(
-    plan: Plan, kernels: Kernels, rows: Rows, gradients: list[Tensor], dh: Tensor, band: slice, state: State,
+    plan: Plan, kernels: Kernels, rows: Rows, gradients: StreamGradients, dh: Tensor, band: slice, state: State,
     whole: State,
 ) -> BandQueue:
     first, last = [t[band] for t in state], [t[band] for t in whole]

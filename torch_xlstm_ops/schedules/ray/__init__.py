@@ -57,8 +57,10 @@ def backward(
         return sequential.backward(plan, kernels, streams, state, dh, dstate)
     device = dh.device
     pool = actor_pool.get(device.type, plan.workers)
+    remote_backward = _owned(pool.remote(kernels.backward))
     remote = kernels._replace(
-        final_state=_owned(pool.remote(kernels.final_state)), backward=_owned(pool.remote(kernels.backward))
+        final_state=_owned(pool.remote(kernels.final_state)),
+        backward=lambda args: remote_backward(args[:12]),  # an actor cannot write into memory of ours
     )
     gradients, first = queue.backward(plan, remote, _to(streams, HOST), _to(state, HOST), dh.to(HOST),
                                        _to(dstate, HOST), pool.close)
