@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks import floors, peers
 from benchmarks.peers import Contenders, Run
-from benchmarks.timing import device_timed, machine, peak_bytes, save, spread, timed, turns
+from benchmarks.timing import device_timed, machine, peak_bytes, save, spread, timed, turns, walled
 from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step
 from torch_xlstm_ops.maths import mlstm
 from torch_xlstm_ops.maths.shapes import dtype_name
@@ -52,6 +52,7 @@ SHAPES = {
     "compile": ["1,4,128,128,2048", "1,4,64,64,1000"],
 }
 _STEPS = ("step", "called", "captured")
+_WALLED = ("prefill", "train")  # kinds timed on an idle device too, where submission counts
 _CUDA_ONLY = ("called", "captured")  # elsewhere a step is timed in wall time
 OURS = "ours"
 LEFT_OUT = "left out"
@@ -175,16 +176,25 @@ def measure(
             calls, out = calls | references, out | absent
         memory = {name: peak_bytes(call, device) for name, call in calls.items()}
         taken = turns(calls, device, seconds, timed if kind == "called" else device_timed)
-    medians = {name: round(statistics.median(times), 4) for name, times in taken.items()}
+        ranked = {name: calls[name] for name in usable}
+        walls = turns(ranked, device, seconds / 2, walled) if device.type == "cuda" and kind in _WALLED else {}
+    medians = {name: _median(times) for name, times in taken.items()}
     best = min((name for name in usable if name != OURS), key=medians.__getitem__, default=None)
     return {
         "kind": kind, "shape": shape._asdict(), "dtype": dtype_name(dtype), "ms": medians,
         "spread": {name: spread(times) for name, times in taken.items()}, "peak_bytes": memory,
-        "best_peer": best, "ratio": None if best is None else round(medians[OURS] / medians[best], 3),
+        "ranked": [name for name in usable if name != OURS], "best_peer": best,
+        "ratio": None if best is None else round(medians[OURS] / medians[best], 3),
+        "wall_ms": {name: _median(wall for wall, _ in times) for name, times in walls.items()},
+        "host_ms": {name: _median(host for _, host in times) for name, times in walls.items()},
         "floor_ms": round(floor, 4), "to_floor": round(medians[OURS] / floor, 2),
         "tokens_per_s": round(shape.B * shape.S / medians[OURS] * 1e3), "no_part": out,
         "constant_normaliser": list(simpler),
     }
+
+
+def _median(times: Iterable[float]) -> float:
+    return round(statistics.median(times), 4)
 
 
 def _references(

@@ -25,6 +25,7 @@ from benchmarks.suites import SUITES, Part, on
 from torch_xlstm_ops.runtime import devices
 
 ROOT = Path(__file__).parent.parent
+_WRITTEN = (":!benchmarks/results", ":!benchmarks/RESULTS.md")  # by this command
 
 
 def run(part: Part, device: str, quick: bool) -> dict[str, Any]:
@@ -45,9 +46,12 @@ def run(part: Part, device: str, quick: bool) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the measured commit, with a + if files differ from it; empty outside a checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip()
+    """Return the measured commit, with a + if files other than results differ from it; empty outside a checkout."""
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN)
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,9 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes, one second each; kept nowhere")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
     parser.add_argument("--json", type=Path, help="where to write the result too")
+    parser.add_argument("--commit", help="the measured commit, where the files are a copy without git")
     given = parser.parse_args(arguments)
     device = devices.resolve_device(given.device).type
-    found, measured = [], commit()  # before the results change files
+    found, measured = [], given.commit or commit()  # before the results change files
     today = datetime.date.today().isoformat()
     for suite in SUITES if given.suite == "all" else [given.suite]:
         parts = [run(part, device, given.quick) for part in on(suite, device)]

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,20 +20,21 @@ from torch_xlstm_ops.runtime.devices import timed
 __all__ = ["alternate", "machine", "timed"]
 
 Call = Callable[[], Any]
+_Time = TypeVar("_Time")
 _BUSY_BYTES = 1 << 30  # written in 0.4 ms on an H100: longer than a call takes to be submitted
 
 
 def alternate(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
     """Run the calls in turns until the time is over, at least five times; return the median milliseconds of each."""
-    return {name: round(statistics.median(times), 4) for name, times in turns(calls, device, seconds).items()}
+    return {name: round(statistics.median(times), 4) for name, times in turns(calls, device, seconds, timed).items()}
 
 
 def turns(
     calls: Mapping[str, Call], device: torch.device, seconds: float,
-    clock: Callable[[Call, torch.device], float] = timed,
-) -> dict[str, list[float]]:
-    """Return the milliseconds of every run of each call, in turns as in `alternate`."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    clock: Callable[[Call, torch.device], _Time] = timed,  # type: ignore[assignment]
+) -> dict[str, list[_Time]]:
+    """Return what `clock`, by default in milliseconds, says of every run of each call, in turns as in `alternate`."""
+    taken: dict[str, list[_Time]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, taken.values())) < 5:
         for name, call in calls.items():
@@ -56,6 +57,16 @@ def device_timed(call: Call, device: torch.device) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def walled(call: Call, device: torch.device) -> tuple[float, float]:
+    """Return the milliseconds until a call has finished on an idle device, and those until it has been submitted."""
+    devices.synchronize(device)
+    start = time.perf_counter()
+    call()
+    submitted = time.perf_counter()
+    devices.synchronize(device)
+    return (time.perf_counter() - start) * 1e3, (submitted - start) * 1e3
 
 
 @functools.cache
