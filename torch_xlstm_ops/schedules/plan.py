@@ -127,11 +127,12 @@ def make(
     segment = config.segment or max(4, chunks) * L
     segment = _ceil(segment, L) * L
     NC = _ceil(min(segment, max(shape.tokens, 1)), L)
-    task_tokens = defaults.gradient_tokens if gradient else defaults.task_tokens
+    task_tokens = (defaults.gradient_tokens if gradient else None) or defaults.task_tokens
     fitting = max(1, min(defaults.state_bytes // (summary * NC), task_tokens // (NC * L)))
     if concurrent:  # a band for each worker is better than full bands
         fitting = min(fitting, _ceil(shape.rows, _wanted_workers(schedule, device, config, machine)))
-    band = min(config.heads_per_band or max(1, fitting), max(shape.rows, 1))
+    rows = max(shape.rows, 1)
+    band = min(config.heads_per_band or _ceil(rows, _ceil(rows, fitting)), rows)  # by default of nearly equal sizes
     # Chunk summaries, inter-chunk states and their sources; gates and scores; inputs and outputs.
     task_bytes = 4 * band * NC * (3 * shape.DHQK * shape.DHHV + L * (3 * L + 3 * shape.DHQK + 3 * shape.DHHV))
     if schedule is Schedule.RAY:  # the tensors that are sent
