@@ -129,9 +129,9 @@ def make(
     NC = _ceil(min(segment, max(shape.tokens, 1)), L)
     task_tokens = (defaults.gradient_tokens if gradient else None) or defaults.task_tokens
     fitting = max(1, min(defaults.state_bytes // (summary * NC), task_tokens // (NC * L)))
-    if concurrent:  # a band for each worker is better than full bands
-        fitting = min(fitting, _ceil(shape.rows, _wanted_workers(schedule, device, config, machine)))
     rows = max(shape.rows, 1)
+    if concurrent:  # a band for each worker is better than full bands
+        fitting = min(fitting, _ceil(rows, _wanted_workers(schedule, device, config, machine)))
     band = min(config.heads_per_band or _ceil(rows, _ceil(rows, fitting)), rows)  # by default of nearly equal sizes
     # Chunk summaries, inter-chunk states and their sources; gates and scores; inputs and outputs.
     task_bytes = 4 * band * NC * (3 * shape.DHQK * shape.DHHV + L * (3 * L + 3 * shape.DHQK + 3 * shape.DHHV))
