@@ -67,7 +67,7 @@ def write() -> None:
 
 
 def _place(found: Kept) -> Path:
-    return FOLDER / f"{found['suite']}.{found['device']}.json"
+    return FOLDER / ".".join([found["suite"], found["device"], *([found["label"]] if "label" in found else []), "json"])
 
 
 def rows(found: Kept) -> Iterator[Row]:

@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes, one second each; kept nowhere")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
     parser.add_argument("--json", type=Path, help="where to write the result too")
+    parser.add_argument("--label", help="keep the result beside that of the same device type, as of another machine")
     parser.add_argument("--commit", help="the measured commit, where the files are a copy without git")
     given = parser.parse_args(arguments)
     device = devices.resolve_device(given.device).type
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for suite in SUITES if given.suite == "all" else [given.suite]:
         parts = [run(part, device, given.quick) for part in on(suite, device)]
         kept = {"suite": suite, "device": device, "commit": measured, "date": today, "quick": given.quick,
-                "parts": parts}
+                "parts": parts, **({"label": given.label} if given.label else {})}
         results.show(kept)
         found.append(kept)
         if not given.quick:

@@ -8,7 +8,7 @@ The environment, and the TOML file that ``XLSTM_OPS_CONFIG`` names, are read onc
 them again. An unknown name or a value that cannot be used is an error that says where it was given.
 """
 
-from torch_xlstm_ops.config.active import current, for_call, on_load, reload, slstm_schedule, sources, use
+from torch_xlstm_ops.config.active import cuda_graphs, current, for_call, on_load, reload, slstm_schedule, sources, use
 from torch_xlstm_ops.config.layers import FILE_VARIABLE, PATCH_VARIABLE, Source
 from torch_xlstm_ops.config.settings import (
     FRACTION,
@@ -41,6 +41,7 @@ __all__ = [
     "Source",
     "add_flags",
     "check",
+    "cuda_graphs",
     "current",
     "for_call",
     "given_flags",

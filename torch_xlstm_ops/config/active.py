@@ -87,6 +87,11 @@ def slstm_schedule(schedule: str | None) -> SLSTMSchedule:
     return check(SLSTM_SCHEDULE, schedule, "schedule", text=False)  # type: ignore[return-value]
 
 
+def cuda_graphs() -> bool:
+    """Return whether calls may be replayed as CUDA graphs."""
+    return current().cuda_graphs == "on"
+
+
 @lru_cache(maxsize=1024, typed=True)  # typed: True equals 1, but is not a chunk size
 def _over(config: Config, schedule: str | None, chunk_size: int | None) -> Config:
     asked = {"schedule": schedule, "chunk_size": chunk_size}

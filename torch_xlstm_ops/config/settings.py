@@ -63,6 +63,7 @@ class Config:
     tuned: str = "on"
     slstm_schedule: SLSTMSchedule = SLSTMSchedule.AUTO
     kernels: str = "on"
+    cuda_graphs: str = "on"
 
 
 class Kind(NamedTuple):
@@ -132,6 +133,7 @@ TUNED = Kind("on, off, or a file name ending in .json", str,
              lambda v: isinstance(v, str) and (v in ("on", "off") or v.endswith(".json")), textual=True)
 KERNELS = Kind("on, off, or the path of a folder", str,
                lambda v: isinstance(v, str) and (v in ("on", "off") or os.path.dirname(v) != ""), textual=True)
+ON_OFF = Kind("on or off", str, lambda v: v in ("on", "off"), textual=True)
 ADDRESS = Kind("auto or HOST:PORT", str, lambda v: isinstance(v, str) and (v == "auto" or _is_address(v)), textual=True)
 
 SETTINGS: Mapping[str, Setting] = {
@@ -153,6 +155,7 @@ SETTINGS: Mapping[str, Setting] = {
         Setting("tuned", TUNED, "FILE", "whether auto uses what `xlstm-ops tune` found, and where that is kept"),
         Setting("slstm_schedule", SLSTM_SCHEDULE, "NAME", "how an sLSTM sequence is executed"),
         Setting("kernels", KERNELS, "FOLDER", "whether compiled kernels are kept for later processes, and where"),
+        Setting("cuda_graphs", ON_OFF, "on|off", "whether small calls that come often on CUDA are replayed as graphs"),
     )
 }
 

@@ -33,10 +33,14 @@ class CudaGraphs:
 
     capacity: most graphs kept, the oldest used leaves first; 0 records none. most_bytes: of arguments, for one graph.
     first_calls: how often a computation runs without a graph: recording one takes longer than it saves in few calls.
+    allowed: asked at each call whether graphs may be used.
     """
 
-    def __init__(self, capacity: int = 8, most_bytes: int = 128 << 20, first_calls: int = 1) -> None:
-        self.capacity, self.most_bytes, self.first_calls = capacity, most_bytes, first_calls
+    def __init__(
+        self, capacity: int = 8, most_bytes: int = 128 << 20, first_calls: int = 1,
+        allowed: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.capacity, self.most_bytes, self.first_calls, self.allowed = capacity, most_bytes, first_calls, allowed
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._seen: OrderedDict[Hashable, int | None] = OrderedDict()  # calls so far; None: cannot be recorded
         self._lock = forks.new_lock()
@@ -52,7 +56,9 @@ class CudaGraphs:
     def replay(self, what: Hashable, compute: Compute, args: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """Return ``compute(args)`` by a graph, or None where there is none and none is to be recorded."""
         device = args[0].device
-        if device.type != "cuda" or self.capacity == 0 or torch.cuda.is_current_stream_capturing():
+        if device.type != "cuda" or self.capacity == 0 or not self.allowed():
+            return None
+        if torch.cuda.is_current_stream_capturing():
             return None
         with torch.cuda.device(device), self._lock:
             stream = torch.cuda.current_stream(device)

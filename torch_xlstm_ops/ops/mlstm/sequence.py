@@ -21,7 +21,7 @@ from torch_xlstm_ops.schedules import sequential
 
 Results = tuple[Tensor, ...]
 
-graphs = CudaGraphs(first_calls=32)
+graphs = CudaGraphs(first_calls=32, allowed=config.cuda_graphs)
 compiler.forget_with(graphs.clear)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_xlstm_ops import config
 from torch_xlstm_ops.kernels.slstm import product_dtype
 from torch_xlstm_ops.kernels.slstm_parallel import TOLERANCE, Caller, Kernels, compile_call, kernels
 from torch_xlstm_ops.maths import slstm
@@ -54,7 +55,7 @@ class Parallel:
     ) -> None:
         self._forward, self._backward, self._caller, self._limits = forward, backward, caller, limits
         self._known = {dtype: rounds.KnownRounds(limit.first) for dtype, limit in limits.items()}
-        self._graphs = graphs or CudaGraphs(capacity=16)
+        self._graphs = graphs or CudaGraphs(capacity=16, allowed=config.cuda_graphs)
         compiler.forget_with(self._graphs.clear)
         compiler.forget_with(self.clear)
         self._reports = threading.local()

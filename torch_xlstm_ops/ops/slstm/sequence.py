@@ -22,7 +22,7 @@ from torch_xlstm_ops.schedules.slstm import blocks
 OP = "slstm_sequence"  # its name in traces
 Results = tuple[Tensor, ...]
 
-graphs = CudaGraphs()
+graphs = CudaGraphs(allowed=config.cuda_graphs)
 compiler.forget_with(graphs.clear)
 
 
