@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_xlstm_ops.ops.operator import Backward, Operator, Results, copy_to_state
-from torch_xlstm_ops.runtime import torch_internals
+from torch_xlstm_ops.runtime import forks, torch_internals
 
 from .schemas import LIBRARY
 from .sharding import is_distributed
@@ -29,6 +29,8 @@ def register(operator: Operator) -> None:
     redispatch, record = _redispatch(operator), _record(operator)
 
     def below(keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if forks.unsettled:
+            forks.settle()
         if next_is_device.run(keyset):  # the dispatcher would take 3 us to get there
             return direct(*args, **kwargs)
         return redispatch(keyset, args, kwargs)

@@ -57,6 +57,14 @@ assert in_child(child) == 0
 assert torch.get_num_threads() == 2
 same(call(), wanted[0])
 """
+AFTER_IMPORT = START + """
+def child():
+    assert torch.get_num_threads() == 2  # importing the package has changed nothing
+    call()
+    assert torch.get_num_threads() == 1
+assert in_child(child) == 0
+assert torch.get_num_threads() == 2
+"""
 WHILE_A_THREAD_COMPILES = START + """
 from torch_xlstm_ops.runtime import compiler
 thread = threading.Thread(target=call)
@@ -140,6 +148,11 @@ def finish(code: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_child_computes_what_its_parent_did(tmp_path: Path) -> None:
     finish(AFTER_THE_PARENT, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_child_of_a_process_that_called_nothing_has_its_threads_until_it_does(tmp_path: Path) -> None:
+    finish(AFTER_IMPORT, tmp_path)
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def get(
     )
     call = _callables.get(key)
     if call is None:
+        forks.note_kernels()
         family = _family(fn, axes, args, how, static)
         with family.lock:  # one of the threads that race for a first call compiles, the others wait
             call = _callables.get(key) or family.find(args)

@@ -1,8 +1,10 @@
-"""Forked children: they compute on one thread, no lock of ours is held in them, and they own nothing of the parent's.
+"""Forked children: our operators run there on one thread, hold no lock, and own nothing of the parent's.
 
 The threads of OpenMP do not survive a fork: a parallel loop in the child would wait for them forever, in plain torch
 too. Whether there are such threads cannot be asked; the workers of a DataLoader compute on one thread for the same
-reason. A lock that another thread of the parent held would never be released in the child.
+reason. A child of a process that has kernels of ours is set to one thread at once, any other when it first calls an
+operator, so that importing the package changes nothing. A lock that another thread of the parent held would never be
+released in the child.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import torch
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 _in_child: list[Callable[[], object]] = []
+_has_kernels = False  # whether kernels of ours may have started threads in this process
+unsettled = False  # whether this is a forked child that has not been set to one thread
 
 
 def new_lock() -> threading.Lock:
@@ -38,10 +42,28 @@ def in_child(call: Callable[[], object]) -> None:
     _in_child.append(call)
 
 
+def settle() -> None:
+    """Set a forked child to one thread, before it runs kernels of ours."""
+    global unsettled
+    unsettled = False
+    torch.set_num_threads(1)
+
+
+def note_kernels() -> None:
+    """Note that this process obtains kernels."""
+    global _has_kernels
+    if unsettled:
+        settle()
+    _has_kernels = True
+
+
 def _after_in_child() -> None:
+    global unsettled
     for lock in list(_locks):
         lock._at_fork_reinit()
-    torch.set_num_threads(1)
+    unsettled = True
+    if _has_kernels:
+        settle()
     for call in _in_child:
         call()
 
