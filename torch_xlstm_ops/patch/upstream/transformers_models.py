@@ -1,13 +1,14 @@
 """Whole models of transformers: attention masks and packed documents, which its own xLSTM ignores.
 
 A call whose arguments say that tokens are padding, or that documents start within a row, runs the blocks here, with the
-tokens beside the states; every other call runs the original.
+tokens beside the states. So does one in evaluation, of more than `max_inference_chunksize` tokens, with gradients or
+without a cache: the original has no gradients there, and keeps states in bfloat16 on the CPU. Every other call runs the
+original.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from torch_xlstm_ops.patch import cache_states, tokens
 from torch_xlstm_ops.patch.replacements import Replacement
-from torch_xlstm_ops.patch.upstream import transformers_cache
+from torch_xlstm_ops.patch.upstream import transformers_cache, transformers_logits
 
 INPUTS = ("input_ids", "inputs_embeds")
+PLAIN = tokens.Tokens(None, None)
 State = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -29,7 +31,8 @@ def replacements(module: ModuleType) -> Sequence[Replacement]:
     return [
         Replacement(module.xLSTMModel, "forward", functools.partial(_model_forward, module),
                     "padding of an attention_mask is not read, packed documents start afresh"),
-        Replacement(lm, "forward", _takes_mask, "takes an attention_mask by name"),
+        Replacement(lm, "forward", functools.partial(transformers_logits.forward, module),
+                    "takes an attention_mask by name, and logits_to_keep"),
         Replacement(lm, "prepare_inputs_for_generation", _prepared, "a generated token needs no attention_mask"),
         Replacement(lm, "_prepare_attention_mask_for_generation", lambda original: _every_token,
                     "a prompt without an attention_mask is read whole"),
@@ -48,13 +51,19 @@ def _model_forward(module: ModuleType, original: Callable[..., Any]) -> Callable
         cache = args[2] if len(args) > 2 else cache_states.given(options)
         if cache is not None and transformers_cache.records(cache):
             transformers_cache.note(self, cache, *_inputs(args, options), given)
-        if marked is None:
+        if marked is None and not _beyond(self, _inputs(args, options)[1], cache):
             return original(self, *args, **options)
         if "cache_params" in options:
             options["cache"] = options.pop("cache_params")
-        return run(self, *args, **options, tokens=marked)
+        return run(self, *args, **options, tokens=marked or PLAIN)
 
     return forward
+
+
+def _beyond(model: Any, inputs: Tensor, cache: Any) -> bool:
+    """Return whether the original reads these inputs in pieces, and wrongly."""
+    apart = not model.training and inputs.dim() > 1 and inputs.shape[1] > model.config.max_inference_chunksize
+    return apart and (cache is None or torch.is_grad_enabled())
 
 
 def _inputs(args: Sequence[Any], options: Mapping[str, Any]) -> tuple[str, Tensor]:
@@ -91,32 +100,21 @@ def _through_blocks(model: Any, x: Tensor, cache: Any, marked: tokens.Tokens, si
     """Run the blocks on x (B, S, H), `size` tokens at a time, and write the states into the cache."""
     states: list[State] = [(None, None, None) if cache is None else tuple(cache.rnn_state[index])
                            for index in range(len(model.blocks))]
-    parts = []
+    parts, plain = [], marked.read is None and marked.reset is None
     for start in range(0, max(x.shape[1], 1), max(size, 1)):
         part, those = x[:, start : start + size], marked.part(start, start + size)
         for index, block in enumerate(model.blocks):
             c, n, m = states[index]
-            part, states[index] = block(part, state=(c, n, tokens.Marked(m, those)))
+            if plain:
+                part, states[index] = block(part, states[index] if c is not None else None)
+            else:
+                part, states[index] = block(part, state=(c, n, tokens.Marked(m, those)))
         parts.append(part)
     if cache is not None:
         for index, after in enumerate(states):
             for kept, new in zip(cache.rnn_state[index], after, strict=True):
                 kept.copy_(new)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _takes_mask(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward with attention_mask in its signature, where Trainer and `generate` look for it."""
-
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **options: Any) -> Any:
-        return original(self, *args, **options)
-
-    signature = inspect.signature(original)
-    mask = inspect.Parameter("attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None)
-    *named, rest = signature.parameters.values()
-    forward.__signature__ = signature.replace(parameters=[*named, mask, rest])  # type: ignore[attr-defined]
-    return forward
 
 
 def _prepared(original: Callable[..., Any]) -> Callable[..., Any]:
