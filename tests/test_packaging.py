@@ -109,7 +109,7 @@ def test_a_checkouts_root_comes_before_an_installed_package(installed: Path) -> 
 
 def test_torch_is_enough(installed: Path, tmp_path: Path) -> None:
     extras = ("transformers", "safetensors", "rich", "ray", "optuna", "matplotlib", "tomli", "mlstm_kernels", "xlstm",
-              "flashrnn", "tirex", "tirex2", "tokenizers", "huggingface_hub", "setuptools")
+              "flashrnn", "tirex", "tirex2", "pytorch_forecasting", "tokenizers", "huggingface_hub", "setuptools")
     code = ALONE.format(names=extras) + WHENCE + "from torch_xlstm_ops.cli import main\nassert main(['info']) == 0\n"
     assert "  safetensors" in "\n".join(python(code, installed, cwd=tmp_path))
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from tests.test_patch_models import EXACT, padded  # noqa: E402
-from tests.test_patch_transformers import build, logits, prompt  # noqa: E402
-from torch_xlstm_ops.patch import patch  # noqa: E402
+from tests.test_patch_models import EXACT, padded
+from tests.test_patch_transformers import build, logits, prompt
+from torch_xlstm_ops.patch import patch
 
 
 @pytest.mark.parametrize("kept", [1, 3, torch.tensor([0, 4])], ids=["one", "three", "chosen"])

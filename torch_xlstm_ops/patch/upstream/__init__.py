@@ -39,11 +39,12 @@ PACKAGES = {
     "flashrnn": Upstream(f"{_HERE}.flashrnn", "flashrnn", (1, 0), (1, 0), "flashrnn"),
     "tirex": Upstream(f"{_HERE}.tirex", "tirex-ts", (1, 4), (1, 4), "tirex"),
     "tirex2": Upstream(f"{_HERE}.tirex2", "tirex-2", (0, 4), (0, 4), "tirex2"),
+    "pytorch_forecasting": Upstream(f"{_HERE}.pytorch_forecasting", "pytorch-forecasting", (1, 5), (1, 8),
+                                    "pytorch_forecasting.layers._recurrent._mlstm.layer"),
 }  # by import name
 
 # Packages with an xLSTM by another way, by import name: what becomes of it.
 OTHERS = {
     "neuralforecast": "its xLSTM is built of xlstm's blocks, and runs on ours where xlstm does",
-    "pytorch_forecasting": "not touched: the cells of its xLSTMTime keep a vector where an mLSTM keeps a matrix, and "
-                           "normalise their gates, which no operator computes",
+    "pytorch_forecasting": "sLSTM cells not touched: they normalise their gates, which no operator computes",
 }
