@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 import torch_xlstm_ops
 from tests.oracle import TOLERANCE, Sizes, assert_close, draw, exact
 from tests.parameters import tail
+from torch_xlstm_ops import mlstm_sigmoid_chunkwise
 
 # What the peers' own float32 rounding allows.
 PEER_TOLERANCE = 10 * TOLERANCE[torch.float32]
@@ -105,22 +107,79 @@ def test_a_sequence_with_a_sigmoid_input_gate_is_replaced(name: str, normalize: 
     assert taken(call, *args).count("-> torch.ops.xlstm") == 1
 
 
-def test_a_wrapped_sigmoid_input_gate_is_not_replaced():
-    function("mlstm_kernels.torch.kernel_wrappers", "wrap_chunkwise__arbitrary_sequence_length")
-    wrappers = importlib.import_module("mlstm_kernels.torch.kernel_wrappers")
+@pytest.mark.parametrize("name", tail(["wrap_chunkwise__arbitrary_sequence_length_with_padding",
+                                       "wrap_chunkwise__arbitrary_sequence_length"]))
+@pytest.mark.parametrize("normalize", tail([None, False]))
+@pytest.mark.parametrize("S", tail([33, 1]))
+def test_a_wrapped_sigmoid_input_gate_is_replaced(name: str, normalize: bool | None, S: int):
+    wrap = function("mlstm_kernels.torch.kernel_wrappers", name)
+    kernel = function("mlstm_kernels.torch.parallel.native_siging.fwbw", "mlstm_siging_parallel__native_autograd")
+    kernel = kernel if normalize is None else functools.partial(kernel, normalize=normalize)
+    args = draw(Sizes(S=S))
+
+    def call(*args: Tensor) -> Any:
+        return wrap(kernel, None, None, **dict(zip(NAMES, args, strict=True)))
+
+    h, (c, n, m) = compiled(call)(*args)
+    wanted = mlstm_sigmoid_chunkwise(*(t.double() for t in args[:7]), normalize=normalize is None)
+    assert_close([h, c, n], [wanted[0], *wanted[1]], TOLERANCE[torch.float32])
+    assert not m.any()
+    assert taken(call, *args).count("-> torch.ops.xlstm") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train", "train_with_padding"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_training_backend_with_a_sigmoid_input_gate_is_replaced(mode: str, normalize: bool):
+    layer = backend(chunkwise_kernel="parallel--native_siging_autograd", mode=mode, normalize_siging=normalize,
+                    return_last_states=False)
+    args = draw(Sizes(S=33), state=False)
+    assert_close([compiled(layer)(*args)], [layer(*args)], TOLERANCE[torch.float32])
+    assert taken(layer, *args).count("-> torch.ops.xlstm") == 1
+
+
+def test_another_packages_sigmoid_input_gate_is_not_replaced():
+    wrap = function("mlstm_kernels.torch.kernel_wrappers", "wrap_chunkwise__arbitrary_sequence_length")
 
     def mlstm_siging_chunkwise(q: Tensor, **given: Any) -> Any:
         return q * 2, (given["c_initial"] + 1, given["n_initial"] + 1, given["m_initial"] + 1)
 
     def call(*args: Tensor) -> Any:
-        return wrappers.wrap_chunkwise__arbitrary_sequence_length(
-            mlstm_siging_chunkwise, None, None, **dict(zip(NAMES, args, strict=True)), chunk_size=64
-        )
+        return wrap(mlstm_siging_chunkwise, None, None, **dict(zip(NAMES, args, strict=True)), chunk_size=64)
 
     args = draw(Sizes(S=64, DHHV=8))
-    with pytest.warns(UserWarning, match="the input gate must be exponential, got mlstm_siging_chunkwise"):
+    with pytest.warns(UserWarning, match=r"must be mlstm_kernels', got tests\..*mlstm_siging_chunkwise"):
         found = compiled(call)(*args)
     assert_close(flat(found), flat(call(*args)), 1e-6)
+
+
+TRITON = {
+    "mlstm_chunkwise__xl_chunk": "chunkwise.triton_xl_chunk.fwbw",
+    "mlstm_chunkwise__limit_chunk": "chunkwise.triton_limit_chunk.fwbw",
+    "mlstm_parallel__limit_headdim": "parallel.triton_limit_headdim.fwbw",
+    "mlstm_siging_chunkwise__xl_chunk": "chunkwise.triton_xl_chunk_siging.fwbw",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRITON)
+def test_triton_functions_become_operators_that_need_no_triton(name: str):
+    pytest.importorskip("triton", reason="needs the package triton")
+    fn, args = function(f"mlstm_kernels.torch.{TRITON[name]}", name), draw(Sizes(S=33), state=False)
+    doubles = [t.double() for t in args]
+    wanted = mlstm_sigmoid_chunkwise(*doubles)[0] if "siging" in name else exact(args)[0]
+    assert_close([compiled(fn)(*args)], [wanted], TOLERANCE[torch.float32])
+    assert taken(fn, *args).count("-> torch.ops.xlstm") == 1
+
+
+@pytest.mark.slow
+def test_the_triton_step_becomes_an_operator():
+    pytest.importorskip("triton", reason="needs the package triton")
+    fn = function("mlstm_kernels.torch.recurrent.triton_step", "mlstm_recurrent_step__triton")
+    native = function("mlstm_kernels.torch.recurrent.native_step", "mlstm_recurrent_step__native")
+    q, k, v, igate, fgate, *state = draw(Sizes(S=1))
+    args = (q[:, :, 0], k[:, :, 0], v[:, :, 0], igate, fgate, *state)
+    assert_close(flat(compiled(fn)(*args)), flat(native(*args)), PEER_TOLERANCE)
 
 
 # --- xlstm ---

@@ -65,10 +65,15 @@ RULES = (
               "mlstm_chunkwise_kernel"),
     _sequence(_MK + ".chunkwise.native.fwbw", "mlstm_chunkwise__native_autograd", _MK_STREAMS),
     _sequence(_MK + ".chunkwise.native.fwbw", "mlstm_chunkwise__native_custbw", _MK_STREAMS),
+    _sequence(_MK + ".chunkwise.triton_xl_chunk.fwbw", "mlstm_chunkwise__xl_chunk", _MK_STREAMS),
+    _sequence(_MK + ".chunkwise.triton_limit_chunk.fwbw", "mlstm_chunkwise__limit_chunk", _MK_STREAMS),
+    _sequence(_MK + ".parallel.triton_limit_headdim.fwbw", "mlstm_parallel__limit_headdim", _MK_STREAMS),
+    _sigmoid(_MK + ".chunkwise.triton_xl_chunk_siging.fwbw", "mlstm_siging_chunkwise__xl_chunk"),
     _sigmoid(_MK + ".parallel.native_siging.fwbw", "mlstm_siging_parallel__native_autograd"),
     _sigmoid(_MK + ".parallel.native_siging.fwbw", "mlstm_siging_parallel__native_custbw"),
     _sequence(_MK + ".recurrent.native_sequence", "mlstm_recurrent_sequence__native_fw", _MK_STREAMS, "dtype_state"),
     _token(_MK + ".recurrent.native_step", "mlstm_recurrent_step__native", _MK_STREAMS + " c n m"),
+    _token(_MK + ".recurrent.triton_step", "mlstm_recurrent_step__triton", _MK_STREAMS + " c n m"),
     Rule(_BLOCKS, "parallel_stabilized_simple", functions.xlstm_parallel, "queries keys values " + _GATES, (4,) * 5, 3,
          ("eps", "stabilize_rowwise")),
     Rule(_BLOCKS, "recurrent_step_stabilized_simple", functions.xlstm_token, f"q k v {_GATES} c_state n_state m_state",
@@ -108,12 +113,22 @@ def refusal(rule: Rule, infos: Sequence[TensorInfo], conditions: Mapping[str, An
     return _other_recurrence(conditions.get("mlstm_chunkwise_kernel"), conditions.get("pointwise_forward"))
 
 
+def sigmoid_gate(kernel: Any) -> bool | None:
+    """Return whether a chunkwise kernel with a sigmoid input gate normalises h, or None for one with another gate."""
+    options: Mapping[str, Any] = {}
+    while isinstance(kernel, functools.partial):
+        options, kernel = {**kernel.keywords, **options}, kernel.func
+    if "siging" not in getattr(kernel, "__name__", ""):
+        return None
+    return bool(options.get("normalize", True))
+
+
 def _other_recurrence(kernel: Any, pointwise: Any) -> str | None:
     """Return why an argument selects another recurrence, or None."""
     while isinstance(kernel, functools.partial):
         kernel = kernel.func
-    if "siging" in getattr(kernel, "__name__", ""):
-        return f"the input gate must be exponential, got {kernel.__name__}"
+    if sigmoid_gate(kernel) is not None and not kernel.__module__.startswith("mlstm_kernels."):
+        return f"a kernel with a sigmoid input gate must be mlstm_kernels', got {kernel.__module__}.{kernel.__name__}"
     if pointwise is not None and not pointwise.__module__.endswith(".slstm"):
         return f"pointwise_forward must be the sLSTM's, got that of {pointwise.__module__}"
     return None

@@ -19,11 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from torch_xlstm_ops.patch.upstream_functions import mlstm_sigmoid_inference
 from torch_xlstm_ops.runtime import torch_internals
 from torch_xlstm_ops.runtime.import_hook import when_imported
 
 from . import rules
 from .rules import Rule, TensorInfo, refusal
+
+KERNEL = "mlstm_chunkwise_kernel"  # the argument of functions that wrap a kernel
 
 
 class Finding(NamedTuple):
@@ -66,10 +69,16 @@ def _replaces(index: int, infos: tuple[TensorInfo, ...], conditions: tuple[objec
     return reason is None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _sigmoid_gate(kernel: Any) -> bool | None:
+    return rules.sigmoid_gate(kernel)
+
+
 def _substitute(index: int, original: types.FunctionType) -> Callable[..., Any]:
     """Return the function that Dynamo traces for a call of `original`."""
     rule = rules.RULES[index]
     adapter, tensors, conditions = rule.adapter, tuple(rule.tensors.split()), rule.conditions
+    wraps = KERNEL in conditions
     parameters = inspect.signature(original).parameters
     names = tuple(parameters)
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
@@ -85,6 +94,9 @@ def _substitute(index: int, original: types.FunctionType) -> Callable[..., Any]:
             infos = tuple(None if t is None else (t.dtype, t.dim()) for t in taken)
             others = tuple("a tensor" if isinstance(given[n], torch.Tensor) else given[n] for n in conditions)
             if _replaces(index, infos, others):
+                normalize = _sigmoid_gate(given[KERNEL]) if wraps else None
+                if normalize is not None:
+                    return mlstm_sigmoid_inference(taken, {**given, "normalize": normalize})
                 return adapter(taken, given)
         return copy(*args, **kwargs)
 

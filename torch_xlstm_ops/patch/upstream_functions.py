@@ -41,6 +41,13 @@ def mlstm_sigmoid_sequence(t: Sequence[Any], given: Given) -> Any:
     return (h, tuple(state)) if given["return_last_states"] else h
 
 
+def mlstm_sigmoid_inference(t: Sequence[Any], given: Given) -> Any:
+    """Run what `mlstm_sigmoid_sequence` does where callers take a state c, n, m; m is zero."""
+    h, (c, n) = mlstm_sigmoid(*t, normalize=given["normalize"], eps=given["eps"])
+    state = _in(given.get("dtype_state"), (c, n, c.new_zeros((*n.shape[:2], 1))))
+    return (h, tuple(state)) if given["return_last_states"] else h
+
+
 def xlstm_parallel(t: Sequence[Any], given: Given) -> Tensor:
     """Run q, k, v (B, NH, S, DH) and gates (B, NH, S, 1) the layouts of xlstm's blocks."""
     q, k, v, igate, fgate = t
