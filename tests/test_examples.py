@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent.parent / "torch_xlstm_ops/docs/examples"
 NEEDS = {
     "patch_transformers": "transformers", "compile_backend": "transformers", "export": "transformers",
     "padded_prompts": "transformers", "long_prompt": "transformers", "chat": "transformers", "ray_workers": "ray",
-    "forecasting": "tirex",
+    "forecasting": "tirex", "beam_search": "transformers", "triton_names": "mlstm_kernels triton",
 }
 NEAR = 1e-3  # for logits in float32
 
@@ -23,9 +23,9 @@ NEAR = 1e-3  # for logits in float32
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_runs(path, tmp_path):
-    package = NEEDS.get(path.stem, "torch")
-    if find_spec(package) is None:
-        pytest.skip(f"needs the package {package}")
+    for package in NEEDS.get(path.stem, "torch").split():
+        if find_spec(package) is None:
+            pytest.skip(f"needs the package {package}")
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[2])}
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=500, cwd=tmp_path,
                           env=environment)

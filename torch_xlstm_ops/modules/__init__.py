@@ -1,5 +1,6 @@
 """Modules of torch.nn's shape on the operators."""
 
 from torch_xlstm_ops.modules.recurrent import xLSTM
+from torch_xlstm_ops.modules.stacks import xLSTMStack
 
-__all__ = ["xLSTM"]
+__all__ = ["xLSTM", "xLSTMStack"]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_xlstm_ops.maths.shapes import MLSTMState, SLSTMState
-from torch_xlstm_ops.modules import sequences, weights
+from torch_xlstm_ops.modules import sequences, stacks, weights
 from torch_xlstm_ops.modules.blocks import MLSTMBlock, RMSNorm, SLSTMLayer
+from torch_xlstm_ops.modules.stacks import xLSTMStack
 
 KINDS: dict[str, type[MLSTMState] | type[SLSTMState]] = {"mlstm": MLSTMState, "slstm": SLSTMState}
 
@@ -108,17 +109,20 @@ class xLSTM(nn.Module):
         return list(zip(*parts, strict=True))
 
     @classmethod
-    def from_model(cls, model: nn.Module, *, batch_first: bool = True) -> xLSTM:
-        """Return a module with a copy of the blocks and the norm of a model of transformers or of xlstm_large.
+    def from_model(cls, model: nn.Module, *, batch_first: bool = True) -> xLSTM | xLSTMStack:
+        """Return a module with a copy of the blocks and the norm of a model of transformers or xlstm.
 
-        model: xLSTMModel, xLSTMForCausalLM, xLSTMLarge or its block stack. The module maps embeddings to the last
+        model: xLSTMModel, xLSTMForCausalLM, xLSTMLarge or its block stack; of xlstm's xLSTMBlockStack and xLSTMLMModel,
+        whose layers have convolutions and may differ in kind, an `xLSTMStack`. The module maps embeddings to the last
         hidden states. Raises ValueError for another model.
         """
+        if stacks.is_stack(model):
+            return stacks.from_stack(model, batch_first=batch_first)
         options, state_dict = weights.of(model)
-        module = cls(**options, batch_first=batch_first)
-        module.load_state_dict(state_dict)
         like = next(iter(state_dict.values()))
-        return module.to(like.device, like.dtype)
+        module = cls(**options, batch_first=batch_first, device=like.device, dtype=like.dtype)
+        module.load_state_dict(state_dict)
+        return module
 
     def extra_repr(self) -> str:
         """Return the sizes."""
