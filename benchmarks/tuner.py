@@ -20,11 +20,11 @@ import torch
 
 from benchmarks.timing import machine, save
 from torch_xlstm_ops.config import Schedule
+from torch_xlstm_ops.maths.intervals import Interval
 from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.schedules.machine import machine as machine_of
 from torch_xlstm_ops.tune import bench, plots, samplers, space, study, workloads
 from torch_xlstm_ops.tune.bench import Measured
-from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.records import Record
 from torch_xlstm_ops.tune.search import Goal, Result, Search
 from torch_xlstm_ops.tune.space import Candidate, Key

@@ -17,10 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torch_xlstm_ops.maths.intervals import INTERVAL_ROUNDS, Interval, median, product
 from torch_xlstm_ops.schedules.plan import Machine, Shape
 from torch_xlstm_ops.tune import measure, samplers
 from torch_xlstm_ops.tune.bench import Measured
-from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.records import Outcome, Record, from_json
 from torch_xlstm_ops.tune.search import BudgetTooShort, Goal, Search
 from torch_xlstm_ops.tune.space import Candidate, EmptySpace, Limits, Space
@@ -117,23 +117,23 @@ def test_an_empty_space_says_so(rows: int, tokens: int, limits: Limits) -> None:
 
 def test_the_interval_of_a_median_is_not_moved_by_one_slow_round() -> None:
     times = [10.0 + 0.01 * i for i in range(20)]
-    found = measure.median([*times[:-1], 1000.0])
+    found = median([*times[:-1], 1000.0])
     assert found.low <= found.value <= found.high < 11
-    assert measure.median(times[:5]).high == math.inf
+    assert median(times[:5]).high == math.inf
 
 
 @given(st.integers(0, 1000))
 def test_nineteen_intervals_of_twenty_hold_the_median(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(200, 25, generator=generator).tolist()
-    held = sum(i.low <= 0.5 <= i.high for i in map(measure.median, draws))
+    held = sum(i.low <= 0.5 <= i.high for i in map(median, draws))
     assert held >= 176  # of 200: 190 expected, and 4.5 deviations
 
 
 def test_measuring_goes_on_until_it_is_precise_or_the_time_is_up() -> None:
     clocks = [lambda: 1.0, lambda: 2.0]
     taken = measure.turns(clocks, measure.until(60, lambda taken: measure.ratios(taken).relative < 0.02))
-    assert [len(times) for times in taken] == [measure.INTERVAL_ROUNDS] * 2
+    assert [len(times) for times in taken] == [INTERVAL_ROUNDS] * 2
     assert measure.ratios(taken) == (2.0, 2.0, 2.0)
     assert len(measure.turns(clocks, measure.until(0, lambda taken: False))[0]) == measure.MIN_ROUNDS
 
@@ -146,9 +146,9 @@ def test_turns_are_taken_forth_and_back() -> None:
 
 
 def test_several_workloads_give_the_weighted_mean_of_speeds() -> None:
-    sure = measure.product([(Interval(4.0, 4.0, 4.0), 1.0), (Interval(1.0, 1.0, 1.0), 1.0)])
+    sure = product([(Interval(4.0, 4.0, 4.0), 1.0), (Interval(1.0, 1.0, 1.0), 1.0)])
     assert sure == pytest.approx((2.0, 2.0, 2.0))
-    unsure = measure.product([(Interval(2.0, 0.0, math.inf), 1.0)])
+    unsure = product([(Interval(2.0, 0.0, math.inf), 1.0)])
     assert unsure.value == pytest.approx(2.0)
     assert (unsure.low, unsure.high) == (0.0, math.inf)
 

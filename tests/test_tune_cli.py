@@ -18,11 +18,11 @@ from torch_xlstm_ops.api import mlstm_chunkwise
 from torch_xlstm_ops.cli.commands import tune as command
 from torch_xlstm_ops.cli.tuning import search
 from torch_xlstm_ops.config import tuned_plans
+from torch_xlstm_ops.maths.intervals import Interval
 from torch_xlstm_ops.models import DEMO_MODEL
 from torch_xlstm_ops.ops.mlstm import dispatch
 from torch_xlstm_ops.tune import bench, workloads
 from torch_xlstm_ops.tune.bench import Measured
-from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.space import Candidate
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ import optuna
 import pytest
 
 from tests.test_tune import Table, search, space
+from torch_xlstm_ops.maths.intervals import Interval
 from torch_xlstm_ops.tune import ablate, plots, report
 from torch_xlstm_ops.tune.bench import Measured
-from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.records import Outcome, Record, Timing
 from torch_xlstm_ops.tune.space import Candidate
 from torch_xlstm_ops.tune.study import open_store

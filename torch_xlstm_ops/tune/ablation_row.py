@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch_xlstm_ops.tune.measure import in_words
+from torch_xlstm_ops.maths.intervals import in_words
 from torch_xlstm_ops.tune.space import Value
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops import config, trace
+from torch_xlstm_ops.maths.intervals import Interval, median, product
 from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.tune import measure
-from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.records import Timing
 from torch_xlstm_ops.tune.space import Candidate, Space
 from torch_xlstm_ops.tune.workloads import Workload, check
@@ -64,7 +64,7 @@ class Timed:
         share = seconds / len(self._workloads)
         found = [self._compare(w, challenger, best, share, e) for w, e in zip(self._workloads, errors, strict=True)]
         weights = [workload.weight for workload in self._workloads]
-        speed = measure.product([(interval, weight) for (interval, _), weight in zip(found, weights, strict=True)])
+        speed = product([(interval, weight) for (interval, _), weight in zip(found, weights, strict=True)])
         peak = devices.memory(self._space.device).peak
         return Measured(speed, tuple(timing for _, timing in found), warm_up, peak)
 
@@ -81,16 +81,16 @@ class Timed:
         clocks = [self._clock(candidate, workload) for candidate in (challenger, best) if candidate is not None]
 
         def precise(taken: list[list[float]]) -> bool:
-            found = measure.median(taken[0]) if best is None else measure.ratios(taken)
+            found = median(taken[0]) if best is None else measure.ratios(taken)
             return found.relative < self._precision
 
         taken = measure.turns(clocks, measure.until(seconds, precise))
-        own = measure.median(taken[0])
+        own = median(taken[0])
         ratio = Interval(1.0, 1.0, 1.0) if best is None else measure.ratios(taken)
         timing = Timing(
             workload=workload.name, phase=workload.phase, weight=workload.weight, tokens=workload.tokens,
             rounds=len(taken[0]), median_ms=own.value, low_ms=finite(own.low), high_ms=finite(own.high),
-            best_so_far_ms=None if best is None else measure.median(taken[1]).value,
+            best_so_far_ms=None if best is None else median(taken[1]).value,
             times_as_fast=None if best is None else ratio.value,
             tokens_per_second=workload.tokens / own.value * 1e3, error=error,
         )

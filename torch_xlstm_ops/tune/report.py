@@ -10,9 +10,9 @@ from typing import Any
 
 import optuna
 
+from torch_xlstm_ops.maths.intervals import bounds, in_words
 from torch_xlstm_ops.runtime import files
 from torch_xlstm_ops.tune import plots, study
-from torch_xlstm_ops.tune.measure import bounds, in_words
 from torch_xlstm_ops.tune.records import Outcome, Record, measured
 
 PAGE = "report.html"

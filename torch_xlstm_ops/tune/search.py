@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import optuna
 
+from torch_xlstm_ops.maths.intervals import Interval
 from torch_xlstm_ops.tune import bench, samplers
-from torch_xlstm_ops.tune.measure import Interval
 from torch_xlstm_ops.tune.records import Files, Outcome, Record, Timing
 from torch_xlstm_ops.tune.space import Candidate, Key, Space
 from torch_xlstm_ops.tune.study import (

@@ -17,11 +17,11 @@ from torch_xlstm_ops.cli.shared.table import aligned
 from torch_xlstm_ops.cli.tuning import model_phases
 from torch_xlstm_ops.cli.tuning.request import MODEL_PHASES, TuneRequest
 from torch_xlstm_ops.config import tuned_plans
+from torch_xlstm_ops.maths.intervals import in_words
 from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.schedules.defaults import STEP_TOKENS
 from torch_xlstm_ops.schedules.machine import machine
 from torch_xlstm_ops.tune import bench, publish, space, study, workloads
-from torch_xlstm_ops.tune.measure import in_words
 from torch_xlstm_ops.tune.records import Outcome, Record
 from torch_xlstm_ops.tune.search import Goal, Result, Search
 
