@@ -15,7 +15,7 @@ import pytest
 from expecttest import assert_expected_inline
 
 from torch_xlstm_ops import config
-from torch_xlstm_ops.config import Config, Schedule, SLSTMSchedule
+from torch_xlstm_ops.config import Config, Schedule, SLSTMSchedule, Tune
 
 # A value of each setting for each source, and what it means.
 SAMPLES = {
@@ -33,6 +33,7 @@ SAMPLES = {
     "slstm_schedule": ("parallel", SLSTMSchedule.PARALLEL),
     "kernels": ("off", "off"),
     "cuda_graphs": ("off", "off"),
+    "tune": ("thompson", Tune.THOMPSON),
 }
 needs_toml = pytest.mark.skipif(
     sys.version_info < (3, 11) and importlib.util.find_spec("tomli") is None, reason="tomli is not installed"
@@ -209,10 +210,10 @@ def test_unknown_names_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         error(config.use(trace="a.csv").__enter__),
     ]
     assert_expected_inline("\n".join(messages), """\
-an XLSTM_OPS_* variable must be one of XLSTM_OPS_CHUNK_SIZE, XLSTM_OPS_CONFIG, XLSTM_OPS_CUDA_GRAPHS, XLSTM_OPS_HEADS_PER_BAND, XLSTM_OPS_KERNELS, XLSTM_OPS_MEM_FRACTION, XLSTM_OPS_PATCH, XLSTM_OPS_RAY_ADDRESS, XLSTM_OPS_SCHEDULE, XLSTM_OPS_SEGMENT, XLSTM_OPS_SLSTM_SCHEDULE, XLSTM_OPS_STREAMS, XLSTM_OPS_TRACE, XLSTM_OPS_TUNED, XLSTM_OPS_WINDOW, XLSTM_OPS_WORKERS, got XLSTM_OPS_WORKER
+an XLSTM_OPS_* variable must be one of XLSTM_OPS_CHUNK_SIZE, XLSTM_OPS_CONFIG, XLSTM_OPS_CUDA_GRAPHS, XLSTM_OPS_HEADS_PER_BAND, XLSTM_OPS_KERNELS, XLSTM_OPS_MEM_FRACTION, XLSTM_OPS_PATCH, XLSTM_OPS_RAY_ADDRESS, XLSTM_OPS_SCHEDULE, XLSTM_OPS_SEGMENT, XLSTM_OPS_SLSTM_SCHEDULE, XLSTM_OPS_STREAMS, XLSTM_OPS_TRACE, XLSTM_OPS_TUNE, XLSTM_OPS_TUNED, XLSTM_OPS_WINDOW, XLSTM_OPS_WORKERS, got XLSTM_OPS_WORKER
 XLSTM_MEM_SOFT_PCT and XLSTM_MEM_HARD_PCT must agree, as both mean XLSTM_OPS_MEM_FRACTION, got 0.85 and 0.92
-a flag must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, ray_address, tuned, slstm_schedule, kernels, cuda_graphs, got worker
-a field of config.use must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, ray_address, tuned, slstm_schedule, kernels, cuda_graphs, got worker
+a flag must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, ray_address, tuned, slstm_schedule, kernels, cuda_graphs, tune, got worker
+a field of config.use must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, ray_address, tuned, slstm_schedule, kernels, cuda_graphs, tune, got worker
 a field of config.use must not be trace, which is process-wide: use trace.record(FILE)""")  # noqa: E501
 
 
@@ -241,9 +242,9 @@ def test_bad_files_are_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     messages.append(error(config.reload))
     assert_expected_inline("\n".join(messages).replace(str(tmp_path), "DIR"), """\
 XLSTM_OPS_CONFIG = DIR/ops.toml must be a readable TOML file, got No such file or directory
-a key in DIR/ops.toml must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, ray_address, tuned, slstm_schedule, kernels, cuda_graphs, got worker
+a key in DIR/ops.toml must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, ray_address, tuned, slstm_schedule, kernels, cuda_graphs, tune, got worker
 workers in DIR/ops.toml must be a whole number of at least 1, got '2'
-a key in DIR/ops.toml must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, ray_address, tuned, slstm_schedule, kernels, cuda_graphs, got queued
+a key in DIR/ops.toml must be one of schedule, chunk_size, segment, heads_per_band, workers, streams, window, trace, mem_fraction, ray_address, tuned, slstm_schedule, kernels, cuda_graphs, tune, got queued
 XLSTM_OPS_CONFIG = DIR/ops.toml must be a TOML file, got: Expected '=' after a key in a key/value pair (at line 1, column 9)
 XLSTM_OPS_CONFIG = DIR/ops.toml must be a TOML file, got: 'utf-8' codec can't decode byte 0xff in position 9: invalid start byte
 XLSTM_OPS_CONFIG = DIR/ops.toml must be a TOML file, got: 1073741824 bytes, more than 1048576
@@ -276,4 +277,5 @@ def test_the_readme_table_shows_every_setting() -> None:
 | `XLSTM_OPS_TUNED` | `--tuned` | `tuned` | on, off, or a file name ending in .json | whether auto uses what `xlstm-ops tune` found, and where that is kept |  |
 | `XLSTM_OPS_SLSTM_SCHEDULE` | `--slstm-schedule` | `slstm_schedule` | one of auto, sequential, parallel | how an sLSTM sequence is executed |  |
 | `XLSTM_OPS_KERNELS` | `--kernels` | `kernels` | on, off, or the path of a folder | whether compiled kernels are kept for later processes, and where |  |
-| `XLSTM_OPS_CUDA_GRAPHS` | `--cuda-graphs` | `cuda_graphs` | on or off | whether small calls that come often on CUDA are replayed as graphs |  |""")  # noqa: E501
+| `XLSTM_OPS_CUDA_GRAPHS` | `--cuda-graphs` | `cuda_graphs` | on or off | whether small calls that come often on CUDA are replayed as graphs |  |
+| `XLSTM_OPS_TUNE` | `--tune` | `tune` | one of off, online, ucb, thompson, boltzmann, cfc | whether auto also tries other plans while it is used, and how it chooses |  |""")  # noqa: E501

@@ -46,6 +46,24 @@ class SLSTMSchedule(str, Enum):
         return str(self.value)
 
 
+class Tune(str, Enum):
+    """Whether plans are tuned while the operators are used.
+
+    off: no. online: by the policy that loses least time in `benchmarks.online`. ucb, thompson, boltzmann, cfc: by one
+    of the policies, for comparison.
+    """
+
+    OFF = "off"
+    ONLINE = "online"
+    UCB = "ucb"
+    THOMPSON = "thompson"
+    BOLTZMANN = "boltzmann"
+    CFC = "cfc"
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Values of all settings; None leaves the choice to the plan."""
@@ -64,6 +82,7 @@ class Config:
     slstm_schedule: SLSTMSchedule = SLSTMSchedule.AUTO
     kernels: str = "on"
     cuda_graphs: str = "on"
+    tune: Tune = Tune.OFF
 
 
 class Kind(NamedTuple):
@@ -134,6 +153,7 @@ TUNED = Kind("on, off, or a file name ending in .json", str,
 KERNELS = Kind("on, off, or the path of a folder", str,
                lambda v: isinstance(v, str) and (v in ("on", "off") or os.path.dirname(v) != ""), textual=True)
 ON_OFF = Kind("on or off", str, lambda v: v in ("on", "off"), textual=True)
+TUNE = Kind("one of " + ", ".join(Tune), Tune, lambda v: isinstance(v, Tune), textual=True)
 ADDRESS = Kind("auto or HOST:PORT", str, lambda v: isinstance(v, str) and (v == "auto" or _is_address(v)), textual=True)
 
 SETTINGS: Mapping[str, Setting] = {
@@ -156,6 +176,7 @@ SETTINGS: Mapping[str, Setting] = {
         Setting("slstm_schedule", SLSTM_SCHEDULE, "NAME", "how an sLSTM sequence is executed"),
         Setting("kernels", KERNELS, "FOLDER", "whether compiled kernels are kept for later processes, and where"),
         Setting("cuda_graphs", ON_OFF, "on|off", "whether small calls that come often on CUDA are replayed as graphs"),
+        Setting("tune", TUNE, "NAME", "whether auto also tries other plans while it is used, and how it chooses"),
     )
 }
 

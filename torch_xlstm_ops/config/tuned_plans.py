@@ -170,18 +170,21 @@ def checked(entry: object, where: str) -> Settings:
     return MappingProxyType(found)
 
 
-def store(path: Path, changes: Mapping[str, Any], *, replace_damaged: bool = False) -> None:
+def store(
+    path: Path, changes: Mapping[str, Any], *, replace_damaged: bool = False, wait: float = files.LOCK_WAIT_S
+) -> None:
     """Merge entries into a file, all or none, as the only writer of all threads and processes.
 
     changes: entries by `CallKind`; None removes one.
     replace_damaged: replace a file that is not one of tuned plans; default false. One of a newer version is kept.
+    wait: seconds to wait for the lock, default 30.
 
     Raises ValueError for an existing file that is not replaced, OSError if the file cannot be written, TimeoutError if
-    another process holds the lock for long.
+    another process holds the lock for longer than `wait`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     target = path.resolve()
-    with files.locked(target.with_name(f".{target.name}.lock")):
+    with files.locked(target.with_name(f".{target.name}.lock"), wait):
         merged = {**_existing(target, replace_damaged), **changes}
         kept = {key: entry for key, entry in sorted(merged.items()) if entry is not None}
         with files.replacing(target) as file:

@@ -74,12 +74,19 @@ def get(
 @on_reset
 def clear() -> None:
     """Drop every callable; the next call compiles again, or loads from Inductor's cache on disk."""
+    global _obtained
+    _obtained = 0
     _callables.clear()
     _families.clear()
     for reference in list(_holders):
         forget = reference()
         if forget is not None:
             forget()
+
+
+def obtained() -> int:
+    """Return how many callables were compiled or loaded so far: it differs after a call that had to wait for one."""
+    return _obtained
 
 
 def forget_with(forget: Callable[[], None]) -> None:
@@ -121,6 +128,7 @@ class _Family:
 _Key = tuple[Any, ...]
 _callables: BoundedCache[_Key, RawCallable] = BoundedCache(CAPACITY)  # by every size
 _families: BoundedCache[_Key, _Family] = BoundedCache(CAPACITY)  # by the fixed sizes
+_obtained = 0  # callables compiled or loaded since `clear`
 _holders: list[weakref.WeakMethod[Callable[[], None]]] = []  # methods that `clear` calls
 _compiling = forks.new_rlock()  # Inductor's options are global in some versions of torch
 _compiling_thread: int | None = None
@@ -151,6 +159,8 @@ def _obtain(
     fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], how: _How
 ) -> tuple[RawCallable, _Admits]:
     """Return what an earlier process compiled and kept; else compile, and keep it for later ones."""
+    global _obtained
+    _obtained += 1
     store = kernel_store.chosen()
     wanted = None if store is None else kernel_store.request(
         fn, axes, args, _traced_at(free), how.options(args[0].device), INLINED

@@ -13,7 +13,7 @@ from torch_xlstm_ops.config import Schedule
 from torch_xlstm_ops.kernels.mlstm import Kernels, kernels
 from torch_xlstm_ops.ops.call_cache import CallCache
 from torch_xlstm_ops.ops.mlstm.arguments import Gradients, split
-from torch_xlstm_ops.schedules import plan, tuned
+from torch_xlstm_ops.schedules import online, plan, tuned
 from torch_xlstm_ops.schedules.machine import machine
 
 
@@ -21,7 +21,7 @@ class Dispatch(NamedTuple):
     """How a checked call is carried out."""
 
     plan: plan.Plan
-    schedule: ModuleType
+    schedule: ModuleType | online.TunedSchedule
     kernels: Kernels
 
 
@@ -50,17 +50,20 @@ def _find(tensors: Sequence[Tensor | None], cfg: config.Config, eps: float, trai
     if len(tensors) > 8:
         Gradients(*tensors[8:]).check(arguments.streams)  # type: ignore[arg-type]
     q, v = arguments.streams.q, arguments.streams.v
-    B, NH, S, DHQK = q.shape
+    device, (B, NH, S, DHQK) = q.device, q.shape
     shape = plan.Shape(B * NH, S, DHQK, v.shape[-1])
-    strict = cfg.schedule in (Schedule.INDUCTOR, Schedule.QUEUED)
-    cfg = tuned.apply_tuned(cfg, shape, q.device, q.dtype, training=training)
-    planned = plan.make(
-        shape, q.device.type, cfg, machine(q.device, cfg.schedule), gradient=len(tensors) > 8
-    )
-    release_gil = q.device.type == "cpu" and planned.threaded
-    return Dispatch(
-        planned, schedules.load(planned.schedule, q.device), kernels(eps, release_gil=release_gil, strict=strict)
-    )
+    strict, gradient = cfg.schedule in (Schedule.INDUCTOR, Schedule.QUEUED), len(tensors) > 8
+
+    def carry_out(cfg: config.Config) -> Dispatch:
+        planned = plan.make(shape, device.type, cfg, machine(device, cfg.schedule), gradient=gradient)
+        release_gil = device.type == "cpu" and planned.threaded
+        return Dispatch(
+            planned, schedules.load(planned.schedule, device), kernels(eps, release_gil=release_gil, strict=strict)
+        )
+
+    asked, cfg = cfg, tuned.apply_tuned(cfg, shape, device, q.dtype, training=training)
+    call, use = carry_out(cfg), online.Use(shape, device, q.dtype, training, gradient)
+    return call._replace(schedule=online.schedule(call, asked, cfg, use, carry_out))
 
 
 _cache = CallCache(_find)

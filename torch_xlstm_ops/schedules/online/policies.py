@@ -1,0 +1,102 @@
+"""The policies: which plan the next call tries, by what is known of all plans."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+
+from torch_xlstm_ops.config import Tune
+from torch_xlstm_ops.schedules.online.estimates import View
+
+EXPLORATION = 1.0  # standard deviations of a mean in the upper confidence bound, times sqrt(2 log calls)
+PRIOR_DEVIATION = 0.15  # of the logarithm of a plan's speed, before it is tried
+TEMPERATURE = 0.02  # of the logarithm of a plan's speed: 2% slower is chosen 1/e as often
+
+
+class Policy:
+    """Chooses a plan for each call; one object for each controller, called under its lock."""
+
+    name = ""
+
+    def choose(self, view: View, draws: random.Random) -> int:
+        """Return one of `view.allowed`; the best so far explores nothing."""
+        raise NotImplementedError
+
+    def observe(self, plan: int, gain: float, view: View) -> None:
+        """Take note of an observation, for policies that keep more than discounted means.
+
+        gain: logarithm of how many times as fast as the best so far the plan was.
+        """
+
+    def lead(self, plan: int, gain: float) -> None:
+        """Take note that a plan became the best so far, as many times as fast as the one before; by its logarithm."""
+
+
+class UCB(Policy):
+    """Chooses the highest upper confidence bound of discounted means (D-UCB). Source: arXiv:0805.3415."""
+
+    name = "ucb"
+
+    def choose(self, view: View, draws: random.Random) -> int:
+        untried = _untried(view)
+        if untried is not None:
+            return untried
+        total = sum(found.trials for found in view.estimates)
+        width = EXPLORATION * view.deviation * math.sqrt(2 * math.log(max(total, math.e)))
+
+        def bound(plan: int) -> float:
+            found = view.estimates[plan]
+            return found.mean + width / math.sqrt(found.trials)
+
+        return max(view.allowed, key=bound)
+
+
+class Thompson(Policy):
+    """Draws a speed of each plan from its posterior, and chooses the highest."""
+
+    name = "thompson"
+
+    def choose(self, view: View, draws: random.Random) -> int:
+        prior = (view.deviation / PRIOR_DEVIATION) ** 2  # in observations
+
+        def draw(plan: int) -> float:
+            found = view.estimates[plan]
+            held = found.trials + prior
+            return draws.gauss(found.mean * found.trials / held, view.deviation / math.sqrt(held))
+
+        return max(view.allowed, key=draw)
+
+
+class Boltzmann(Policy):
+    """Draws a plan with probability proportional to exp(mean / temperature)."""
+
+    name = "boltzmann"
+
+    def choose(self, view: View, draws: random.Random) -> int:
+        untried = _untried(view)
+        if untried is not None:
+            return untried
+        weights = [math.exp(min(view.estimates[plan].mean, 0.5) / TEMPERATURE) for plan in view.allowed]
+        return draws.choices(view.allowed, weights)[0]
+
+
+def _untried(view: View) -> int | None:
+    """Return the first plan that was never tried and may be."""
+    return next((p for p in view.allowed if p != view.leader and not view.estimates[p].trials), None)
+
+
+def _cfc() -> Policy:
+    from torch_xlstm_ops.schedules.online.cfc import CfC
+
+    return CfC()
+
+
+_MAKERS: Mapping[Tune, Callable[[], Policy]] = {
+    Tune.ONLINE: Thompson, Tune.UCB: UCB, Tune.THOMPSON: Thompson, Tune.BOLTZMANN: Boltzmann, Tune.CFC: _cfc,
+}
+
+
+def make(tune: Tune) -> Policy:
+    """Return a new policy of a name; `online` is the one that loses least time in `benchmarks.online`."""
+    return _MAKERS[tune]()
