@@ -14,7 +14,7 @@ from torch_xlstm_ops.schedules.online.budget import Budget
 from torch_xlstm_ops.schedules.online.estimates import HALF_LIFE, Estimates, View
 from torch_xlstm_ops.schedules.online.policies import Policy
 
-MARGIN = 1.01  # times as fast as the best so far that a plan must be to replace it
+MARGIN = 1.01  # times as fast as the best so far that a plan must be, with 95% confidence, to replace it
 UNKNOWN_LOSS = 1.0  # of a call's time, assumed for a plan that was never tried
 WINDOW = 24  # pairs of times that an interval is taken of
 FAST, SLOW = 0.2, 0.01  # weight of a call in the present time of the best so far, and in the long run
@@ -191,7 +191,7 @@ class Controller:
         self.policy.observe(arm, gain, self._view((arm, self.leader)))
         self._pairs[arm].append(beside / each)
         found = median(self._pairs[arm])
-        if found.low <= 1 or found.value < MARGIN:
+        if found.low <= MARGIN:
             return None
         pairs, former = len(self._pairs[arm]), self.leader
         assert pairs >= INTERVAL_ROUNDS

@@ -69,7 +69,7 @@ class Thompson(Policy):
 
 
 class Boltzmann(Policy):
-    """Draws a plan with probability proportional to exp(mean / temperature)."""
+    """Draws a plan with probability proportional to exp(mean / temperature); an old mean approaches that of the best."""
 
     name = "boltzmann"
 
@@ -77,8 +77,12 @@ class Boltzmann(Policy):
         untried = _untried(view)
         if untried is not None:
             return untried
-        weights = [math.exp(min(view.estimates[plan].mean, 0.5) / TEMPERATURE) for plan in view.allowed]
-        return draws.choices(view.allowed, weights)[0]
+
+        def weight(plan: int) -> float:
+            found = view.estimates[plan]
+            return math.exp(min(found.mean * found.trials / (found.trials + 1), 0.5) / TEMPERATURE)
+
+        return draws.choices(view.allowed, [weight(plan) for plan in view.allowed])[0]
 
 
 def _untried(view: View) -> int | None:
