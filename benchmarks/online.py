@@ -29,7 +29,7 @@ from torch_xlstm_ops.schedules.online.budget import PART, Budget
 from torch_xlstm_ops.schedules.online.controller import Controller
 
 FILE = Path(__file__).parent / "results/replay/online.json"
-POLICIES = (Tune.UCB, Tune.THOMPSON, Tune.BOLTZMANN)
+POLICIES = (Tune.UCB, Tune.THOMPSON, Tune.BOLTZMANN, Tune.CFC)
 CALLS, SEEDS = 20_000, 5
 
 

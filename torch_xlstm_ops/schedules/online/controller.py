@@ -187,8 +187,8 @@ class Controller:
             return None
         beside = after if before is None else math.sqrt(before * after)
         gain = math.log(beside / each)
-        self._estimates.add(arm, gain, self._calls)
         self.policy.observe(arm, gain, self._view((arm, self.leader)))
+        self._estimates.add(arm, gain, self._calls)
         self._pairs[arm].append(beside / each)
         found = median(self._pairs[arm])
         if found.low <= MARGIN:
