@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import online_live
 from benchmarks.online_scenarios import SPIKE, SPIKES, Scenario, best_plans, scenarios
 from benchmarks.run import commit
 from benchmarks.timing import save
@@ -30,7 +31,7 @@ from torch_xlstm_ops.schedules.online.controller import Controller
 
 FILE = Path(__file__).parent / "results/replay/online.json"
 POLICIES = (Tune.UCB, Tune.THOMPSON, Tune.BOLTZMANN, Tune.CFC)
-CALLS, SEEDS = 20_000, 5
+CALLS, SEEDS = 40_000, 3
 
 
 def replay(scenario: Scenario, tune: Tune, seed: int, part: float = PART) -> tuple[float, float, int]:
@@ -105,8 +106,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
     if given.live is not None:
-        from benchmarks import online_live
-
         save(online_live.run(given.live, POLICIES), given.json)
         return
     whole = (given.calls, given.seeds) == (CALLS, SEEDS)

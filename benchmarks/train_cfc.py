@@ -60,7 +60,8 @@ def draw(generator: torch.Generator) -> Traces:
     noise = torch.exp(uniform(math.log(QUIETEST), math.log(LOUDEST), BATCH, 1))
     whole = torch.stack(true, 1)
     seen = whole + noise * torch.randn(*size, generator=generator)
-    return Traces(elapsed, whole / GAIN, seen / GAIN, torch.stack(load, 1) + 0.1 * torch.randn(*size, generator=generator))
+    loads = torch.stack(load, 1) + 0.1 * torch.randn(*size, generator=generator)
+    return Traces(elapsed, whole / GAIN, seen / GAIN, loads)
 
 
 def loss_of(cell: Cell, traces: Traces) -> Tensor:
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for step in range(given.steps):
         loss = loss_of(cell, draw(generator))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(cell.parameters(), 1.0)
         optimizer.step()
         schedule.step()

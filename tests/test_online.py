@@ -195,7 +195,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(policies, "make", lambda tune: InTurn())
     monkeypatch.setattr(learner, "Budget", lambda: Budget(100.0))
 
-    def few(*args: object) -> list[arms.Candidate]:
+    def few(*args: object, gradient: bool) -> list[arms.Candidate]:
         settings = {"schedule": Schedule.INDUCTOR, "heads_per_band": 1}
         return [arms.Candidate("default", {}), arms.Candidate("heads_per_band 1", settings)]
 

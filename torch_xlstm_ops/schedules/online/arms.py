@@ -30,17 +30,20 @@ class Candidate(NamedTuple):
     compiles: bool = False  # whether it needs kernels that the one in use does not
 
 
-def candidates(asked: Config, used: Config, shape: Shape, device: torch.device) -> list[Candidate]:
+def candidates(
+    asked: Config, used: Config, shape: Shape, device: torch.device, *, gradient: bool = False
+) -> list[Candidate]:
     """Return the plans for calls of a kind: the one in use, then those with its kernels, then those with others.
 
     asked: the configuration of the call. used: the same with what the tuner found. shape: the largest of the kind.
-    What the user set is not changed. Fewer than two plans mean that there is nothing to choose.
+    gradient: whether they compute one. What the user set is not changed. Fewer than two plans mean that there is
+    nothing to choose.
     """
     if asked.schedule is not Schedule.AUTO or shape.tokens <= STEP_TOKENS or not shape.rows:
         return []
 
     def planned(config: Config) -> Plan:
-        return plan.make(shape, device.type, config, machine(device, config.schedule))
+        return plan.make(shape, device.type, config, machine(device, config.schedule), gradient=gradient)
 
     base, plain = planned(used), planned(asked)
     if base.schedule not in (Schedule.INDUCTOR, Schedule.QUEUED):

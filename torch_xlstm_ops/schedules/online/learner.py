@@ -59,7 +59,7 @@ class Learner:
     def __init__(self, asked: Config, used: Config, use: Use) -> None:
         self._kind, self._tuned, self._device = use.kind, asked.tuned, use.device
         largest = use.shape._replace(rows=self._kind.rows, tokens=self._kind.tokens)
-        self.candidates = arms.candidates(asked, used, largest, use.device)
+        self.candidates = arms.candidates(asked, used, largest, use.device, gradient=use.gradient)
         seconds = arms.COMPILE_SECONDS.get(use.device.type, 10.0)
         self.controller = Controller(
             [Arm(c.name, seconds if c.compiles else 0.0) for c in self.candidates], policies.make(asked.tune),

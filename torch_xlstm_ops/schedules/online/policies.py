@@ -69,7 +69,7 @@ class Thompson(Policy):
 
 
 class Boltzmann(Policy):
-    """Draws a plan with probability proportional to exp(mean / temperature); an old mean approaches that of the best."""
+    """Draws a plan with probability proportional to exp(mean / temperature); an old mean approaches the best's."""
 
     name = "boltzmann"
 
