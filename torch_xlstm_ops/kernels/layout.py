@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_xlstm_ops.maths.mlstm import chunked, in_chunks
 from torch_xlstm_ops.runtime import compiler
+from torch_xlstm_ops.runtime.uncompiled import Uncompiled
 
 DEVICES = ("mps",)  # elsewhere nobody has measured it
 
@@ -30,4 +31,4 @@ def lay_out(streams: Sequence[Tensor], NC: int, L: int) -> list[Tensor] | None:
     axes = [("G S N D" if first else "G N S D")[:2 * t.dim() - 1] for t, first in zip(bases, tokens_first, strict=True)]
     args = [torch.empty(NC, L, dtype=torch.uint8, device=bases[0].device), *bases]
     run = compiler.get(chunked, ["NC L", *axes], args, join_in_place=True, tokens_first=tokens_first)
-    return None if isinstance(run, compiler.Uncompiled) else in_chunks(run(args), streams, NC, L)
+    return None if isinstance(run, Uncompiled) else in_chunks(run(args), streams, NC, L)

@@ -13,6 +13,7 @@ from torch_xlstm_ops.maths import mlstm
 from torch_xlstm_ops.maths.nonfinite import finite
 from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.runtime import compiler
+from torch_xlstm_ops.runtime.uncompiled import Uncompiled
 
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 Compiled = Callable[..., Run]  # from a function and its keywords to the compiled function
@@ -71,7 +72,7 @@ def _compiled(fn: compiler.PureFunction, *, strict: bool = False, **static: Any)
     """Return a function that compiles `fn` for the arguments it is called with."""
     def run(args: list[Tensor]) -> Sequence[Tensor]:
         call = compiler.get(fn, mlstm.AXES[fn], args, **static)
-        if strict and isinstance(call, compiler.Uncompiled):
+        if strict and isinstance(call, Uncompiled):
             raise RuntimeError("the schedule that was asked for needs compiled kernels, which cannot be compiled here "
                                f"({call.reason}): use schedule auto, or {call.advice}")
         return call(args)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch_xlstm_ops.patch.cache_states import is_written
 from torch_xlstm_ops.patch.traced import axes_of, traced
 from torch_xlstm_ops.runtime import compiler, devices, torch_internals
+from torch_xlstm_ops.runtime.uncompiled import Uncompiled
 
 EFFECT = "a token without gradients is one compiled call, in a block of unmodified modules without hooks"
 EFFECT_SMALL = "for a token without gradients on a GPU, one compiled call"
@@ -65,7 +66,7 @@ def soft_cap_call(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if type(cap_value) in (int, float) and _compiles_on_gpu(values) and values.is_contiguous() and not _observed():
             with devices.submission(values.device):
                 run = compiler.get(_capped, [axes_of(values)], [values], cap=float(cap_value))
-                if not isinstance(run, compiler.Uncompiled):
+                if not isinstance(run, Uncompiled):
                     return run([values])[0]
         return original(values, cap_value)
 

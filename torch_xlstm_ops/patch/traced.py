@@ -24,6 +24,7 @@ from torch_xlstm_ops.patch.replacements import MARK
 from torch_xlstm_ops.runtime import compiler, torch_internals
 from torch_xlstm_ops.runtime.bounded_cache import BoundedCache
 from torch_xlstm_ops.runtime.state import on_reset
+from torch_xlstm_ops.runtime.uncompiled import Uncompiled
 
 PLAIN = (nn.Linear, nn.SiLU, nn.Sigmoid)  # a trace reads only their tensors
 KINDS = 64  # of modules, whose traces are kept
@@ -78,7 +79,7 @@ class Traced:
             return None
         axes = [axes_of(tensors[0]), *(" ".join("abcd"[:t.dim()]) for t in tensors[1:])]
         run = compiler.get(self.forward, axes, tensors, join_in_place=device.type == "mps", in_place=in_place)
-        if isinstance(run, compiler.Uncompiled):  # slower than the original
+        if isinstance(run, Uncompiled):  # slower than the original
             return None
         return threads, torch_internals.like(tensors), run
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch_xlstm_ops.runtime import compile_cache, devices, forks, interrupts, kernel_store, torch_internals
 from torch_xlstm_ops.runtime.bounded_cache import BoundedCache
 from torch_xlstm_ops.runtime.state import on_reset, warn_once
+from torch_xlstm_ops.runtime.uncompiled import INSTALL, SPAWN, cause, uncompiled
+from torch_xlstm_ops.runtime.uncompiled import PureFunction as PureFunction
 
-PureFunction = Callable[..., tuple[Tensor, ...]]
 RawCallable = torch_internals.Raw
 _Admits = torch_internals.Admits  # whether a callable is valid for these sizes of the free axes
 
@@ -134,8 +135,6 @@ _compiling = forks.new_rlock()  # Inductor's options are global in some versions
 _compiling_thread: int | None = None
 _has_compiled = False  # the first compilation imports Inductor; an import that is interrupted leaves modules unusable
 _forked_from_compiling = False  # whether another thread of the parent compiled when this process was forked
-_INSTALL = "on the CPU install g++ or clang, or name a C++ compiler in the environment variable CXX"
-_SPAWN = 'start processes by spawn (multiprocessing.get_context("spawn")), or after the first call'
 
 
 def _family(
@@ -199,15 +198,15 @@ def _compile(
                 _has_compiled = True
                 return found
             except (RuntimeError, OSError) as error:
-                return _cause(error)
+                return cause(error)
 
     if _forked_from_compiling:
         forked = RuntimeError("this process was forked while another thread compiled")
-        return _uncompiled(fn, forked, _SPAWN), lambda sizes: True
+        return uncompiled(fn, forked, SPAWN), lambda sizes: True
     found = attempt(compile_cache.unwritable())
     if isinstance(found, OSError):  # such as a full disk
         found = attempt(found)
-    return (_uncompiled(fn, found, _INSTALL), lambda sizes: True) if isinstance(found, BaseException) else found
+    return (uncompiled(fn, found, INSTALL), lambda sizes: True) if isinstance(found, BaseException) else found
 
 
 @contextmanager
@@ -235,26 +234,3 @@ def _refuse_fast_math(device: torch.device) -> None:
     if device.type == "mps" and devices.mps_fast_math():
         warn_once("PYTORCH_MPS_FAST_MATH is set: Metal may then reorder sums, which makes results of the mLSTM wrong "
                   "by up to 1.5e-4 in float32, and assume that gates are never infinite; unset it")
-
-
-class Uncompiled:
-    """A pure function that runs uncompiled, because it could not be compiled."""
-
-    def __init__(self, fn: PureFunction, reason: str, advice: str) -> None:
-        self._fn, self.reason, self.advice = fn, reason, advice
-
-    def __call__(self, args: list[Tensor]) -> Sequence[Tensor]:
-        with torch.no_grad():
-            return self._fn(*args)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the error that Inductor wrapped in its own, at any depth."""
-    inner = getattr(error, "inner_exception", None)
-    return _cause(inner) if isinstance(inner, BaseException) else error
-
-
-def _uncompiled(fn: PureFunction, error: BaseException, advice: str) -> Uncompiled:
-    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    warn_once(f"kernels cannot be compiled here ({reason}): operators run uncompiled and slower; {advice}")
-    return Uncompiled(fn, reason, advice)

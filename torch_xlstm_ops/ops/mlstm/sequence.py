@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -126,10 +127,11 @@ def _replayed(
 ) -> Results:
     """Return ``compute(args)``, on CUDA by a graph where such calls come often and are small.
 
-    While a trace is recorded nothing is replayed, as a graph has no segments to record.
+    While a trace is recorded nothing is replayed, as a graph has no segments to record, nor while plans are tuned.
     """
     found = None
-    if call.plan.schedule in (Schedule.INDUCTOR, Schedule.RECURRENT) and not trace.active():
+    tuned = not isinstance(call.schedule, ModuleType)
+    if call.plan.schedule in (Schedule.INDUCTOR, Schedule.RECURRENT) and not tuned and not trace.active():
         found = graphs.replay((what, call.plan, eps), compute, args)
     return compute(args) if found is None else found
 
