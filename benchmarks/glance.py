@@ -15,7 +15,7 @@ HEAD = ("what", "device", "ours", "best other package", "ratio", "date, commit")
 
 
 class Shown(NamedTuple):
-    """One row: its suite and device, the row's beginning, and what the README calls it."""
+    """One row: its suite, its device and maybe label, the row's beginning, and what the README calls it."""
 
     suite: str
     device: str
@@ -31,6 +31,10 @@ SHOWN = (
     Shown("mlstm_prefill", "cuda", "prefill (1, 8, 256, 512), S 65,536", "mLSTM prompt, 65,536 tokens, bfloat16"),
     Shown("mlstm_train", "cuda", "train (8, 8, 256, 512)", "mLSTM training, 8 x 8,192 tokens, bfloat16"),
     Shown("mlstm_train", "cuda", "train (8, 16, 128, 256)", "the same, narrow heads"),
+    Shown("mlstm_prefill", "cuda.h200", "on an idle device, prefill (1, 8, 256, 512), S 2,048",
+          "mLSTM prompt, 2,048 tokens, bfloat16, idle GPU"),
+    Shown("mlstm_train", "cuda.h200", "on an idle device, train (1, 8, 256, 512), S 2,048",
+          "mLSTM training, 2,048 tokens, bfloat16, idle GPU"),
     Shown("slstm", "cuda", "forward + backward (8, 4, 64)", "sLSTM training, 1,024 tokens, bfloat16"),
     Shown("model", "cuda", "prefill, patched", "transformers model, prompt of 63 tokens, patched"),
 )

@@ -56,7 +56,7 @@ def write() -> None:
         measured = [part["result"] for part in found["parts"] if "result" in part]
         about = {key: value for result in measured for key, value in result["machine"].items()}
         machine = ", ".join(f"{key} {value}" for key, value in about.items())
-        lines += ["", f"## {found['suite']}, {found['device']}", ""]
+        lines += ["", f"## {', '.join(filter(None, [found['suite'], found['device'], found.get('label')]))}", ""]
         lines += [f"{machine}; {found['date']}, commit {found['commit']}.", ""]
         lines += table(HEAD, [_cells(row) for row in rows(found)])
         title = f"{found['suite']}, {about.get('name', found['device'])}, {found['date']}, commit {found['commit']}"
