@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from torch_xlstm_ops import trace
 from torch_xlstm_ops.cli.generation.meter import Meter
 from torch_xlstm_ops.cli.generation.report import _joules
 from torch_xlstm_ops.runtime.devices import energy
@@ -59,3 +61,19 @@ def test_without_a_counter_the_reason_is_told(tmp_path: Path, monkeypatch: pytes
     meter.start("decode")
     meter.add(1, last=True)
     assert str(_joules(meter.final("decode"), meter)).startswith("not counted: this system")
+
+
+def test_a_trace_has_the_joules_of_its_devices_until_it_ends(zones: Path) -> None:
+    with trace.record(str(zones / "trace.json")) as recording, trace.span("op"):
+        count(zones, "intel-rapl:1", 97)
+    count(zones, "intel-rapl:1", 99)
+    assert recording.energy() == {"cpu": pytest.approx(7)}
+    assert recording.summary().splitlines()[-1] == "energy of cpu: 7 J, all processes together"
+    assert json.loads((zones / "trace.json").read_text())["otherData"]["joules"] == {"cpu": pytest.approx(7)}
+
+
+def test_a_trace_without_a_counter_has_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    with trace.record() as recording, trace.span("op"):
+        pass
+    assert recording.summary().splitlines()[-1].startswith("energy of cpu: not counted: this system has no")

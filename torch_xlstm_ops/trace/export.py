@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TextIO
 
 
@@ -27,18 +27,21 @@ class Span(NamedTuple):
     details: str | None = None  # what the work says of itself, such as the rounds of an sLSTM
 
 
-def _write_csv(file: TextIO, entries: Sequence[Span], dropped: int) -> None:
+About = Mapping[str, object]  # what a Chrome trace says beside the spans
+
+
+def _write_csv(file: TextIO, entries: Sequence[Span], about: About) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(Span._fields)
     writer.writerows(entries)
 
 
-def _write_lines(file: TextIO, entries: Sequence[Span], dropped: int) -> None:
+def _write_lines(file: TextIO, entries: Sequence[Span], about: About) -> None:
     for entry in entries:
         file.write(json.dumps(entry._asdict()) + "\n")
 
 
-def _write_chrome(file: TextIO, entries: Sequence[Span], dropped: int) -> None:
+def _write_chrome(file: TextIO, entries: Sequence[Span], about: About) -> None:
     rows: dict[str, dict[str, int]] = {}  # device (Chrome's process) -> thread -> number
     events: list[dict[str, object]] = []
     for entry in entries:
@@ -56,10 +59,10 @@ def _write_chrome(file: TextIO, entries: Sequence[Span], dropped: int) -> None:
         events.append({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": device}})
         events.extend({"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": thread}}
                       for thread, tid in threads.items())
-    json.dump({"displayTimeUnit": "ms", "otherData": {"dropped": dropped}, "traceEvents": events}, file)
+    json.dump({"displayTimeUnit": "ms", "otherData": about, "traceEvents": events}, file)
 
 
-Writer = Callable[[TextIO, Sequence[Span], int], None]
+Writer = Callable[[TextIO, Sequence[Span], About], None]
 
 WRITERS: dict[str, Writer] = {
     ".csv": _write_csv,
@@ -76,8 +79,11 @@ def writer(path: str) -> Writer:
     return WRITERS[suffix]
 
 
-def summary(entries: Sequence[Span], dropped: int) -> str:
-    """Return a table of count and time by op, phase and device."""
+def summary(entries: Sequence[Span], dropped: int, energy: Mapping[str, float | str]) -> str:
+    """Return a table of count and time by op, phase and device, and the energy of the devices.
+
+    energy: joules by device, or why they are not counted.
+    """
     groups: dict[tuple[str, str, str], list[Span]] = {}
     for entry in entries:
         groups.setdefault((entry.op, entry.phase, entry.device), []).append(entry)
@@ -92,6 +98,8 @@ def summary(entries: Sequence[Span], dropped: int) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = ["  ".join(cell.ljust(width) if column < 3 else cell.rjust(width)
                        for column, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    table += [f"energy of {device}: " + (found if isinstance(found, str) else f"{found:.3g} J, all processes together")
+              for device, found in energy.items() if any(entry.device == device for entry in entries)]
     if dropped:
         table.append(f"{dropped} older entries were dropped")
     return "\n".join(line.rstrip() for line in table)

@@ -11,6 +11,7 @@ import torch
 from torch_xlstm_ops.runtime import devices, files, forks
 from torch_xlstm_ops.trace import export
 from torch_xlstm_ops.trace.export import Span
+from torch_xlstm_ops.trace.joules import Joules
 
 CAPACITY = 200_000  # spans, about 60 MB
 PENDING = 1024  # device spans not yet read, before the oldest is waited for
@@ -50,6 +51,7 @@ class Recording:
         self._pending: deque[_Pending] = deque()
         self._bases: dict[torch.device, tuple[devices.Event, float]] = {}
         self._count = 0
+        self._joules = Joules()
         self._lock = forks.new_lock()  # not held during calls of a device, which may take the MPS lock
 
     @property
@@ -64,8 +66,20 @@ class Recording:
             return sorted(self._entries, key=lambda entry: entry.start_us)
 
     def summary(self) -> str:
-        """Return a table of count and time by op, phase and device."""
-        return export.summary(self.entries(), self.dropped)
+        """Return a table of count and time by op, phase and device, and the energy of the devices."""
+        return export.summary(self.entries(), self.dropped, self.energy())
+
+    def energy(self) -> dict[str, float | str]:
+        """Return the joules of each device while the recording ran, all processes together, or why there are none."""
+        return self._joules.found()
+
+    def begin(self) -> None:
+        """Count the energy from now on: of the CPU, and of other devices from their first span."""
+        self._joules.follow(torch.device("cpu"))
+
+    def end(self) -> None:
+        """Count no more energy."""
+        self._joules.end()
 
     def write(self, path: str) -> None:
         """Write the spans to `path` in the format of its suffix: .csv, .jsonl (an object a line), .json (Chrome trace).
@@ -75,13 +89,14 @@ class Recording:
         write = export.writer(path)
         entries = self.entries()
         with files.replacing(path) as file:
-            write(file, entries, self.dropped)
+            write(file, entries, {"dropped": self.dropped, "joules": self.energy()})
 
     def add(self, span: Span) -> None:
         """Keep a finished span; the oldest goes where there are too many."""
         with self._lock:
             self._entries.append(span)
             self._count += 1
+        self._joules.refresh()
 
     def add_pending(self, pending: _Pending) -> None:
         """Keep a span whose device events have not happened yet."""
@@ -92,6 +107,7 @@ class Recording:
     def tie_clock(self, device: torch.device) -> None:
         """Record the event that relates the device's clock to the host's, before the device's first span."""
         if device not in self._bases:
+            self._joules.follow(device)
             base = devices.event(device, timing=True)
             devices.synchronize(device)
             base.record()

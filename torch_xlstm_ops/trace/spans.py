@@ -160,6 +160,7 @@ def record(path: str | None = None, *, capacity: int = CAPACITY) -> Iterator[Rec
 def start(recording: Recording) -> None:
     """Add every later span to a recording."""
     global _recordings
+    recording.begin()
     with _switch:
         _recordings = (*_recordings, recording)
 
@@ -169,6 +170,7 @@ def stop(recording: Recording) -> None:
     global _recordings
     with _switch:
         _recordings = tuple(other for other in _recordings if other is not recording)
+    recording.end()
 
 
 @contextmanager
