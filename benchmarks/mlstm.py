@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks import floors, peers
 from benchmarks.peers import Contenders, Run
-from benchmarks.timing import device_timed, machine, peak_bytes, save, spread, timed, turns, walled
+from benchmarks.timing import device_timed, joules, machine, peak_bytes, save, spread, timed, turns, walled
 from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step
 from torch_xlstm_ops.maths import mlstm
 from torch_xlstm_ops.maths.shapes import dtype_name
@@ -178,8 +178,9 @@ def measure(
         taken = turns(calls, device, seconds, timed if kind == "called" else device_timed)
         ranked = {name: calls[name] for name in usable}
         walls = turns(ranked, device, seconds / 2, walled) if device.type == "cuda" and kind in _WALLED else {}
-    medians = {name: _median(times) for name, times in taken.items()}
-    best = min((name for name in usable if name != OURS), key=medians.__getitem__, default=None)
+        medians = {name: _median(times) for name, times in taken.items()}
+        best = min((name for name in usable if name != OURS), key=medians.__getitem__, default=None)
+        energy, uncounted = joules({name: calls[name] for name in (OURS, best) if name}, device, seconds / 2)
     return {
         "kind": kind, "shape": shape._asdict(), "dtype": dtype_name(dtype), "ms": medians,
         "spread": {name: spread(times) for name, times in taken.items()}, "peak_bytes": memory,
@@ -189,6 +190,7 @@ def measure(
         "host_ms": {name: _median(host for _, host in times) for name, times in walls.items()},
         "floor_ms": round(floor, 4), "to_floor": round(medians[OURS] / floor, 2),
         "tokens_per_s": round(shape.B * shape.S / medians[OURS] * 1e3), "no_part": out,
+        "joules": energy, "no_joules": uncounted,
         "constant_normaliser": list(simpler),
     }
 

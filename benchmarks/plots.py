@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OURS, PEER = "#4477aa", "#bbbbbb"
-_AXES = {"ms": "milliseconds", "s": "seconds of waiting at a first call", "MiB": "MiB held at once"}
+_AXES = {"ms": "milliseconds", "s": "seconds of waiting at a first call", "MiB": "MiB held at once",
+         "uJ": "microjoules a token"}
 _LOG = 20  # a larger ratio of the extremes takes a log axis
 
 
 def quantity(text: str) -> tuple[float, str]:
-    """Return the number at the beginning of a cell, and its unit: milliseconds, seconds or MiB."""
+    """Return the number at the beginning of a cell, and its unit: milliseconds, seconds, MiB or microjoules."""
     number, unit = text.split(", ")[0].split()
     value = float(number)
     return (value / 1e3, "ms") if unit == "us" else (value, unit)

@@ -41,18 +41,29 @@ def _mlstm(result: Result) -> Iterator[Row]:
         if best in case.get("constant_normaliser", ()):
             peer += ", normaliser constant"
         yield Row(what, f"{case['ms']['ours']:.3f} ms, {case['tokens_per_s']:,} tokens/s", peer, case["ratio"],
-                  case["spread"]["ours"], case["to_floor"], case["no_part"])
+                  case["spread"]["ours"], case["to_floor"],
+                  case["no_part"] | ({"energy": case["no_joules"]} if case.get("no_joules") else {}))
         ranked = case.get("ranked", [] if best is None else [best])
         held, walls = case.get("peak_bytes", {}), case.get("wall_ms", {})
         if case["kind"] in _HOLDING and ranked and held.get("ours") is not None:
             least = min(ranked, key=held.__getitem__)
             yield Row(f"memory that {what} holds at once", f"{held['ours'] / 2**20:.0f} MiB",
                       f"{held[least] / 2**20:.0f} MiB, {least}", round(held["ours"] / held[least], 3))
+        if case.get("joules"):
+            yield _energy(case["joules"], what, B * S)
         if walls and ranked:
             best = min(ranked, key=walls.__getitem__)
             yield Row(f"on an idle device, {what}",
                       f"{walls['ours']:.3f} ms, {case['host_ms']['ours']:.3f} of them submission",
                       f"{walls[best]:.3f} ms, {best}", round(walls["ours"] / walls[best], 3))
+
+
+def _energy(used: Mapping[str, float], what: str, tokens: int) -> Row:
+    """Return the row of our energy a token beside the best package's."""
+    (_, ours), *others = ((name, 1e6 * joules / tokens) for name, joules in used.items())
+    peer = "".join(f"{theirs:.3g} uJ a token, {name}" for name, theirs in others)
+    ratio = round(ours / others[0][1], 3) if others and others[0][1] else None
+    return Row(f"energy of {what}", f"{ours:.3g} uJ a token", peer, ratio)
 
 
 def _slstm(result: Result) -> Iterator[Row]:

@@ -16,6 +16,7 @@ import torch
 
 from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.runtime.devices import timed
+from torch_xlstm_ops.runtime.devices.energy import EnergyCounter
 
 __all__ = ["alternate", "machine", "timed"]
 
@@ -83,6 +84,27 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     before = torch.cuda.memory_allocated(device)
     call()
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def joules(calls: Mapping[str, Call], device: torch.device, seconds: float) -> tuple[dict[str, float], str | None]:
+    """Return the joules of each call, repeated in turn for an equal part of the time, or none and the reason.
+
+    Of a CPU all packages and of a GPU the whole board, what idles and what others do included.
+    """
+    try:
+        counter = EnergyCounter(device)
+    except (OSError, RuntimeError) as error:
+        return {}, str(error)
+    found = {}
+    for name, call in calls.items():
+        devices.synchronize(device)
+        before, count, end = counter.read(), 0, time.perf_counter() + seconds / len(calls)
+        while not count or time.perf_counter() < end:
+            call()
+            devices.synchronize(device)
+            count += 1
+        found[name] = (counter.read() - before) / count
+    return found, None
 
 
 def spread(times: Sequence[float]) -> float:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import floors, mlstm, results, run
+from benchmarks import floors, mlstm, results, run, timing
 from benchmarks.suites import SUITES, Part, on
 from benchmarks.timing import spread
+from torch_xlstm_ops.runtime.devices import energy
 
 CASE = {
     "kind": "prefill", "shape": {"B": 1, "NH": 4, "DHQK": 64, "DHHV": 64, "S": 2048}, "dtype": "float32",
@@ -121,3 +122,33 @@ def test_every_suite_runs(suite, tmp_path):
     subprocess.run(command, check=True, cwd=run.ROOT, timeout=1700)
     (found,) = json.loads(file.read_text())
     assert [*results.rows(found)]
+
+
+def test_energy_is_a_row_of_its_own_where_it_is_counted_and_a_reason_elsewhere() -> None:
+    (part,) = on("mlstm_prefill", "mps")
+    counted = {**CASE, "joules": {"ours": 0.002048, "theirs 64": 0.004096}, "no_joules": None}
+    *_, row = part.rows({"cases": [counted]})
+    assert (row.what[:17], row.ours, row.peer, row.ratio) == (
+        "energy of prefill", "1 uJ a token", "2 uJ a token, theirs 64", 0.5)
+    (row,) = part.rows({"cases": [{**CASE, "joules": {}, "no_joules": "nothing counts"}]})
+    assert row.no_part["energy"] == "nothing counts"
+
+
+def test_joules_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = [0.0]
+
+    class Counter:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def read(self) -> float:
+            return used[0]
+
+    def call() -> None:
+        used[0] += 3.0
+
+    monkeypatch.setattr(timing, "EnergyCounter", Counter)
+    assert timing.joules({"a": call, "b": lambda: None}, torch.device("cpu"), 0.002) == ({"a": 3.0, "b": 0.0}, None)
+    monkeypatch.undo()
+    if energy.missing(torch.device("cpu")):
+        assert timing.joules({"a": call}, torch.device("cpu"), 0.1) == ({}, energy.missing(torch.device("cpu")))

@@ -114,7 +114,7 @@ def test_a_default_that_is_as_fast_removes_an_older_tuned_plan(
     tuned_plans.store(kept, {str(kind): {"settings": {"schedule": "queued"}}})
     even = Measured(Interval(1.0, 0.99, 1.01), (), 0.0, None)
     monkeypatch.setattr(bench.Timed, "measure", lambda self, challenger, best, seconds: even)
-    assert "no: not faster than the default beyond noise" in run("tune", *SHAPE, "--trials", 3)[1]
+    assert "no: not better than the default beyond noise" in run("tune", *SHAPE, "--trials", 3)[1]
     assert tuned_plans.read(kept) == {}
 
 

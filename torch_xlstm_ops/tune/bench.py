@@ -17,6 +17,7 @@ from torch_xlstm_ops import config, trace
 from torch_xlstm_ops.maths.intervals import Interval, median, product
 from torch_xlstm_ops.runtime import devices
 from torch_xlstm_ops.tune import measure
+from torch_xlstm_ops.tune.objective import Cost, Costs
 from torch_xlstm_ops.tune.records import Timing
 from torch_xlstm_ops.tune.space import Candidate, Space
 from torch_xlstm_ops.tune.workloads import Workload, check
@@ -46,10 +47,14 @@ class Timed:
 
     workloads: what to time; the result is the weighted geometric mean of their speed-ups.
     precision: relative half width of the confidence interval at which timing stops.
+    costs: what a call takes by the objective; default its time.
     """
 
-    def __init__(self, space: Space, workloads: Sequence[Workload], precision: float = 0.02) -> None:
+    def __init__(
+        self, space: Space, workloads: Sequence[Workload], precision: float = 0.02, costs: Costs | None = None
+    ) -> None:
         self._space, self._workloads, self._precision = space, workloads, precision
+        self._costs = costs or Costs(space.device)
         self._wanted: list[Sequence[Tensor]] | None = None
 
     def measure(self, challenger: Candidate, best: Candidate | None, seconds: float) -> Measured:
@@ -59,7 +64,7 @@ class Timed:
         errors = self._check(challenger)
         for candidate in (challenger, best):
             for workload in self._workloads if candidate is not None else ():
-                self._clock(candidate, workload)()  # type: ignore[arg-type]
+                self._clock(candidate, workload, [])()  # type: ignore[arg-type]
         warm_up = time.perf_counter() - began
         share = seconds / len(self._workloads)
         found = [self._compare(w, challenger, best, share, e) for w, e in zip(self._workloads, errors, strict=True)]
@@ -78,21 +83,25 @@ class Timed:
     def _compare(
         self, workload: Workload, challenger: Candidate, best: Candidate | None, seconds: float, error: float
     ) -> tuple[Interval, Timing]:
-        clocks = [self._clock(candidate, workload) for candidate in (challenger, best) if candidate is not None]
+        candidates = [candidate for candidate in (challenger, best) if candidate is not None]
+        spent: list[list[Cost]] = [[] for _ in candidates]
+        clocks = [self._clock(candidate, workload, kept) for candidate, kept in zip(candidates, spent, strict=True)]
 
         def precise(taken: list[list[float]]) -> bool:
             found = median(taken[0]) if best is None else measure.ratios(taken)
             return found.relative < self._precision
 
         taken = measure.turns(clocks, measure.until(seconds, precise))
-        own = median(taken[0])
+        own = median([cost.ms for cost in spent[0]])
+        joules = [cost.joules for cost in spent[0] if cost.joules is not None]
         ratio = Interval(1.0, 1.0, 1.0) if best is None else measure.ratios(taken)
         timing = Timing(
             workload=workload.name, phase=workload.phase, weight=workload.weight, tokens=workload.tokens,
             rounds=len(taken[0]), median_ms=own.value, low_ms=finite(own.low), high_ms=finite(own.high),
-            best_so_far_ms=None if best is None else median(taken[1]).value,
+            best_so_far_ms=None if best is None else median([cost.ms for cost in spent[1]]).value,
             times_as_fast=None if best is None else ratio.value,
             tokens_per_second=workload.tokens / own.value * 1e3, error=error,
+            joules=median(joules).value if joules else None,
         )
         return ratio, timing
 
@@ -105,10 +114,12 @@ class Timed:
             return [check(workload.results(), wanted, workload.tolerance)
                     for workload, wanted in zip(self._workloads, self._wanted, strict=True)]
 
-    def _clock(self, candidate: Candidate, workload: Workload) -> Callable[[], float]:
+    def _clock(self, candidate: Candidate, workload: Workload, kept: list[Cost]) -> Callable[[], float]:
+        """Return a call that runs a workload once, keeps what that took, and returns what is to be made small."""
         def clock() -> float:
             with self._with_plan(candidate):
-                return devices.timed(workload.call, self._space.device)
+                kept.append(self._costs.measure(workload.call))
+            return kept[-1].of(self._costs.objective)
 
         return clock
 

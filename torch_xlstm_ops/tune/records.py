@@ -42,6 +42,7 @@ class Timing:
     times_as_fast: float | None  # as fast as that plan
     tokens_per_second: float
     error: float  # of the results, relative to the default plan
+    joules: float | None = None  # of a call, the median; None where energy was no objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,8 @@ def from_json(found: dict[str, Any]) -> Record:
 COLUMNS = (
     "study", "number", "method", "seed", "outcome", "reward", "reward_low", "reward_high", "best", "schedule",
     "chunk_size", "segment", "heads_per_band", "workers", "streams", "window", "workload", "rounds", "median_ms",
-    "low_ms", "high_ms", "best_so_far_ms", "times_as_fast", "tokens_per_second", "error", "warm_up_s", "seconds",
-    "estimated_bytes", "peak_bytes", "load_average", "trace", "reason",
+    "low_ms", "high_ms", "best_so_far_ms", "times_as_fast", "tokens_per_second", "error", "joules", "warm_up_s",
+    "seconds", "estimated_bytes", "peak_bytes", "load_average", "trace", "reason",
 )
 
 

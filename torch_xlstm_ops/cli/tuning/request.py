@@ -16,6 +16,8 @@ from torch_xlstm_ops.cli.shared.options import COUNT, Option, one_of, parse
 from torch_xlstm_ops.config import Kind, Schedule, tuned_plans
 from torch_xlstm_ops.models import DEMO_MODEL
 from torch_xlstm_ops.runtime import devices
+from torch_xlstm_ops.runtime.devices import energy
+from torch_xlstm_ops.tune.objective import Objective
 
 METHODS = ("random", "ga", "tpe", "bandit", "boltzmann", "grid")
 OP_PHASES, MODEL_PHASES = ("prefill", "train"), ("decode", "first-token")
@@ -60,6 +62,8 @@ OPTIONS = (
     Option("shape", _SHAPE, "B,NH,DHQK,DHHV", None, "of the operator's calls (default the model's, for one prompt)"),
     Option("device", one_of("auto", *devices.KINDS), "NAME", "auto", "auto, cpu, cuda or mps"),
     Option("dtype", one_of("auto", *DTYPES), "NAME", "auto", "auto is float32 on the CPU and bfloat16 elsewhere"),
+    Option("objective", one_of(*Objective), "NAME", "time", "what the best plan has least of: time, energy, or their "
+           "product"),
     Option("schedules", _SCHEDULES, "NAMES", (Schedule.INDUCTOR, Schedule.QUEUED),
            "to choose among, default inductor,queued"),
 )
@@ -92,6 +96,9 @@ def read(parsed: argparse.Namespace) -> TuneRequest:
         raise BadInput(f"--out must be a folder, got {out}, which is a file")
     with bad_input():
         device = devices.resolve_device(values["device"])
+    uncounted = None if values["objective"] == Objective.TIME else energy.missing(device)
+    if uncounted is not None:
+        raise BadInput(f"--objective must be time where energy is not counted, got {values['objective']}: {uncounted}")
     for schedule in values["schedules"]:
         reason = schedules.unavailable(schedule, device)
         if reason is not None:

@@ -22,7 +22,8 @@ from torch_xlstm_ops.maths.shapes import dtype_name
 from torch_xlstm_ops.schedules.defaults import STEP_TOKENS
 from torch_xlstm_ops.schedules.machine import machine
 from torch_xlstm_ops.tune import bench, publish, space, study, workloads
-from torch_xlstm_ops.tune.records import Outcome, Record
+from torch_xlstm_ops.tune.objective import Costs, Objective
+from torch_xlstm_ops.tune.records import Outcome, Record, Timing
 from torch_xlstm_ops.tune.search import Goal, Result, Search
 
 _OPERATOR = {"prefill": workloads.prefill, "train": workloads.train}
@@ -99,7 +100,7 @@ def _bench(request: TuneRequest, loaded: Loaded | None, length: int) -> tuple[sp
             _MODEL[phase](loaded, length, weight) if phase in MODEL_PHASES and loaded is not None
             else _OPERATOR[phase](sizes, request.dtype, request.device, weight) for phase, weight in wanted.items()
         ]
-    return place, bench.Timed(place, work)
+    return place, bench.Timed(place, work, costs=Costs(request.device, Objective(request.values["objective"])))
 
 
 def _piece(request: TuneRequest, length: int) -> int:
@@ -127,7 +128,13 @@ def _name(request: TuneRequest, length: int) -> str:
     B, NH, DHQK, DHHV = request.shape
     dtype = dtype_name(request.dtype)
     return (f"{_phases(request)}-{B}x{NH}x{length}x{DHQK}x{DHHV}-{dtype}-{request.device.type}-"
-            f"{request.values['method']}-seed{request.values['seed']}")
+            f"{request.values['method']}-seed{request.values['seed']}{_aim(request)}")
+
+
+def _aim(request: TuneRequest) -> str:
+    """Return the end of a search's name: its objective, if that is not time."""
+    objective = request.values["objective"]
+    return "" if objective == Objective.TIME else f"-{objective}"
 
 
 def _about(request: TuneRequest) -> dict[str, Any]:
@@ -138,18 +145,23 @@ def _about(request: TuneRequest) -> dict[str, Any]:
     }
 
 
+def _joules(timing: Timing) -> str:
+    return "" if timing.joules is None else f", {timing.joules / timing.tokens:.3g} J a token"
+
+
 def _report(request: TuneRequest, length: int, place: space.Space, found: Result) -> None:
     """Print the result of a search, and save it for schedule auto."""
     settings = publish.settings(place, found)
     rows = [("best", ", ".join(f"{field} {value}" for field, value in settings.items())),
-            ("as fast as the default", in_words(*found.times_as_fast)),
-            *((timing.workload, f"{timing.tokens_per_second:.0f} tok/s") for timing in found.timings)]
+            (Objective(request.values["objective"]).praise, in_words(*found.times_as_fast)),
+            *((timing.workload, f"{timing.tokens_per_second:.0f} tok/s{_joules(timing)}") for timing in found.timings)]
     if request.tuned is None:
         rows.append(("kept", "no, as asked"))
     else:
-        about = {"phases": _phases(request), "length": length, "method": request.values["method"]}
+        about = {"phases": _phases(request), "length": length, "method": request.values["method"],
+                 "objective": request.values["objective"]}
         kept = publish.publish(request.tuned, kinds(request, length), place, found, about)
-        rows.append(("kept", str(request.tuned) if kept else "no: not faster than the default beyond noise"))
+        rows.append(("kept", str(request.tuned) if kept else "no: not better than the default beyond noise"))
     print(f"{_name(request, length)}\n{aligned(rows)}")
 
 
