@@ -48,7 +48,20 @@ def workers() -> str:
     return about + "\n".join(table(head, rows)) + "\n"
 
 
+def online() -> str:
+    """Return the table of the time that each policy of the online controller loses in the replay."""
+    found = json.loads((results.FOLDER / "replay/online.json").read_text(encoding="utf-8"))
+    rows = [(row["scenario"], *(f"{part:.1%}" for part in row["lost"].values())) for row in found["rows"]]
+    rows.append(("mean", *(f"{part:.1%}" for part in found["mean"].values())))
+    names = {"default": "no tuning", "offline": "offline winner"}
+    head = ("scenario", *(names.get(name, name) for name in found["mean"]))
+    about = (f"{found['calls']:,} calls a scenario, {found['seeds']} seeds; {found['date']}, commit {found['commit']}. "
+             f"The least loss of a policy on average: {found['winner']}.\n\n")
+    return about + "\n".join(table(head, rows)) + "\n"
+
+
 QUOTES = (
+    Quote(DOCS / "tuning.md", "online", online),
     Quote(ROOT / "csrc_free_README.md", "glance", glance.lines),
     Quote(DOCS / "parallel.md", "workers", workers),
 )

@@ -97,7 +97,7 @@ def _cfc() -> Policy:
 
 
 _MAKERS: Mapping[Tune, Callable[[], Policy]] = {
-    Tune.ONLINE: Thompson, Tune.UCB: UCB, Tune.THOMPSON: Thompson, Tune.BOLTZMANN: Boltzmann, Tune.CFC: _cfc,
+    Tune.ONLINE: Boltzmann, Tune.UCB: UCB, Tune.THOMPSON: Thompson, Tune.BOLTZMANN: Boltzmann, Tune.CFC: _cfc,
 }
 
 
