@@ -23,7 +23,7 @@ from torch_xlstm_ops.config import Config, Schedule, Tune, tuned_plans
 from torch_xlstm_ops.maths.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error
 from torch_xlstm_ops.ops.mlstm import dispatch
 from torch_xlstm_ops.schedules import plan
-from torch_xlstm_ops.schedules.online import arms, learner, policies, timer
+from torch_xlstm_ops.schedules.online import arms, learner, policies, policy, timer
 from torch_xlstm_ops.schedules.online.budget import Budget
 from torch_xlstm_ops.schedules.online.controller import Arm, Change, Controller
 from torch_xlstm_ops.schedules.online.estimates import Estimates, View
@@ -33,7 +33,7 @@ SIZES = Sizes(S=40)
 CPU = torch.device("cpu")
 
 
-class InTurn(policies.Policy):
+class InTurn(policy.Policy):
     """Tries every plan that it may, one after another."""
 
     name = "in turn"
@@ -50,12 +50,12 @@ class Simulated:
     """A controller with plans that take so many seconds, with noise."""
 
     def __init__(
-        self, seconds: dict[str, float], policy: policies.Policy, *, part: float = 0.02, noise: float = 0.02,
+        self, seconds: dict[str, float], chooser: policy.Policy, *, part: float = 0.02, noise: float = 0.02,
         compiles: tuple[str, ...] = (),
     ) -> None:
         self.seconds, self._noise, self._draws = seconds, noise, random.Random(1)
         self.budget = Budget(part)
-        self.controller = Controller([Arm(n, 5.0 if n in compiles else 0.0) for n in seconds], policy, self.budget)
+        self.controller = Controller([Arm(n, 5.0 if n in compiles else 0.0) for n in seconds], chooser, self.budget)
         self._cold = set(compiles)
         self.chosen: list[str] = []
         self.changes: list[Change] = []

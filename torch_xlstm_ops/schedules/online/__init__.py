@@ -1,6 +1,6 @@
 """Tuning that happens by itself: calls try few other plans while a model is used, and keep what is faster.
 
-`arms` has the plans, `controller` decides which one a call uses, by a policy of `policies` or `cfc` and within a budget
+`arms` has the plans, `controller` decides which one a call uses, by a policy of `policies` or `cfc` and within a `budget`
 of lost time, `timer` times calls without waiting for the device, `learner` joins these for one kind of call, and `keep`
 writes the best plan to the file of tuned plans. `schedule` is what operators call.
 """

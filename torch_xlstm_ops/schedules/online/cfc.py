@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_xlstm_ops.runtime import torch_internals
+from torch_xlstm_ops.runtime.state import on_reset
 from torch_xlstm_ops.schedules.online.estimates import View
-from torch_xlstm_ops.schedules.online.policies import Policy
+from torch_xlstm_ops.schedules.online.policy import Policy
 
 WEIGHTS = Path(__file__).with_name("cfc.json")
 HIDDEN, BACKBONE = 8, 16
@@ -56,6 +57,9 @@ def trained() -> Cell:
     kept = json.loads(WEIGHTS.read_text(encoding="utf-8"))
     cell.load_state_dict({name: torch.tensor(values) for name, values in kept["weights"].items()})
     return cell.requires_grad_(False)
+
+
+on_reset(trained.cache_clear)
 
 
 class CfC(Policy):

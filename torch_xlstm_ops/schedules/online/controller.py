@@ -12,7 +12,7 @@ from torch_xlstm_ops.maths.intervals import INTERVAL_ROUNDS, Interval, bounds, m
 from torch_xlstm_ops.runtime import forks
 from torch_xlstm_ops.schedules.online.budget import Budget
 from torch_xlstm_ops.schedules.online.estimates import HALF_LIFE, Estimates, View
-from torch_xlstm_ops.schedules.online.policies import Policy
+from torch_xlstm_ops.schedules.online.policy import Policy
 
 MARGIN = 1.01  # times as fast as the best so far that a plan must be, with 95% confidence, to replace it
 UNKNOWN_LOSS = 1.0  # of a call's time, assumed for a plan that was never tried

@@ -8,29 +8,11 @@ from collections.abc import Callable, Mapping
 
 from torch_xlstm_ops.config import Tune
 from torch_xlstm_ops.schedules.online.estimates import View
+from torch_xlstm_ops.schedules.online.policy import Policy
 
 EXPLORATION = 1.0  # standard deviations of a mean in the upper confidence bound, times sqrt(2 log calls)
 PRIOR_DEVIATION = 0.15  # of the logarithm of a plan's speed, before it is tried
 TEMPERATURE = 0.02  # of the logarithm of a plan's speed: 2% slower is chosen 1/e as often
-
-
-class Policy:
-    """Chooses a plan for each call; one object for each controller, called under its lock."""
-
-    name = ""
-
-    def choose(self, view: View, draws: random.Random) -> int:
-        """Return one of `view.allowed`; the best so far explores nothing."""
-        raise NotImplementedError
-
-    def observe(self, plan: int, gain: float, view: View) -> None:
-        """Take note of an observation, for policies that keep more than discounted means.
-
-        gain: logarithm of how many times as fast as the best so far the plan was.
-        """
-
-    def lead(self, plan: int, gain: float) -> None:
-        """Take note that a plan became the best so far, as many times as fast as the one before; by its logarithm."""
 
 
 class UCB(Policy):
