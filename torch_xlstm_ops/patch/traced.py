@@ -8,10 +8,12 @@ the trace read, becomes another object.
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from torch_xlstm_ops.runtime.uncompiled import Uncompiled
 PLAIN = (nn.Linear, nn.SiLU, nn.Sigmoid)  # a trace reads only their tensors
 KINDS = 64  # of modules, whose traces are kept
 UPSTREAM = ("transformers.models.xlstm.", "xlstm.xlstm_large.", "mlstm_kernels.torch.backend_module")
+_forward_of = operator.attrgetter("forward")
+_is_given = functools.partial(operator.is_not, None)
 _Latest = tuple[int, Callable[..., bool], compiler.RawCallable]
 
 
@@ -36,17 +40,20 @@ class Traced:
     """A module with its parts and attributes when it was traced.
 
     The weights of a layer flush the CPU's caches, so the check whether the module is unchanged reads few objects: the
-    dicts of the parts, not the parts.
+    dicts of the parts, not the parts; and it runs for each token, so no line of Python runs for each of them.
     """
 
     def __init__(self, parts: Sequence[nn.Module], forward: Forward) -> None:
         configs = {id(c): c for c in map(_config, parts)}.values()
         read = [vars(owner) for owner in (*parts, *configs) if not isinstance(owner, PLAIN)]
-        self._held = [(d, tuple(d.values())) for d in (*read, *(m._modules for m in parts if m._modules))]
-        self._sizes = [(d, len(d)) for d in (vars(m) for m in parts if isinstance(m, PLAIN))]
+        read += [m._modules for m in parts if m._modules]
+        self._values, self._held = [d.values() for d in read], [value for d in read for value in d.values()]
+        self._sized = [*read, *(vars(m) for m in parts if isinstance(m, PLAIN))]
+        self._sizes = [len(d) for d in self._sized]
         self._hooks = [hooks for m in parts for hooks in torch_internals.hooks(m)]
-        self._classes = [(kind, kind.forward) for kind in {type(m) for m in parts}]
-        self._weights = [m._parameters for m in parts if m._parameters]
+        self._classes = list({type(m) for m in parts})
+        self._forwards = [kind.forward for kind in self._classes]
+        self._weights = [m._parameters.values() for m in parts if m._parameters]
         self.forward = forward
         self._latest: dict[bool, _Latest] = {}  # by in_place
 
@@ -54,9 +61,9 @@ class Traced:
         """Return whether the parts and attributes are the same objects, without hooks."""
         return (
             not any(self._hooks)
-            and all(kind.forward is forward for kind, forward in self._classes)
-            and all(len(d) == size for d, size in self._sizes)  # a forward set on an instance adds one
-            and all(len(d) == len(held) and all(map(operator.is_, d.values(), held)) for d, held in self._held)
+            and all(map(operator.is_, map(_forward_of, self._classes), self._forwards))
+            and list(map(len, self._sized)) == self._sizes  # a forward set on an instance adds one
+            and all(map(operator.is_, chain.from_iterable(self._values), self._held))
         )
 
     def run(self, inputs: Sequence[Tensor], *, in_place: bool = False) -> Sequence[Tensor] | None:
@@ -64,7 +71,7 @@ class Traced:
 
         in_place: write the new state over the old, which follows the first input, and return the other results.
         """
-        tensors = [*inputs, *(w for d in self._weights for w in d.values() if w is not None)]
+        tensors = [*inputs, *filter(_is_given, chain.from_iterable(self._weights))]
         threads, latest = torch.get_num_threads(), self._latest.get(in_place)
         if latest is None or latest[0] != threads or not latest[1](*tensors):
             latest = self._compile(tensors, threads, in_place)

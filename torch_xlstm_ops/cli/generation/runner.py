@@ -49,7 +49,7 @@ def write_text(request: GenerateRequest) -> int:
         sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
     display = ProgressDisplay(request.quiet)
     with display.status(f"loading {request.model.resolve().name}"):
-        loaded = load(request.model, request.device, request.values["dtype"])
+        loaded = load(request.model, request.device, request.values["dtype"], patched=request.patched)
         prompt = prompt_of(loaded, request.prompt)
     every = (request.values["stats_every"] or STATS_EVERY) if request.values["stats_log"] is not None else None
     meter = Meter(loaded.device, every)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import torch
 
 from torch_xlstm_ops.cli.shared.errors import BadInput
 
+_NO_DYNAMO = "TORCHDYNAMO_DISABLE"  # torch's: `torch.compile` does nothing
 _WANTED = "--model must be a directory of a Hugging Face xLSTM"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,10 +27,11 @@ class Loaded(NamedTuple):
     dtype: torch.dtype
 
 
-def load(directory: Path, device: torch.device, dtype: str = "auto") -> Loaded:
+def load(directory: Path, device: torch.device, dtype: str = "auto", *, patched: bool = False) -> Loaded:
     """Load the xLSTM and the tokenizer in a Hugging Face directory.
 
     dtype: a name in `DTYPES`, or auto: float32 on the CPU, else the checkpoint's.
+    patched: whether the model will run on our operators alone.
 
     Raises BadInput if the directory does not hold them, if possible before any weight is read.
     """
@@ -44,10 +48,29 @@ def load(directory: Path, device: torch.device, dtype: str = "auto") -> Loaded:
     tokenizer = _load_tokenizer(directory)
     stored = getattr(settings, "dtype", None) or torch.float32
     wanted = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else stored)
-    model, report = _load_part("weights", AutoModelForCausalLM.from_pretrained, directory, config=settings,
-                                dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True)
+    with _functions_left_uncompiled() if patched and device.type == "cpu" else nullcontext():
+        model, report = _load_part("weights", AutoModelForCausalLM.from_pretrained, directory, config=settings,
+                                   dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True)
     _check_complete(directory, report)
     return Loaded(model.to(device).eval(), tokenizer, device, wanted)
+
+
+@contextmanager
+def _functions_left_uncompiled() -> Iterator[None]:
+    """Make `torch.compile` return functions as they are, inside a ``with`` block.
+
+    To build a model, the package xlstm imports every kernel of mlstm_kernels. Some of these decorate helpers of Triton
+    kernels with `torch.compile`, which imports all of Inductor for functions that a patched model never calls.
+    """
+    before = os.environ.get(_NO_DYNAMO)
+    os.environ[_NO_DYNAMO] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_DYNAMO]
+        else:
+            os.environ[_NO_DYNAMO] = before
 
 
 def _check_complete(directory: Path, report: Any) -> None:

@@ -59,7 +59,7 @@ def warm_model(directory: Path, dtype: str) -> None:
     from torch_xlstm_ops.models import transformers as adapter
     from torch_xlstm_ops.patch import patch
 
-    loaded = load(directory, torch.device("cpu"), dtype)
+    loaded = load(directory, torch.device("cpu"), dtype, patched=True)
     handle = patch("transformers")
     try:
         with torch.inference_mode(), adapter.first_block_only(loaded.model):
