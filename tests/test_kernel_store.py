@@ -22,7 +22,7 @@ from tests import oracle
 from torch_xlstm_ops import mlstm_chunkwise, slstm_sequence
 from torch_xlstm_ops.maths import mlstm
 from torch_xlstm_ops.runtime import compiler, kernel_store, torch_internals
-from torch_xlstm_ops.runtime.kernel_store import Damaged, Package, Request, Store, Untrusted, archive, identity, package
+from torch_xlstm_ops.runtime.kernel_store import Damaged, Entry, Package, Request, Store, Untrusted, archive, identity, package
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are kept on Linux alone")
@@ -36,6 +36,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
     compiler.clear()
     kernel_store.follow(lambda: (folder, True))
     yield Store(folder)
+    assert kernel_store.background.wait(60)
     kernel_store.follow(lambda: None)
     compiler.clear()
 
@@ -60,6 +61,12 @@ def run_step() -> list[Tensor]:
     return [*compiler.get(mlstm.step_, STEP, args, eps=1e-6)(list(args)), *args]
 
 
+def kept(store: Store) -> list[Entry]:
+    """Return the packages when all that was compiled is packed."""
+    assert kernel_store.background.wait(60)
+    return store.entries()
+
+
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(map(torch.equal, first, second))
 
@@ -77,7 +84,7 @@ def forward_and_backward() -> list[Tensor]:
 
 def test_a_kept_step_equals_the_compiled_one_bit_for_bit_in_place(store: Store, compiles: list[object]) -> None:
     compiled = run_step()
-    assert len(store.entries()) == 1
+    assert len(kept(store)) == 1
     compiler.clear()
     assert same(run_step(), compiled)
     assert len(compiles) == 1
@@ -89,7 +96,7 @@ def test_kept_kernels_equal_compiled_ones_bit_for_bit(store: Store, compiles: li
     torch.manual_seed(5)
     compiled = forward_and_backward()
     count = len(compiles)
-    assert len(store.entries()) == count
+    assert len(kept(store)) == count
     compiler.clear()
     torch.manual_seed(5)
     assert same(forward_and_backward(), compiled)
@@ -193,7 +200,7 @@ def test_a_damaged_or_foreign_package_is_refused_with_a_warning_and_compiled_aga
     damage: str, store: Store, compiles: list[object]
 ) -> None:
     compiled = run_step()
-    (entry,) = store.entries()
+    (entry,) = kept(store)
     DAMAGE[damage](store.folder / entry.key)
     assert store.wrong(entry.key) is not None
     compiler.clear()
@@ -201,12 +208,14 @@ def test_a_damaged_or_foreign_package_is_refused_with_a_warning_and_compiled_aga
     with kernel_store_warnings:
         assert same(run_step(), compiled)
     assert len(compiles) == 2
+    kept(store)
     assert store.wrong(entry.key) is None  # the new one took its place
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
 def test_a_folder_that_others_can_write_is_not_used(mode: int, store: Store, compiles: list[object]) -> None:
     run_step()
+    kept(store)
     store.folder.chmod(mode)
     compiler.clear()
     with pytest.warns(RuntimeWarning, match="are not used: others can write"):
@@ -220,10 +229,12 @@ def test_another_compiler_compiles_again_and_none_uses_what_is_there(
     store: Store, compiles: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_step()
+    kept(store)
     for here, expected in ((None, 1), ("another", 2)):
         monkeypatch.setattr(identity, "compiler", lambda here=here: here)
         compiler.clear()
         run_step()
+        kept(store)
         assert len(compiles) == expected
 
 
@@ -260,7 +271,7 @@ def test_a_function_whose_source_is_unknown_is_not_kept(store: Store) -> None:
         return (2 * x,)
 
     compiler.get(double, ("G D",), [torch.zeros(2, 3)])
-    assert store.entries() == []
+    assert kept(store) == []
 
 
 def made(number: int, size: int = 1000) -> tuple[Package, dict[str, bytes]]:
@@ -349,9 +360,10 @@ def test_processes_that_race_leave_whole_kernels_and_the_same_results(tmp_path: 
 
 def test_an_archive_brings_kernels_to_another_store(store: Store, compiles: list[object], tmp_path: Path) -> None:
     compiled = run_step()
+    kept(store)
     file = tmp_path / "kernels.zip"
     assert archive.write(store, file) == 1
-    (entry,) = store.entries()
+    (entry,) = kept(store)
     store.remove(entry.key)
     file.chmod(0o600)
     assert archive.read(store, file) == archive.Imported(1, 0, {})
@@ -366,6 +378,7 @@ def test_an_archive_for_another_machine_says_which_property_differs(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_step()
+    kept(store)
     file = tmp_path / "kernels.zip"
     archive.write(store, file)
     file.chmod(0o600)
@@ -404,6 +417,7 @@ def test_a_folder_that_cannot_be_written_keeps_nothing_and_says_so_if_it_was_nam
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
             run_step()
+            assert kernel_store.background.wait(60)
         assert bool(given) == told
         compiler.clear()
     kernel_store.follow(lambda: None)

@@ -120,6 +120,7 @@ def _warm(store: Store, parsed: argparse.Namespace) -> int:
     if parsed.model is not None:
         check_extra("kernels warm --model")
         warming.warm_model(Path(parsed.model), dtype)
+    kernel_store.background.wait()
     after = len(store.entries())
     print(f"{after - before} kernels added, {after} there")
     return 0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch_xlstm_ops.runtime.kernel_store import archive
+from torch_xlstm_ops.runtime.kernel_store.background import Background, background
 from torch_xlstm_ops.runtime.kernel_store.identity import Request, here, request, unsupported
 from torch_xlstm_ops.runtime.kernel_store.package import Damaged, Package
 from torch_xlstm_ops.runtime.kernel_store.store import CAPACITY, Entry, Found, Store
@@ -17,6 +18,7 @@ from torch_xlstm_ops.runtime.kernel_store.trust import Untrusted
 
 __all__ = [
     "CAPACITY",
+    "Background",
     "Damaged",
     "Entry",
     "Found",
@@ -25,6 +27,7 @@ __all__ = [
     "Store",
     "Untrusted",
     "archive",
+    "background",
     "chosen",
     "follow",
     "here",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from torch_xlstm_ops.runtime import torch_internals
 from torch_xlstm_ops.runtime.files import PARTIAL
 from torch_xlstm_ops.runtime.kernel_store import conditions, identity, package, trust
+from torch_xlstm_ops.runtime.kernel_store.background import background
 from torch_xlstm_ops.runtime.kernel_store.identity import Request
 from torch_xlstm_ops.runtime.kernel_store.package import Damaged, Package
 from torch_xlstm_ops.runtime.state import warn_once
@@ -80,16 +82,21 @@ class Store:
             os.utime(folder / package.MANIFEST)
         return None if call is None else Found(call, admits)
 
-    def keep(self, request: Request, call: torch_internals.Raw, admits: torch_internals.Admits) -> bool:
-        """Keep a compiled function for other processes, if it can be; return whether it was added."""
+    def keep(self, request: Request, call: torch_internals.Raw, admits: torch_internals.Admits) -> None:
+        """Keep a compiled function for other processes, if it can be; no call waits for that, see `background`."""
+        background.later(functools.partial(self._pack, request, call, admits, identity.compiler()))
+
+    def _pack(
+        self, request: Request, call: torch_internals.Raw, admits: torch_internals.Admits, compiler: str | None
+    ) -> bool:
+        """Add the package of a compiled function, if it can be made; return whether it was added."""
         if self._is_refused():
             return False
         generated, text = torch_internals.taken_apart(call), conditions.write(admits)
         if generated is None or text is None:
             return False
         try:
-            made = package.pack(generated, request.properties, identity.compiler(), text)
-            return self._add(request.key, *made)
+            return self._add(request.key, *package.pack(generated, request.properties, compiler, text))
         except (OSError, ValueError) as error:
             if self._told:
                 warn_once(f"kernels are not kept in {self.folder} ({error}): free space there, or name another folder "
