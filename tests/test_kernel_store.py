@@ -22,7 +22,17 @@ from tests import oracle
 from torch_xlstm_ops import mlstm_chunkwise, slstm_sequence
 from torch_xlstm_ops.maths import mlstm
 from torch_xlstm_ops.runtime import compiler, kernel_store, torch_internals
-from torch_xlstm_ops.runtime.kernel_store import Damaged, Entry, Package, Request, Store, Untrusted, archive, identity, package
+from torch_xlstm_ops.runtime.kernel_store import (
+    Damaged,
+    Entry,
+    Package,
+    Request,
+    Store,
+    Untrusted,
+    archive,
+    identity,
+    package,
+)
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are kept on Linux alone")

@@ -6,14 +6,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import Command
-from torch_xlstm_ops import config
+from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step_, slstm_sequence, slstm_step
+from torch_xlstm_ops.models import DEMO_MODEL
 from torch_xlstm_ops.patch import kept_blocks, patch
 from torch_xlstm_ops.patch.traced import traced
 from torch_xlstm_ops.registrations import register
@@ -62,14 +63,75 @@ def test_kernels_are_warmed_listed_verified_exchanged_and_pruned(run: Command, f
     assert run("kernels", "prune", *at, "--bytes", "0")[1].endswith("; 0 left, 0 bytes\n")
 
 
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Count compiles."""
+    count: list[object] = []
+    original = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda *args: count.append(args[0]) or original(*args))
+    return count
+
+
+def mlstm_calls(B: int, S: int) -> None:
+    (q, k, v), (igate, fgate) = torch.randn(3, B, 2, S, 4), torch.randn(2, B, 2, S)
+    _, state = mlstm_chunkwise(q, k, v, igate, fgate)
+    mlstm_chunkwise(q, k, v, igate, fgate, *state)
+    one = [t[:, :, 0] for t in (q, k, v)], [t[:, :, :1] for t in (igate, fgate)]
+    mlstm_step_(*one[0], *one[1], *state)
+
+
+def slstm_calls(B: int, S: int) -> None:
+    x, r, b = torch.randn(B, S, 4, 2, 4), torch.randn(4, 2, 4, 4), torch.randn(4, 2, 4)
+    _, state = slstm_sequence(x, r, b)
+    slstm_sequence(x, r, b, *state)
+    slstm_step(x[:, 0], r, b, *state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "calls", "batches"), [
+    (("--shape", "2x4x4"), mlstm_calls, [1]), (("--shape", "2x4x4", "--batch", "3"), mlstm_calls, [3]),
+    (("--slstm", "2x4"), slstm_calls, [1, 3]),
+])
+def test_no_length_of_a_warmed_layer_is_compiled_again(
+    flags: tuple[str, ...], calls: Callable[[int, int], None], batches: list[int], run: Command, folder: Path,
+    compiles: list[object],
+) -> None:
+    assert run("kernels", "warm", "--kernels", folder, *flags)[0] == 0
+    assert compiles
+    compiles.clear()
+    compiler.clear()
+    with torch.no_grad():
+        for B in batches:
+            for S in (1, 2, 5, 64, 77, 400):
+                calls(B, S)
+    assert compiles == []
+
+
+@pytest.mark.slow
+def test_no_prompt_of_a_warmed_model_is_compiled_again(run: Command, folder: Path, compiles: list[object]) -> None:
+    pytest.importorskip("transformers")
+    assert run("kernels", "warm", "--kernels", folder, "--model", DEMO_MODEL)[1].endswith(" there\n")
+    assert compiles
+    compiles.clear()
+    for prompt in ("a", "ab", "abcde" * 13, "abcde" * 60):
+        compiler.clear()
+        flags = ("--quiet", "--max-new-tokens", "2", "--kernels", folder, "--prompt", prompt)
+        assert run("generate", *flags)[0] == 0
+    assert compiles == []
+
+
 def test_bad_flags_of_kernels_are_one_line(run: Command, folder: Path) -> None:
     at = ("--kernels", folder)
     assert error(run("kernels", "ls", *at, "--bytes", "1")) == "--bytes must come with prune, got ls"
     assert error(run("kernels", "ls", "file", *at)) == "FILE must come with export or import, got ls"
     assert error(run("kernels", "export", *at)) == "export must come with FILE"
     assert error(run("kernels", "prune", *at)).startswith("prune must come with --bytes SIZE")
-    assert error(run("kernels", "warm", *at)) == "warm must come with --model DIR or --shape NHxDHQKxDHHV"
+    assert error(run("kernels", "warm", *at)) == (
+        "warm must come with --model DIR, --shape NHxDHQKxDHHV or --slstm NHxDH")
     assert error(run("kernels", "warm", *at, "--shape", "2x4")).endswith("such as 4x64x128, got '2x4'")
+    assert error(run("kernels", "warm", *at, "--shape", "2x4x4", "--batch", "0")).startswith("--batch must be ")
+    assert error(run("kernels", "warm", *at, "--slstm", "2x4x4")) == "--slstm must be NHxDH, such as 4x64, got '2x4x4'"
+    assert error(run("kernels", "ls", *at, "--slstm", "2x4")) == "--slstm must come with warm, got ls"
     assert error(run("kernels", "warm", *at, "--shape", "2x4x4", "--dtype", "int8")).endswith("got 'int8'")
     assert error(run("kernels", "ls", "--kernels", "off")) == "kernels must be on or a folder, got off"
     assert error(run("kernels", "ls", "--kernels", "maybe")).endswith("got 'maybe'")

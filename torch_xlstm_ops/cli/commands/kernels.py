@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from torch_xlstm_ops import config
-from torch_xlstm_ops.cli.shared import amounts, warming
+from torch_xlstm_ops.cli.shared import amounts, options, warming
 from torch_xlstm_ops.cli.shared.errors import BadInput, bad_input, check_extra
 from torch_xlstm_ops.cli.shared.loading import DTYPES
 from torch_xlstm_ops.cli.shared.table import aligned
@@ -18,16 +18,17 @@ from torch_xlstm_ops.runtime import kernel_store
 from torch_xlstm_ops.runtime.kernel_store import Damaged, Store, Untrusted
 
 HELP = "list, check, fill and exchange the kernels that are kept for later processes"
+_BATCH = options.Option("batch", config.WHOLE, "COUNT", 1, "")
 _FLAGS = {
-    "bytes": ("prune",), "remove": ("verify",), "model": ("warm",), "shape": ("warm",), "training": ("warm",),
-    "dtype": ("warm",), "file": ("export", "import"),
+    "bytes": ("prune",), "remove": ("verify",), "model": ("warm",), "shape": ("warm",), "slstm": ("warm",),
+    "training": ("warm",), "batch": ("warm",), "dtype": ("warm",), "file": ("export", "import"),
 }
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `kernels`."""
     parser.usage = ("xlstm-ops kernels (ls | stats | verify [--remove] | prune --bytes SIZE) [--kernels FOLDER]\n"
-                    "       xlstm-ops kernels warm (--model DIR | --shape NHxDHQKxDHHV) [FLAG ...]\n"
+                    "       xlstm-ops kernels warm (--model DIR | --shape NHxDHQKxDHHV | --slstm NHxDH) [FLAG ...]\n"
                     "       xlstm-ops kernels (export | import) FILE [--kernels FOLDER]")
     parser.add_argument("action", choices=list(_ACTIONS), help="ls: every kernel; stats: totals; verify: read every "
                         "file; prune: remove what was not used for longest; warm: compile ahead of time; export, "
@@ -40,8 +41,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="warm what a Hugging Face xLSTM needs")
     parser.add_argument("--shape", metavar="NHxDHQKxDHHV", action="append", default=[],
                         help="warm the mLSTM of these heads; repeatable")
-    parser.add_argument("--dtype", metavar="NAME", help=f"of --shape or --model: {', '.join(DTYPES)} (default float32)")
-    parser.add_argument("--training", action="store_true", help="warm the gradients of each --shape too")
+    parser.add_argument("--slstm", metavar="NHxDH", action="append", default=[],
+                        help="warm the sLSTM of these heads; repeatable")
+    parser.add_argument("--dtype", metavar="NAME",
+                        help=f"of --shape, --slstm or --model: {', '.join(DTYPES)} (default float32)")
+    parser.add_argument("--batch", metavar="COUNT", help="rows of a decoding step, whose kernels have a fixed number "
+                        "(default 1)")
+    parser.add_argument("--training", action="store_true", help="warm the gradients of each --shape and --slstm")
 
 
 def execute(parsed: argparse.Namespace) -> int:
@@ -68,7 +74,8 @@ def _list(store: Store, parsed: argparse.Namespace) -> int:
     for entry in reversed(store.entries()):
         try:
             about = store.read(entry.key).properties
-            what = (about["function"].rpartition(".")[2], about["arguments"], warming.threads(about["options"]))
+            function = about["function"].partition(" ")[0].rpartition(".")[2]
+            what = (function, about["arguments"], warming.threads(about["options"]))
         except (Damaged, Untrusted, OSError) as error:
             what = (str(error), "", "")
         rows.append((entry.key[:12], *what, str(entry.size), amounts.ago(entry.used)))
@@ -108,18 +115,22 @@ def _prune(store: Store, parsed: argparse.Namespace) -> int:
 
 
 def _warm(store: Store, parsed: argparse.Namespace) -> int:
-    if not parsed.shape and parsed.model is None:
-        raise BadInput("warm must come with --model DIR or --shape NHxDHQKxDHHV")
+    if not parsed.shape and not parsed.slstm and parsed.model is None:
+        raise BadInput("warm must come with --model DIR, --shape NHxDHQKxDHHV or --slstm NHxDH")
     dtype = parsed.dtype or "float32"
     if dtype not in DTYPES:
         raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    shapes = [warming.shape(text) for text in parsed.shape]
+    B = options.parse(_BATCH, parsed.batch)
+    mlstms = [warming.sizes("--shape", text) for text in parsed.shape]
+    slstms = [warming.sizes("--slstm", text) for text in parsed.slstm]
     before = len(store.entries())
-    for NH, DHQK, DHHV in shapes:
-        warming.warm_shape(NH, DHQK, DHHV, DTYPES[dtype], training=parsed.training)
+    for NH, DHQK, DHHV in mlstms:
+        warming.warm_mlstm(B, NH, DHQK, DHHV, DTYPES[dtype], training=parsed.training)
+    for NH, DH in slstms:
+        warming.warm_slstm(B, NH, DH, DTYPES[dtype], training=parsed.training)
     if parsed.model is not None:
         check_extra("kernels warm --model")
-        warming.warm_model(Path(parsed.model), dtype)
+        warming.warm_model(Path(parsed.model), B, dtype)
     kernel_store.background.wait()
     after = len(store.entries())
     print(f"{after - before} kernels added, {after} there")
