@@ -115,7 +115,7 @@ def test_no_prompt_of_a_warmed_model_is_compiled_again(run: Command, folder: Pat
     compiles.clear()
     for prompt in ("a", "ab", "abcde" * 13, "abcde" * 60):
         compiler.clear()
-        flags = ("--quiet", "--max-new-tokens", "2", "--kernels", folder, "--prompt", prompt)
+        flags = ("--max-new-tokens", "2", "--kernels", folder, "--prompt", prompt)
         assert run("generate", *flags)[0] == 0
     assert compiles == []
 
@@ -186,13 +186,13 @@ from torch_xlstm_ops.runtime import compiler
 compiles, original = [], compiler._compile
 compiler._compile = lambda *args: compiles.append(args[0]) or original(*args)
 status = cli.main(["generate", "--max-new-tokens", "3", "--quiet"])
-print(len(compiles))
+print(len(compiles), "torch._inductor.compile_fx" in sys.modules)
 sys.exit(status)
 """
 
 
 @pytest.mark.slow
-def test_a_second_generate_compiles_nothing_and_writes_the_same_text(tmp_path: Path) -> None:
+def test_a_second_generate_loads_no_inductor_and_writes_the_same_text(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     environment = {**os.environ, "XLSTM_OPS_KERNELS": str(tmp_path / "kernels"), "PYTHONPATH": str(ROOT)}
     texts, compiled = [], []
@@ -202,5 +202,5 @@ def test_a_second_generate_compiles_nothing_and_writes_the_same_text(tmp_path: P
         *text, last = done.stdout.splitlines()
         texts.append(text)
         compiled.append(last)
-    assert compiled == ["3", "0"]
+    assert compiled == ["2 True", "0 False"]
     assert texts[0] == texts[1]

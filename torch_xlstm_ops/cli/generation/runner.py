@@ -85,7 +85,8 @@ def _start_workers(
 
 def _warm_up(run: _Run) -> WarmUp:
     with run.display.status("compiling, once on this machine" if run.request.patched else "warming up"):
-        warmed = stream.warm_up(run.loaded, run.prompt)
+        told = not run.request.quiet or run.request.values["stats_log"] is not None
+        warmed = stream.warm_up(run.loaded, run.prompt, record=told)
         if run.workers is not None:
             run.workers.warm_up(run.prompt)
     return warmed

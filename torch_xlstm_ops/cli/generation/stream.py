@@ -137,10 +137,12 @@ class WarmUp(NamedTuple):
     decode: tuple[str, ...]
 
 
-def warm_up(loaded: Loaded, prompt: Prompt) -> WarmUp:
+def warm_up(loaded: Loaded, prompt: Prompt, *, record: bool = True) -> WarmUp:
     """Compile what the prompt and a decoding step need, with the first block only and states that are not kept.
 
     All blocks have the same shapes, so one is enough, and the fastest for a large model.
+
+    record: whether to find out what runs, which takes as long again.
     """
     sizes = sorted(set(pieces(len(prompt), loaded.device)), reverse=True)
     tokens = list(itertools.islice(prompt, sum(sizes)))
@@ -148,14 +150,19 @@ def warm_up(loaded: Loaded, prompt: Prompt) -> WarmUp:
         logits, cache = read_prompt(loaded, tokens)
         logits, _ = decode_token(loaded, tokens[0], cache)
         logits.argmax(), logits.isnan().any()  # CUDA loads a kernel at its first use
-        # Recorded in a second pass, because compilation does not work under a dispatch mode.
-        with trace.record() as recording:
-            with _OperatorNames() as prefill_names:
-                _, cache = read_prompt(loaded, tokens[: sizes[-1]])
-            with _OperatorNames() as decode_names:
-                decode_token(loaded, tokens[0], cache)
-    schedules = dict.fromkeys(entry.schedule for entry in recording.entries() if entry.schedule is not None)
+        found = _recorded(loaded, tokens, sizes[-1]) if record else WarmUp((), (), ())
     devices.synchronize(loaded.device)
+    return found
+
+
+def _recorded(loaded: Loaded, tokens: Sequence[int], size: int) -> WarmUp:
+    """Return what runs, from a second pass: a dispatch mode sees operators, and changes how they are compiled."""
+    with trace.record() as recording:
+        with _OperatorNames() as prefill_names:
+            _, cache = read_prompt(loaded, tokens[:size])
+        with _OperatorNames() as decode_names:
+            decode_token(loaded, tokens[0], cache)
+    schedules = dict.fromkeys(entry.schedule for entry in recording.entries() if entry.schedule is not None)
     return WarmUp(tuple(schedules), tuple(prefill_names.names), tuple(decode_names.names))
 
 

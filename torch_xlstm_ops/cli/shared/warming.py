@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_xlstm_ops.api import mlstm_chunkwise, mlstm_step, mlstm_step_, slstm_sequence, slstm_step
 from torch_xlstm_ops.cli.shared.errors import BadInput
 from torch_xlstm_ops.cli.shared.loading import load
+from torch_xlstm_ops.runtime.torch_internals import OperatorMode
 
 # Tokens of a prompt: one chunk, several, a loop of steps, and a step. Every other length runs what these run.
 _LENGTHS = (40, 300, 2, 1)
@@ -88,6 +89,8 @@ def warm_model(directory: Path, B: int, dtype: str) -> None:
                 cache = adapter.forward_last(loaded.model, ids).cache
                 adapter.forward_last(loaded.model, ids[:, :1], cache)
                 adapter.forward_last(loaded.model, ids, cache)
+                with OperatorMode(lambda call, args, options: call(*args, **options)):  # layer by layer, as if traced
+                    adapter.forward_last(loaded.model, ids[:, :1], cache)
     finally:
         handle.remove()
 
