@@ -62,7 +62,7 @@ def long(run: Command, model_directory: Path, tmp_path: Path) -> Command:
 
 def without_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read the prompt only once: the warm-up reads it the same way."""
-    monkeypatch.setattr(stream, "warm_up", lambda *arguments: stream.WarmUp((), (), ()))
+    monkeypatch.setattr(stream, "warm_up", lambda *arguments, **options: stream.WarmUp((), (), ()))
 
 
 def one_token_only(forward_last: Callable[..., adapter.Output]) -> Callable[..., adapter.Output]:

@@ -53,7 +53,7 @@ class Traced:
         self._hooks = [hooks for m in parts for hooks in torch_internals.hooks(m)]
         self._classes = list({type(m) for m in parts})
         self._forwards = [kind.forward for kind in self._classes]
-        self._weights = [m._parameters.values() for m in parts if m._parameters]
+        self._weights: list[Any] = [m._parameters.values() for m in parts if m._parameters]
         self.forward = forward
         self._latest: dict[bool, _Latest] = {}  # by in_place
 

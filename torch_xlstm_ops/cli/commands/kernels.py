@@ -6,6 +6,7 @@ import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -120,7 +121,7 @@ def _warm(store: Store, parsed: argparse.Namespace) -> int:
     dtype = parsed.dtype or "float32"
     if dtype not in DTYPES:
         raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    B = options.parse(_BATCH, parsed.batch)
+    B = cast(int, options.parse(_BATCH, parsed.batch))
     mlstms = [warming.sizes("--shape", text) for text in parsed.shape]
     slstms = [warming.sizes("--slstm", text) for text in parsed.slstm]
     before = len(store.entries())
