@@ -1,8 +1,8 @@
-"""Tuning that happens by itself: calls try few other plans while a model is used, and keep what is faster.
+"""Tuning in use: while a model is used, calls try few other plans, and the fastest is kept.
 
-`arms` has the plans, `controller` decides which one a call uses, by a policy of `policies` or `cfc` and within a `budget`
-of lost time, `timer` times calls without waiting for the device, `learner` joins these for one kind of call, and `keep`
-writes the best plan to the file of tuned plans. `schedule` is what operators call.
+`arms` has the plans. `controller` decides which one a call uses, by a policy of `policies` or `cfc` and within a
+`budget` of lost time. `timer` times calls without waiting for the device. `learner` joins these for one kind of call.
+`keep` writes the best plan to the file of tuned plans. Operators call `schedule`.
 """
 
 from __future__ import annotations
