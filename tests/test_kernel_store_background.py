@@ -137,6 +137,7 @@ time.sleep({seconds})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.02])
 def test_a_process_that_is_killed_while_it_packs_leaves_whole_packages(seconds: float, tmp_path: Path) -> None:
     kept_in = Store(tmp_path / "kernels")
@@ -147,6 +148,7 @@ def test_a_process_that_is_killed_while_it_packs_leaves_whole_packages(seconds: 
     assert [kept_in.wrong(entry.key) for entry in left] == [None] * len(left)
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_packs_what_waits(tmp_path: Path) -> None:
     kept_in = Store(tmp_path / "kernels")
     done = child(ENDS.format(folder=str(kept_in.folder), seconds=0.0, end=""), kept_in.folder)
