@@ -20,10 +20,12 @@ from tests.oracle import Sizes, draw
 from torch_xlstm_ops import config, trace
 from torch_xlstm_ops.api import mlstm_chunkwise
 from torch_xlstm_ops.config import Config, Schedule, Tune, tuned_plans
+from torch_xlstm_ops.maths.intervals import Interval
 from torch_xlstm_ops.maths.tolerance import GRADIENT_TOLERANCE, TOLERANCE, error
 from torch_xlstm_ops.ops.mlstm import dispatch
+from torch_xlstm_ops.runtime import files
 from torch_xlstm_ops.schedules import plan
-from torch_xlstm_ops.schedules.online import arms, learner, policies, policy, timer
+from torch_xlstm_ops.schedules.online import arms, keep, learner, policies, policy, timer
 from torch_xlstm_ops.schedules.online.budget import Budget
 from torch_xlstm_ops.schedules.online.controller import Arm, Change, Controller
 from torch_xlstm_ops.schedules.online.estimates import Estimates, View
@@ -186,6 +188,10 @@ def test_after_offline_tuning_the_default_is_tried_too() -> None:
     found = arms.candidates(Config(), used, plan.Shape(8, 4096, 64, 64), CPU)
     assert found[0].name == "tuned"
     assert "default" in [c.name for c in found]
+    for candidate in found:  # what is kept of any of them can be used later
+        if candidate.name != "default":
+            entry = keep.entry(candidate.settings, Interval(1.1, 1.05, 1.2), "")
+            assert tuned_plans.checked(json.loads(json.dumps(entry)), "it") == dict(candidate.settings)
 
 
 @pytest.fixture
@@ -303,9 +309,6 @@ def test_a_forked_child_learns_anew(file: Path) -> None:
 
 
 def test_a_file_that_another_process_writes_is_tried_again_later(file: Path) -> None:
-    from torch_xlstm_ops.runtime import files
-    from torch_xlstm_ops.schedules.online import keep
-
     file.parent.mkdir()
     with files.locked(file.with_name(f".{file.name}.lock")):
         assert not keep.keep("on", {"a": None})

@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
     """A plan with the settings that give it."""
 
     name: str
-    settings: Settings  # empty: the plan in use
+    settings: Settings  # empty: the default
     compiles: bool = False  # whether it needs kernels that the one in use does not
 
 
@@ -50,10 +50,15 @@ def candidates(
         return []
     budget = devices.memory(device).budget
     most = max(base.window * base.task_bytes, (budget or 0) // MEMORY_SHARE)
-    found, seen = [Candidate("default" if used == asked else "tuned", {})], {_key(base)}
+
+    def open_(settings: Settings) -> Settings:
+        return {f: v for f, v in settings.items() if f == "schedule" or getattr(asked, f) is None}
+
+    first = Candidate("default", {}) if used == asked else Candidate("tuned", open_(settings_of(base)))
+    found, seen = [first], {_key(base)}
     changes = [("default", plain.chunk_size != base.chunk_size, settings_of(plain)), *_changes(base, device)]
     for name, compiles, changed in changes:
-        settings = {f: v for f, v in changed.items() if f == "schedule" or getattr(asked, f) is None}
+        settings = open_(changed)
         made = planned(dataclasses.replace(asked, **settings))  # type: ignore[arg-type]
         chunks = -(-made.segment // made.chunk_size)
         fits = chunks <= max_chunks(device.type) and made.window * made.task_bytes <= most

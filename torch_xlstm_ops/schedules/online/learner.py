@@ -66,7 +66,9 @@ class Learner:
             _budgets.keep((use.device, use.dtype, use.shape.DHQK, use.shape.DHHV), Budget()),
         )
         self._timer, self._phase = Timer(use.device), "backward" if use.gradient else "forward"
-        self._keeps = use.training == use.gradient  # a forward pass with gradient shares its entry with the gradient
+        free = all(getattr(asked, field) is None for field in tuned_plans.FIELDS if field != "schedule")
+        # A forward pass with gradient shares its entry with the gradient; what the user set is not for later processes.
+        self._keeps = free and use.training == use.gradient
         self._unkept: dict[str, Any] | None = None
         self._tried_to_keep = -KEEP_SECONDS
         self._lock = forks.new_lock()
