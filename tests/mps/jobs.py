@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 500
 PARALLEL = min(2, os.cpu_count() or 1)
+ENVIRONMENT = dict(os.environ)  # read once: pytest changes a variable for each test, while threads start jobs
 
 
 class Job(NamedTuple):
@@ -33,9 +34,9 @@ def job(task: str, **arguments: Any) -> Job:
 def run(wanted: Job, **environment: str) -> dict[str, Any]:
     """Run a job in a new process and return its report; raise RuntimeError with its last words if it dies."""
     command = [sys.executable, "-m", "tests.mps.worker", wanted.task, wanted.arguments]
-    paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(filter(None, [str(REPOSITORY), ENVIRONMENT.get("PYTHONPATH")]))
     variables = {
-        **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        **ENVIRONMENT, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
         **environment,
     }
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=TIMEOUT_S, check=False)

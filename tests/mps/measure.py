@@ -128,13 +128,14 @@ def _call(call: Call, log: emulator.Log) -> dict[str, Any]:
         "sizes": call.sizes,
         "errors": call.errors,
         "eager_errors": call.eager_errors,
-        "launches": [_launch(launch) for launch in launches],
+        "launches": [report_launch(launch) for launch in launches],
         "aten": dict(Counter(entry.name for entry in aten)),
         "round_trips": [entry.name for entry in aten if entry.waits_for_device or entry.reads_host],
     }
 
 
-def _launch(launch: emulator.Launch) -> dict[str, Any]:
+def report_launch(launch: emulator.Launch) -> dict[str, Any]:
+    """Return what the tests ask of a launch."""
     return {
         "kernel": launch.kernel, "source": launch.source, "threads": launch.threads, "group": launch.group,
         "buffers": len(launch.buffers), "statistics": launch.statistics,

@@ -19,6 +19,7 @@ TASKS = {
     "threads": "measure:threads",
     "model": "measure:model",
     "submissions": "submissions:submissions",
+    "parallel_in_time": "parallel_in_time:parallel_in_time",
     "full_size": "upstream_bugs:full_size",
     "long_sums": "upstream_bugs:long_sums",
 }

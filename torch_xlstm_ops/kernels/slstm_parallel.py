@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_xlstm_ops.kernels.slstm import product_dtype
 from torch_xlstm_ops.maths.products import sum_over_terms
 from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.maths.slstm.parallel import backward, backward_scan, forward
@@ -23,6 +24,7 @@ Caller = Callable[..., Call]  # from a function and its keywords
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 4e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
 UNIT = 0.72  # of a rounding step relative to what is rounded, on the average
 NOISE = {torch.float64: 5e-13, torch.float32: 3e-7, torch.bfloat16: 1.0e-3, torch.float16: 1.3e-4}
+UNROLLED = (forward.summarize, forward.group, forward.across_apart, forward.emit, forward.settle)
 
 
 class Kernels(NamedTuple):
@@ -49,7 +51,8 @@ class Kernels(NamedTuple):
 
 def compile_call(fn: compiler.PureFunction, **static: Any) -> Call:
     """Return what calls `fn` compiled for the arguments that it is given."""
-    return lambda args: compiler.get(fn, axes(fn, args), args, **static)(args)
+    unrolled = fn in UNROLLED
+    return lambda args: compiler.get(fn, axes(fn, args), args, unrolled=unrolled, **static)(args)
 
 
 def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Caller = compile_call) -> Kernels:
@@ -66,7 +69,8 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
     return Kernels(
         products=products, operand_gradients=operand_gradients,
         summarize=caller(forward.summarize, floor=floor), group=caller(forward.group, floor=floor),
-        across=caller(forward.across, floor=floor), emit=caller(forward.emit, floor=floor),
+        across=_across(caller, floor, x.device.type),
+        emit=caller(forward.emit, floor=floor, dtype=product_dtype(x)),
         settle=caller(forward.settle, floor=floor),
         judge=caller(
             judge, unit=UNIT * torch.finfo(x.dtype).eps, noise=tolerance * NOISE[x.dtype] / TOLERANCE[x.dtype],
@@ -81,6 +85,21 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
         enter=caller(backward.enter, masked=masked), leave=caller(backward.leave, masked=masked),
         weight_gradients=weight_gradients,
     )
+
+
+def _across(caller: Caller, floor: float, device: str) -> Call:
+    """Return `forward.across`; on MPS without the states after several groups, which nobody asks for."""
+    if device != "mps":
+        return caller(forward.across, floor=floor)
+    one, several = (caller(forward.across_apart, floor=floor, ends=ends) for ends in (True, False))
+
+    def run(args: list[Tensor]) -> Sequence[Tensor]:
+        if args[0].shape[0] > 1:
+            return several(args)
+        states = one(args)
+        return *(s[:, :-1] for s in states), *(s[:, -1] for s in states)
+
+    return run
 
 
 def weight_gradients(dgates: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:

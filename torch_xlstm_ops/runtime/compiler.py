@@ -42,13 +42,14 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
         "assert_indirect_indexing": False,  # an error is read from the device
     },
 }
+UNROLLED: dict[str, dict[str, Any]] = {"mps": {"max_fusion_unique_io_buffers": None, "realize_reads_threshold": 8}}
 # Decompositions of operators that a compiled function may call: filled by registrations/.
 INLINED: dict[Any, PureFunction] = {}
 
 
 def get(
     fn: PureFunction, axes: Sequence[str], args: Sequence[Tensor], *, release_gil: bool = False,
-    threads: int | None = None, join_in_place: bool = False, **static: Any,
+    threads: int | None = None, join_in_place: bool = False, unrolled: bool = False, **static: Any,
 ) -> RawCallable:
     """Return a compiled ``fn(*args, **static)``, to be called with one list of contiguous tensors.
 
@@ -57,11 +58,10 @@ def get(
     release_gil: generate a C++ wrapper, which takes longer to compile and runs without the GIL (CPU).
     threads: the exact number that a CPU kernel uses; default what the calling thread may use now.
     join_in_place: read what `torch.cat` joins where it is, in the kernel that uses it, and do not copy it first.
+    unrolled: `fn` writes out many small steps one after another, which shall be one kernel; it has few arguments.
     """
-    how = _How(release_gil, threads or torch.get_num_threads(), join_in_place)
-    key = (
-        fn, how, args[0].device, *static.values(), *[t.shape for t in args], *[t.dtype for t in args],
-    )
+    how = _How(release_gil, threads or torch.get_num_threads(), join_in_place, unrolled)
+    key = (fn, how, args[0].device, *static.values(), *[t.shape for t in args], *[t.dtype for t in args])
     call = _callables.get(key)
     if call is None:
         forks.note_kernels()
@@ -79,10 +79,8 @@ def clear() -> None:
     _obtained = 0
     _callables.clear()
     _families.clear()
-    for reference in list(_holders):
-        forget = reference()
-        if forget is not None:
-            forget()
+    for forget in filter(None, [reference() for reference in _holders]):
+        forget()
 
 
 def obtained() -> int:
@@ -101,11 +99,13 @@ class _How(NamedTuple):
     release_gil: bool
     threads: int  # a CPU kernel has one accumulator for each
     join_in_place: bool = False
+    unrolled: bool = False
 
     def options(self, device: torch.device) -> dict[str, Any]:
         cpu = {"cpp.threads": self.threads} if device.type == "cpu" else {}
         return {"size_asserts": False, **cpu, **(RELEASE_GIL if self.release_gil else {}),
-                **({"force_pointwise_cat": True} if self.join_in_place else {}), **DEVICE_OPTIONS.get(device.type, {})}
+                **({"force_pointwise_cat": True} if self.join_in_place else {}), **DEVICE_OPTIONS.get(device.type, {}),
+                **(UNROLLED.get(device.type, {}) if self.unrolled else {})}
 
 
 class _Family:

@@ -27,6 +27,7 @@ Backward = Callable[
     [Tensor, list[Tensor], Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor | None, float], _Results
 ]
 CHUNK = 8  # tokens of a chunk
+WINDOW = {"mps": 2}  # times as long, where a launch costs more
 GRADIENTS = 4.0  # times the tolerance
 LIMITS = {
     torch.float64: rounds.Limits(first=16), torch.float32: rounds.Limits(first=10),
@@ -74,7 +75,7 @@ class Parallel:
         self, x: Tensor, r: Tensor, b: Tensor, state: list[Tensor], reset: Tensor | None, floor: float
     ) -> _Results:
         """Return h (B, S, NH, DH) and the state y, c, n, m."""
-        limits, tolerance = self._limits[x.dtype], TOLERANCE[x.dtype]
+        limits, tolerance = self._limits_of(x), TOLERANCE[x.dtype]
         found = kernels(x, _masked(x, reset, limits), floor, tolerance, self._caller)
         laid_out = slstm.weights(r, Product.MATMUL, product_dtype(x))
 
@@ -104,7 +105,7 @@ class Parallel:
         reset: Tensor | None, floor: float,
     ) -> _Results:
         """Return the gradients of x, r, b, y, c, n, m; dstate: of y, c, n, m after the last token."""
-        limits, tolerance = self._limits[x.dtype], GRADIENTS * TOLERANCE[x.dtype]
+        limits, tolerance = self._limits_of(x), GRADIENTS * TOLERANCE[x.dtype]
         masked = _masked(x, reset, limits)
         found, dense = kernels(x, masked, floor, tolerance, self._caller), product_dtype(x)
         laid_out = slstm.weights(r, Product.MATMUL, dense)
@@ -144,6 +145,10 @@ class Parallel:
         dx = torch.cat([part[0] for part in reversed(parts)], 1).contiguous()
         return dx, dr.to(r.dtype), db.to(b.dtype), *(t.clone() for t in parts[-1][3:])
 
+    def _limits_of(self, x: Tensor) -> rounds.Limits:
+        limits = self._limits[x.dtype]
+        return limits._replace(window=limits.window * WINDOW.get(x.device.type, 1))
+
     def _states(
         self, order: list[schedule.Window], found: Kernels, x: Tensor, h: Tensor, r: Tensor, b: Tensor,
         state: list[Tensor], reset: Tensor | None, floor: float,
@@ -152,7 +157,7 @@ class Parallel:
         cells: _Results = (state[0].to(x.dtype), *state[1:])
         states = {0: cells}
         for window, after in itertools.pairwise(order):
-            mask = _mask(x, reset, window, self._limits[x.dtype])[:1]
+            mask = _mask(x, reset, window, self._limits_of(x))[:1]
             args = [_tokens(x, window), _tokens(h, window), r, b, *cells, *mask]
             cells = self._graphs.run(
                 ("replay", floor, window.length), lambda ready: schedule.replay_window(found, *ready), args

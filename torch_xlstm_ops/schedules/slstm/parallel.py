@@ -49,19 +49,21 @@ def forward_window(
     """
     window = [x, b, _start(kernels, y.to(x.dtype), r)]
     products: list[Tensor] = []
-    h, moved = x.new_zeros(()), []
+    h: Tensor | None = None
+    moved = []
     for left in reversed(range(rounds)):
-        if left < rounds - 1:
+        if h is not None:
             products = [kernels.products(h, r, left > 1)]
         summary = kernels.summarize([*window, *products, *mask])
         before, after = _scan(kernels.group, kernels.across, summary, (c, n, m))
         if left > 1:
             h = kernels.emit([*window, *before, *products, *mask])[0]
             continue
-        if not h.dim():
+        if h is None:
             h = torch.zeros_like(x[:, :, :, 0])
         h, y_after, change, size = kernels.settle([*window, *before, h, *products, *mask])
         moved.append(change)
+    assert h is not None  # as there are two rounds
     return h, y_after[(length - 1) // x.shape[1]], *after, *kernels.judge([moved[1], moved[0], size])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_xlstm_ops.maths.slstm.parallel.backward import emit_back, enter, leave, record, settle_back
 from torch_xlstm_ops.maths.slstm.parallel.backward_scan import across_back, group_back, summarize_back
 from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
-from torch_xlstm_ops.maths.slstm.parallel.forward import across, emit, group, settle, summarize
+from torch_xlstm_ops.maths.slstm.parallel.forward import across, across_apart, emit, group, settle, summarize
 
 _WINDOW, _TOKENS, _CHUNKS, _CELLS = ("NC L G 4 NH DH", "4 NH DH", "G NH 4 DH"), "NC L G NH DH", "NC G NH DH", "G NH DH"
 _GROUPS = "NC K G NH DH"
@@ -20,7 +20,8 @@ AXES = {
     enter: (_CELLS,) * 5, leave: (_CELLS,) * 5,
 }
 _OPTIONAL = {6: "NH NC L G 4 DH", 5: "NH NC L G DH", 3: "NC L G"}  # what may follow, by its number of axes
-_SCANS = {group: 0, across: 3, group_back: 0, across_back: 3}  # by the number of states after any number of summaries
+# By the number of states after any number of summaries.
+_SCANS = {group: 0, across: 3, across_apart: 3, group_back: 0, across_back: 3}
 
 
 def axes(fn: Callable[..., tuple[Tensor, ...]], args: Sequence[Tensor]) -> tuple[str, ...]:

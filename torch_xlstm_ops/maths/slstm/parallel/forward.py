@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,39 +70,69 @@ def group(decay: Tensor, M: Tensor, dc: Tensor, dn: Tensor, *rest: Tensor, floor
     return tuple(whole)
 
 
+Cells = tuple[Tensor, Tensor, Tensor]  # c, n, m
+
+
 def across(*tensors: Tensor, floor: float) -> tuple[Tensor, ...]:
     """Return c, n, m before each of K chunks, (N, K, G, NH, DH), and after the last, (N, G, NH, DH).
 
     tensors: the summaries of `summarize` or `group`, (N, K, G, NH, DH); c, n, m before, (N, G, NH, DH).
     """
-    decay, M, dc, dn, *least_and_beyond = tensors[:-3]
-    c, n, m = tensors[-3:]
-    m = torch.where(n == 0, 0.0, m)
-    states = []
-    for k in range(decay.shape[1]):
-        states.append((c, n, m))
-        c, m = torch.where(n == 0, 0.0, c), torch.where(n == 0, LEAST, m)
-        carried = decay[:, k] + m
-        m_new = torch.maximum(carried, M[:, k])
-        keep, add = torch.exp(carried - m_new), torch.exp(M[:, k] - m_new)
-        n_new, n_afresh = keep * n + add * dn[:, k], dn[:, k]
-        if floor:
-            least, beyond = (t[:, k] for t in least_and_beyond)
-            kept = torch.where(n == 0, 0.0, keep * floor + add * beyond)
-            n_new, n_afresh = torch.maximum(torch.maximum(n_new, add * least), kept), least
-        afresh = decay[:, k] == NEG_INF
-        c = torch.where(afresh, dc[:, k], keep * c + add * dc[:, k])
-        n = torch.where(afresh, n_afresh, n_new)
-        m = torch.where(n == 0, 0.0, torch.where(afresh, M[:, k], m_new))
-    return *(torch.stack(each, 1) for each in zip(*states, strict=True)), c, n, m
+    summaries, cells, states = tensors[:-3], _first(*tensors[-3:]), []
+    for k in range(summaries[0].shape[1]):
+        states.append(cells)
+        cells = _advance(cells, [t[:, k] for t in summaries], floor)
+    return *(torch.stack(each, 1) for each in zip(*states, strict=True)), *cells
+
+
+def across_apart(*tensors: Tensor, floor: float, ends: bool) -> tuple[Tensor, ...]:
+    """Return c, n, m before each of K chunks, and with `ends` after the last too: (N, K or K + 1, G, NH, DH).
+
+    Arguments as of `across`. Each chunk walks by itself over those before it: three results, where `across` has three
+    for each chunk, more than a Metal kernel can write.
+    """
+    summaries, cells = tensors[:-3], _first(*(t[:, None] for t in tensors[-3:]))
+    before = summaries[0].shape[1] - (not ends)
+    at = torch.arange(before + 1, device=cells[0].device)[:, None, None, None]
+    for k in range(before):
+        after = _advance(cells, [t[:, k, None] for t in summaries], floor)
+        c, n, m = (torch.where(k < at, new, old) for new, old in zip(after, cells, strict=True))
+        cells = c, n, m
+    return cells
+
+
+def _first(c: Tensor, n: Tensor, m: Tensor) -> Cells:
+    return c, n, torch.where(n == 0, 0.0, m)
+
+
+def _advance(cells: Cells, summary: Sequence[Tensor], floor: float) -> Cells:
+    """Return c, n, m after a chunk, given its summary."""
+    (c, n, m), (decay, M, dc, dn, *least_and_beyond) = cells, summary
+    c, m = torch.where(n == 0, 0.0, c), torch.where(n == 0, LEAST, m)
+    carried = decay + m
+    m_new = torch.maximum(carried, M)
+    keep, add = torch.exp(carried - m_new), torch.exp(M - m_new)
+    n_new, n_afresh = keep * n + add * dn, dn
+    if floor:
+        least, beyond = least_and_beyond
+        kept = torch.where(n == 0, 0.0, keep * floor + add * beyond)
+        n_new, n_afresh = torch.maximum(torch.maximum(n_new, add * least), kept), least
+    afresh = decay == NEG_INF
+    c = torch.where(afresh, dc, keep * c + add * dc)
+    n = torch.where(afresh, n_afresh, n_new)
+    return c, n, torch.where(n == 0, 0.0, torch.where(afresh, M, m_new))
 
 
 def emit(
-    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float
+    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor]:
-    """Return h (NC, L, G, NH, DH) by the recurrence within each chunk; c, n, m: before each, (NC, G, NH, DH)."""
+    """Return h (NC, L, G, NH, DH) by the recurrence within each chunk; c, n, m: before each, (NC, G, NH, DH).
+
+    It is rounded to x's dtype, and returned in a dtype, that of the next product.
+    """
     steps = walk(Window.of(x, b, start, rest), (c, n, m), floor)
-    return (torch.stack([step.y.to(x.dtype) for step in steps], 1),)
+    return (torch.stack([step.y.to(x.dtype).to(dtype) for step in steps], 1),)
 
 
 def settle(
