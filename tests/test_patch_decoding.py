@@ -57,6 +57,11 @@ def after(model: Any, change: Callable[[Any], object] = lambda model: None) -> T
     return decode(model, IDS[:, 4:], cache)
 
 
+def prefill_from(model: Any, ids: Tensor, cache: Any) -> adapter.Output:
+    with torch.no_grad():
+        return adapter.forward(model, ids, cache)
+
+
 def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=CLOSE)
 
@@ -204,6 +209,33 @@ def test_states_are_written_into_the_cache_of_the_model_that_runs_and_nowhere_el
         _, state = first(model)(torch.randn(IDS.shape[0], 1, model.config.hidden_size), given)
         assert not {t.data_ptr() for t in state} & {t.data_ptr() for t in given}
         torch.testing.assert_close(adapter.layers(other), before, rtol=0, atol=0)
+
+
+def test_a_prompt_is_one_compiled_call_a_block_whose_states_the_call_s_own_cache_keeps(
+    taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found, run = build(), [], decoding._run
+    monkeypatch.setattr(decoding, "PROMPT", IDS[:, :3].numel())
+    monkeypatch.setattr(decoding, "_run", lambda *args: found.append(run(*args)) or found[-1])
+    unpatched = prefill(model, IDS[:, :3])
+    further = prefill_from(model, IDS[:, 3:], unpatched.cache)
+    with patch("transformers"):
+        ours = prefill(model, IDS[:, :3])
+        kept = [t for layer in adapter.layers(ours.cache) for t in layer]
+        assert all(a is b for a, b in zip(kept, [t for _, *state in found for t in state], strict=True))
+        again = prefill_from(model, IDS[:, 3:], ours.cache)
+    given = [t for layer in adapter.layers(ours.cache) for t in layer]
+    assert all(a is b for a, b in zip(given, kept, strict=True))
+    assert taken == [True] * LAYERS * 2
+    close(ours.logits, unpatched.logits)
+    close(again.logits, further.logits)
+    torch.testing.assert_close(adapter.layers(ours.cache), adapter.layers(unpatched.cache), rtol=1e-4, atol=1e-4)
+
+
+def test_a_short_prompt_on_the_cpu_compiles_no_block(taken: list[bool]) -> None:
+    with patch("transformers"):
+        prefill(build(), IDS)
+    assert not taken
 
 
 @pytest.mark.parametrize("observer", [everywhere, counted, lambda: torch.autocast("cpu"), torch.enable_grad])

@@ -168,7 +168,7 @@ def test_a_prompt_and_a_token_with_gradients_are_one_op_call_a_layer(monkeypatch
     for name in ("mlstm_chunkwise", "mlstm_step"):
         monkeypatch.setattr(adapters, name, counting(name, getattr(adapters, name)))
     with patch("transformers"):
-        cache = prefill(model, prompt(333)).cache
+        cache = prefill(model, prompt(99)).cache
         adapter.forward(model, prompt(1), cache)
     assert calls == ["mlstm_chunkwise"] * LAYERS + ["mlstm_step"] * LAYERS
 

@@ -14,14 +14,14 @@ pytest.importorskip("transformers")
 
 TEXT = (Path(__file__).parents[2] / "torch_xlstm_ops/docs/mps.md").read_text()
 TOKEN, BLOCK_TOKEN = 60, {"embedded": 9, "7B": 12}  # most submissions of a token
-BLOCK_PROMPT = {"float32": 40, "bfloat16": 43}  # of a prompt, by dtype
+BLOCK_PROMPT = 40  # of a prompt
 TABLE = {  # kernels, products, copies, fills, other: in the whole model, and in one block
     ("embedded", "float32", "token"): ([56, 1, 0, 0, 2], [9, 0, 0, 0, 0]),
     ("embedded", "bfloat16", "token"): ([56, 1, 1, 0, 2], [9, 0, 0, 0, 0]),
     ("7B", "bfloat16", "token"): ([20, 1, 1, 0, 2], [9, 0, 0, 0, 0]),
-    ("embedded", "float32", "prompt"): ([110, 97, 30, 2, 2], [18, 16, 5, 0, 0]),
-    ("embedded", "bfloat16", "prompt"): ([110, 97, 43, 2, 2], [18, 16, 7, 0, 0]),
-    ("7B", "bfloat16", "prompt"): ([42, 33, 15, 2, 2], [20, 16, 7, 0, 0]),
+    ("embedded", "float32", "prompt"): ([110, 97, 12, 2, 2], [18, 16, 2, 0, 0]),
+    ("embedded", "bfloat16", "prompt"): ([110, 97, 25, 2, 2], [18, 16, 4, 0, 0]),
+    ("7B", "bfloat16", "prompt"): ([42, 33, 9, 2, 2], [20, 16, 4, 0, 0]),
 }
 IN_THE_GATE = ("embedded", "float32", "token")
 CASES = [
@@ -41,7 +41,7 @@ def test_a_model_submits_what_the_table_says(
 ) -> None:
     found = counts(reports(wanted), what)
     assert found == TABLE[model, dtype, what]
-    assert sum(found[1]) <= (BLOCK_TOKEN[model] if what == "token" else BLOCK_PROMPT[dtype])
+    assert sum(found[1]) <= (BLOCK_TOKEN[model] if what == "token" else BLOCK_PROMPT)
     if model == "embedded" and what == "token":
         assert sum(found[0]) <= TOKEN
 
@@ -49,8 +49,11 @@ def test_a_model_submits_what_the_table_says(
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", [job("submissions", model="embedded", dtype="float32", patched=False)])
 def test_an_unpatched_token_submits_what_the_document_says(reports: Reports, wanted: Job) -> None:
+    from transformers.models.xlstm.modeling_xlstm import external_xlstm
+
     whole, _ = counts(reports(wanted), "token")
-    assert f"Unpatched, a token of the embedded model takes {sum(whole)} submissions." in TEXT
+    classes = "those of the package xlstm" if external_xlstm else "transformers' own classes"
+    assert f"{sum(whole)} with {classes}" in " ".join(TEXT.split())
 
 
 def test_the_document_quotes_the_table() -> None:

@@ -1,7 +1,9 @@
-"""The states of the cache that a transformers model is decoding with: a block may write them in place.
+"""The states of the cache of a transformers model's running call: a block may write them in place.
 
 The model copies the state that a block returns over the cache's. Where the block has already written the cache's own
-tensors and returns them, that copy does nothing. Outside such a call a block returns new states, as the original does.
+tensors and returns them, that copy does nothing. A cache that the call itself created takes the block's new tensors in
+place of its zeros, which nobody else has seen, and that copy does nothing either. Outside such a call a block returns
+new states, as the original does.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import chain, islice
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,19 @@ from torch import Tensor
 ALIGNED = 64  # elements: the states in one block of memory begin at multiples of it
 EFFECT = "a token's states are written into the cache"
 CACHE_NAMES = ("cache", "cache_params")  # of the argument and the result that carry it, the newest first
-_NONE: Mapping[int, object] = MappingProxyType({})
-_written: ContextVar[Mapping[int, object]] = ContextVar("written", default=_NONE)  # the cache's tuples, by id
+State = tuple[Tensor, ...]
+
+
+class _Place(NamedTuple):
+    """Where a cache keeps a layer's state; `created`: by the running model call."""
+
+    states: dict[int, State]
+    layer: int
+    state: State
+    created: bool
+
+
+_places: ContextVar[dict[int, _Place] | None] = ContextVar("places", default=None)  # by the state's id
 
 
 def model_call(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,17 +43,29 @@ def model_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return original(self, *args, **options)
-        states = getattr(given(options), "rnn_state", None)
+        cache = given(options)
+        states = {} if cache is None else getattr(cache, "rnn_state", None)
         upstream = type(self).forward.__module__.startswith("transformers.models.xlstm.")
         if not isinstance(states, dict) or not upstream or "forward" in vars(self):
             return original(self, *args, **options)
-        token = _written.set({id(state): state for state in states.values()})
+        token = _places.set(_places_of(states, created=False))
         try:
             return original(self, *args, **options)
         finally:
-            _written.reset(token)
+            _places.reset(token)
 
     return call
+
+
+def _places_of(states: dict[int, State], *, created: bool) -> dict[int, _Place]:
+    return {id(state): _Place(states, layer, state, created) for layer, state in states.items()}
+
+
+def note_created(states: dict[int, State]) -> None:
+    """Tell the running model call, if any, of the zero states of a cache that was created just now."""
+    places = None if torch.compiler.is_compiling() else _places.get()
+    if places is not None:
+        places.update(_places_of(states, created=True))
 
 
 def given(options: Mapping[str, Any]) -> Any:
@@ -64,5 +88,23 @@ def zero_states(shapes: Sequence[Sequence[torch.Size]], dtype: torch.dtype, devi
 
 
 def is_written(state: object) -> bool:
-    """Return whether the running model call overwrites this state with what the block returns."""
-    return _written.get().get(id(state)) is state
+    """Return whether the running model call overwrites this state of a cache it was given with what a block returns."""
+    place = _place(state)
+    return place is not None and not place.created
+
+
+def adopted(state: object, new: State) -> State:
+    """Return the state `new` that a block computed from `state`, which a cache that the call created then keeps."""
+    place = _place(state)
+    if place is not None and place.created and all(map(_alike, place.state, new)):
+        place.states[place.layer] = new
+    return new
+
+
+def _place(state: object) -> _Place | None:
+    place = (_places.get() or {}).get(id(state))
+    return place if place is not None and place.state is state else None
+
+
+def _alike(kept: Tensor, new: Tensor) -> bool:
+    return kept.shape == new.shape and kept.dtype == new.dtype and kept.device == new.device

@@ -1,8 +1,9 @@
-"""Decoding: run a transformers block for one token as one compiled call.
+"""Decoding: run a transformers block for one token, or for its part of a prompt, as one compiled call.
 
 For one token a block spends a third of its time between its Linear layers on a CPU, and nearly all of it in launches
 on a GPU. Therefore the block's own forward is compiled as a whole, see `traced`. On a GPU so are the norm and the soft
-cap after the last block. All other calls run the original.
+cap after the last block. A short prompt on the CPU is read sooner than a block is compiled. All other calls run the
+original.
 
 The class's ``__call__`` is replaced, not its ``forward``: transformers compares the latter with its own to decide
 whether to checkpoint gradients.
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_xlstm_ops.patch.cache_states import is_written
+from torch_xlstm_ops.patch.cache_states import adopted, is_written
 from torch_xlstm_ops.patch.traced import axes_of, traced
 from torch_xlstm_ops.runtime import compiler, devices, torch_internals
 from torch_xlstm_ops.runtime.uncompiled import Uncompiled
 
-EFFECT = "a token without gradients is one compiled call, in a block of unmodified modules without hooks"
+EFFECT = "tokens without gradients are one compiled call, in a block of unmodified modules without hooks"
 EFFECT_SMALL = "for a token without gradients on a GPU, one compiled call"
+PROMPT = 256  # least tokens, of all rows, of a prompt on the CPU for which a block is compiled
 Result = tuple[Tensor, Sequence[Tensor]]
 
 
@@ -34,11 +36,11 @@ def block_call(original: Callable[..., Result]) -> Callable[..., Result]:
     def call(self: nn.Module, *args: Any, **options: Any) -> Result:
         if len(args) == 2 and not options and not self.training and _compiles(*args) and not _observed():
             x, state = args
-            in_place = is_written(state)
+            in_place = x.shape[1] == 1 and is_written(state)  # a prompt copies: one compile for both
             found = _run(self, [x, *state], in_place)
             if found is not None:
                 h, *new = found
-                return h, state if in_place else tuple(new)
+                return h, state if in_place else adopted(state, tuple(new))
         return original(self, *args, **options)
 
     return call
@@ -88,8 +90,11 @@ def _capped(values: Tensor, *, cap: float) -> tuple[Tensor]:
 
 
 def _compiles(x: Tensor, state: Sequence[Tensor] | None) -> bool:
-    """Return whether these are tokens with a state and without gradients; on the CPU, one token."""
-    return state is not None and _is_plain(x) and (x.shape[1] == 1 or not x.is_cpu)
+    """Return whether these are tokens with a state and without gradients; on the CPU, one a row or many."""
+    if state is None or not _is_plain(x):
+        return False
+    B, S, _ = x.shape
+    return S == 1 or B * S >= PROMPT or not x.is_cpu
 
 
 def _compiles_on_gpu(x: Tensor) -> bool:

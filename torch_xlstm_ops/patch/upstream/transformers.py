@@ -83,5 +83,6 @@ def _with_wide_states(original: Callable[..., None]) -> Callable[..., None]:
             self.rnn_state = dict(zip(self.rnn_state, zeros, strict=True))
             if isinstance(self.seqlen_offset, Tensor):
                 self.seqlen_offset = torch.zeros_like(self.seqlen_offset, device=device)
+        cache_states.note_created(self.rnn_state)
 
     return init
