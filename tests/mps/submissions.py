@@ -17,7 +17,7 @@ from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
 
 from . import cases, emulator
-from .upstream_bugs import PRODUCTS
+from .upstream_bugs import PRODUCTS, report
 
 PROMPT = 300  # tokens
 KINDS = ("kernels", "products", "copies", "fills", "other")
@@ -41,7 +41,10 @@ def submissions(model: str, dtype: str, patched: bool) -> dict[str, Any]:
     counted = {what: {"model": _kinds(whole[what]),
                       "block": {kind: _kinds(whole[what])[kind] - _kinds(less[what])[kind] for kind in KINDS}}
                for what in whole}
-    return {**counted, "sources": sorted({launch.source for log in whole.values() for launch in log.launches})}
+    calls = {what: report(log) for what, log in whole.items()}
+    sources = sorted({launch.source for log in whole.values() for launch in log.launches})
+    own = type(blocks[0].mlstm_layer).__module__.startswith("transformers.")
+    return {**counted, "calls": calls, "own_classes": own, "sources": sources}
 
 
 def _count(model: Any) -> dict[str, emulator.Log]:

@@ -9,6 +9,7 @@ import pytest
 
 from .jobs import Job, Reports, job
 from .submissions import KINDS
+from .test_upstream_bugs import check_products
 
 pytest.importorskip("transformers")
 
@@ -39,7 +40,11 @@ def counts(report: dict[str, Any], what: str) -> tuple[list[int], list[int]]:
 def test_a_model_submits_what_the_table_says(
     reports: Reports, model: str, dtype: str, what: str, wanted: Job
 ) -> None:
-    found = counts(reports(wanted), what)
+    report = reports(wanted)
+    found, calls = counts(report, what), report["calls"][what]
+    check_products(calls)
+    assert not any("addmm" in name.removeprefix("aten::baddbmm") for name, *_ in calls["products"])  # biased F.linear
+    assert calls["host"] == []
     assert found == TABLE[model, dtype, what]
     assert sum(found[1]) <= (BLOCK_TOKEN[model] if what == "token" else BLOCK_PROMPT)
     if model == "embedded" and what == "token":
@@ -49,10 +54,9 @@ def test_a_model_submits_what_the_table_says(
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", [job("submissions", model="embedded", dtype="float32", patched=False)])
 def test_an_unpatched_token_submits_what_the_document_says(reports: Reports, wanted: Job) -> None:
-    from transformers.models.xlstm.modeling_xlstm import external_xlstm
-
-    whole, _ = counts(reports(wanted), "token")
-    classes = "those of the package xlstm" if external_xlstm else "transformers' own classes"
+    report = reports(wanted)
+    whole, _ = counts(report, "token")
+    classes = "transformers' own classes" if report["own_classes"] else "those of the package xlstm"
     assert f"{sum(whole)} with {classes}" in " ".join(TEXT.split())
 
 
