@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks import online as benchmark
+from benchmarks import online_live
 from benchmarks.online_scenarios import scenarios
 from tests.oracle import Sizes, draw
 from torch_xlstm_ops import config, trace
@@ -329,3 +330,11 @@ def test_a_replay_is_the_same_each_time() -> None:
     first, second = (benchmark.replay(scenario, Tune.THOMPSON, seed=3) for _ in range(2))
     assert first == second
     assert benchmark.fixed(scenario, "hindsight", 0) < benchmark.fixed(scenario, "default", 0)
+
+
+@pytest.mark.slow
+def test_the_live_benchmark_tells_of_every_policy() -> None:
+    found = online_live.run(0.2, [Tune.BOLTZMANN])
+    assert [row["scenario"] for row in found["rows"]] == [
+        "quiet", "another process from half-way on", "lengths from 512 to 32K"]
+    assert all(set(row["us_a_token"]) == {"off", "boltzmann"} for row in found["rows"])
