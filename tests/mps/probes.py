@@ -91,8 +91,12 @@ def device() -> dict[str, Any]:
         refused = ""
     except TypeError as error:
         refused = str(error)
+    event = torch.Event("mps")
+    event.record()
+    event.synchronize()
     return {
         "device": str(x.device),
+        "event": event.query(),
         "available": torch.backends.mps.is_available(),
         "float64": refused,
         "round_trips": [call.op for call in log.aten if call.waits_for_device],

@@ -43,6 +43,7 @@ def test_device_is_mps_and_records_host_traffic(reports: Reports) -> None:
     report = reports(BASICS)["device"]
     assert report["device"] == "mps:0"
     assert report["available"]
+    assert report["event"]
     assert "doesn't support float64" in report["float64"]
     assert report["round_trips"] == ["_local_scalar_dense", "copy_"]
     assert report["uploads"] == ["copy_"]

@@ -50,6 +50,11 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::MPS> {
   c10::Device getDevice() const override { return mps_device(); }
   c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, mps_device()); }
   c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
+  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override {}
+  double elapsedTime(void*, void*, const c10::DeviceIndex) const override { return 0.0; }
 };
 C10_REGISTER_GUARD_IMPL(MPS, Guard)
 
