@@ -206,8 +206,8 @@ def test_settings_hold_while_compiled_code_runs_forward_and_backward(monkeypatch
 
     made: list[config.Config] = []
     make = plan.make
-    monkeypatch.setattr(plan, "make", lambda shape, device, cfg, machine: made.append(cfg) or make(
-        shape, device, cfg, machine))
+    monkeypatch.setattr(plan, "make", lambda shape, device, cfg, machine, **how: made.append(cfg) or make(
+        shape, device, cfg, machine, **how))
     fn = compiled(chunkwise, inline=False, chunk_size=16, segment=32, schedule="inductor")
     gradients(fn, draw(Sizes(S=70)))
     assert len(made) == 2  # forward and backward

@@ -107,6 +107,7 @@ def test_a_sequence_with_a_sigmoid_input_gate_is_replaced(name: str, normalize: 
     assert taken(call, *args).count("-> torch.ops.xlstm") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tail(["wrap_chunkwise__arbitrary_sequence_length_with_padding",
                                        "wrap_chunkwise__arbitrary_sequence_length"]))
 @pytest.mark.parametrize("normalize", tail([None, False]))

@@ -120,6 +120,7 @@ configuration
   tuned           on                default
   slstm_schedule  auto              default
   kernels         on                default
+  cuda_graphs     on                default
   tune            off               default
 
 tuned plans

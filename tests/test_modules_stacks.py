@@ -72,6 +72,7 @@ def test_a_stack_in_pieces_equals_the_whole() -> None:
     assert_close([torch.cat(parts, 1), *state[0], *state[1]], [whole, *final[0], *final[1]], 1e-9)
 
 
+@pytest.mark.slow
 def test_layouts_of_a_stack_agree() -> None:
     module, x = built(), drawn(2, 9)
     whole, final = module(x)

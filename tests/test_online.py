@@ -244,6 +244,7 @@ def test_results_are_the_same_the_trace_has_every_decision_and_the_winner_is_kep
     assert {span.band for span in recording.entries()} == set(range(SIZES.B * SIZES.NH))
 
 
+@pytest.mark.slow
 def test_a_gradient_is_tuned_on_its_own_and_stays_right(file: Path) -> None:
     args = [t.requires_grad_() for t in draw(SIZES, state=False)]
 

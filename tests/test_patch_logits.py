@@ -42,6 +42,7 @@ def gradients(model: Any, ids: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters()]
 
 
+@pytest.mark.slow
 def test_gradients_of_a_long_sequence_in_evaluation_equal_those_in_training() -> None:
     model, ids = build(torch.float64, max_inference_chunksize=4), prompt(9)
     with patch("transformers"):
