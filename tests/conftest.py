@@ -125,6 +125,17 @@ def run(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Count compiles: the functions that were compiled, in order."""
+    from torch_xlstm_ops.runtime import compiler
+
+    count: list[object] = []
+    original = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda *args: count.append(args[0]) or original(*args))
+    return count
+
+
+@pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     """Start and end without compiled frames, and count from zero."""
     from torch._dynamo.utils import counters

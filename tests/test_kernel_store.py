@@ -51,15 +51,6 @@ def store(tmp_path: Path) -> Iterator[Store]:
     compiler.clear()
 
 
-@pytest.fixture
-def compiles(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Count compiles."""
-    count: list[object] = []
-    original = compiler._compile
-    monkeypatch.setattr(compiler, "_compile", lambda *args: count.append(args[0]) or original(*args))
-    return count
-
-
 def step_arguments() -> list[Tensor]:
     sizes = [(1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2, 1), (1, 2, 1), (1, 2, 4, 4), (1, 2, 4), (1, 2, 1)]
     return [torch.randn(size, generator=torch.Generator().manual_seed(7)) for size in sizes]

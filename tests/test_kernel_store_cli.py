@@ -63,15 +63,6 @@ def test_kernels_are_warmed_listed_verified_exchanged_and_pruned(run: Command, f
     assert run("kernels", "prune", *at, "--bytes", "0")[1].endswith("; 0 left, 0 bytes\n")
 
 
-@pytest.fixture
-def compiles(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Count compiles."""
-    count: list[object] = []
-    original = compiler._compile
-    monkeypatch.setattr(compiler, "_compile", lambda *args: count.append(args[0]) or original(*args))
-    return count
-
-
 def mlstm_calls(B: int, S: int) -> None:
     (q, k, v), (igate, fgate) = torch.randn(3, B, 2, S, 4), torch.randn(2, B, 2, S)
     _, state = mlstm_chunkwise(q, k, v, igate, fgate)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from torch_xlstm_ops.cli.shared.errors import BadInput
+from torch_xlstm_ops.runtime import environment
 
 _NO_DYNAMO = "TORCHDYNAMO_DISABLE"  # torch's: `torch.compile` does nothing
 _WANTED = "--model must be a directory of a Hugging Face xLSTM"
@@ -55,22 +55,13 @@ def load(directory: Path, device: torch.device, dtype: str = "auto", *, patched:
     return Loaded(model.to(device).eval(), tokenizer, device, wanted)
 
 
-@contextmanager
-def _functions_left_uncompiled() -> Iterator[None]:
+def _functions_left_uncompiled() -> AbstractContextManager[None]:
     """Make `torch.compile` return functions as they are, inside a ``with`` block.
 
     To build a model, the package xlstm imports every kernel of mlstm_kernels. Some of these decorate helpers of Triton
     kernels with `torch.compile`, which imports all of Inductor for functions that a patched model never calls.
     """
-    before = os.environ.get(_NO_DYNAMO)
-    os.environ[_NO_DYNAMO] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_NO_DYNAMO]
-        else:
-            os.environ[_NO_DYNAMO] = before
+    return environment.variable(_NO_DYNAMO, "1")
 
 
 def _check_complete(directory: Path, report: Any) -> None:
