@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 PREFIX = "XLSTM_OPS_"
 
 
-class Schedule(str, Enum):
+class _Name(str, Enum):
+    """A value that is written as its name."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Schedule(_Name):
     """How a sequence's segments are executed.
 
     auto: the tuned choice, else inductor. inductor: one compiled call after another. queued: a bounded task queue
@@ -27,14 +34,11 @@ class Schedule(str, Enum):
     RAY = "ray"
     RECURRENT = "recurrent"
 
-    def __str__(self) -> str:
-        return str(self.value)
 
-
-class SLSTMSchedule(str, Enum):
+class SLSTMSchedule(_Name):
     """How an sLSTM sequence is executed.
 
-    auto: parallel where it is expected to be faster. sequential: compiled steps, one after another. parallel: all
+    auto: sequential. sequential: compiled steps, one after another. parallel: all
     tokens at once, in rounds that end when the result is the sequential one within the dtype's tolerance.
     """
 
@@ -42,11 +46,8 @@ class SLSTMSchedule(str, Enum):
     SEQUENTIAL = "sequential"
     PARALLEL = "parallel"
 
-    def __str__(self) -> str:
-        return str(self.value)
 
-
-class Tune(str, Enum):
+class Tune(_Name):
     """Whether plans are tuned while the operators are used.
 
     off: no. online: by the policy that loses least time in `benchmarks.online`. ucb, thompson, boltzmann, cfc: by one
@@ -59,9 +60,6 @@ class Tune(str, Enum):
     THOMPSON = "thompson"
     BOLTZMANN = "boltzmann"
     CFC = "cfc"
-
-    def __str__(self) -> str:
-        return str(self.value)
 
 
 @dataclasses.dataclass(frozen=True)
