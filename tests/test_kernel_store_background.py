@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_kernel_store import STEP, child, compiles, kept, run_step, same, store
+from tests.test_kernel_store import STEP, child, kept, run_step, same, store
 from torch_xlstm_ops.maths import mlstm
 from torch_xlstm_ops.runtime import compiler
 from torch_xlstm_ops.runtime.kernel_store import Background, Store
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are kept on Linux alone")
-__all__ = ["compiles", "store"]  # fixtures
+__all__ = ["store"]  # fixtures
 
 
 class Gate:
