@@ -80,7 +80,7 @@ def test_states_of_a_step_are_written_without_a_copy():
     assert ".copy_(" not in code
 
 
-@pytest.mark.smoke
+@pytest.mark.slow
 def test_prefill_and_decode_share_a_cache():
     model, ids = build(**ONE_LAYER), prompt(40)
     fast = compiled(model)

@@ -22,9 +22,8 @@ S = 40
 SCHEDULES = ["inductor", "queued", "recurrent"]
 DTYPES = [torch.float32, torch.float64]
 every_schedule = pytest.mark.parametrize("schedule", tail(SCHEDULES))
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-# Gradients in float64 compile for long.
-every_dtype_of_gradients = pytest.mark.parametrize("dtype", tail(DTYPES, lambda dtype: dtype == torch.float32), ids=str)
+# Kernels in float64 are compiled in the long run alone.
+every_dtype = pytest.mark.parametrize("dtype", tail(DTYPES, lambda dtype: dtype == torch.float32), ids=str)
 
 
 def empty_state(args: list[Tensor]) -> None:
@@ -147,7 +146,7 @@ def test_chunkwise_equals_recurrence(legal, schedule, dtype):
 
 @every_legal
 @every_schedule
-@every_dtype_of_gradients
+@every_dtype
 def test_gradients_of_chunkwise_equal_those_of_the_recurrence(legal, schedule, dtype):
     args = [t.requires_grad_() for t in drawn(legal, dtype)]
     wide = [t.detach().double().requires_grad_() for t in args]
@@ -194,7 +193,7 @@ def test_steps_equal_recurrence(legal, dtype):
 
 
 @every_legal
-@every_dtype_of_gradients
+@every_dtype
 def test_gradients_of_a_step_equal_those_of_the_recurrence(legal, dtype):
     args = [t[:, :, :1] for t in drawn(legal, dtype)[:5]] + drawn(legal, dtype)[5:]
     token = [t.requires_grad_() for t in [*(x[:, :, 0] for x in args[:3]), *args[3:]]]
@@ -440,7 +439,7 @@ def cells_masked(args: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("legal", [cells_masked_and_closed, cells_empty_m, cells_empty_state, cells_masked])
-@every_dtype_of_gradients
+@every_dtype
 def test_slstm_and_its_gradients_equal_the_recurrence(legal, dtype):
     args = draw_cells(dtype)
     legal(args)

@@ -86,8 +86,9 @@ def as_on_cuda(monkeypatch):
     dispatch.forget()
 
 
-@pytest.mark.parametrize("S", tail([65, 1, 16, 200]))
-@pytest.mark.parametrize("schedule", tail(["inductor", "queued", "recurrent"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("S", [65, 1, 16, 200])
+@pytest.mark.parametrize("schedule", ["inductor", "queued", "recurrent"])
 def test_a_call_that_opens_equals_recurrence(as_on_cuda, S, schedule):
     args = draw(Sizes(S=S), state=False)
     for settings in ({}, {"segment": 32, "heads_per_band": 1}):
@@ -128,6 +129,7 @@ def apart(args, reset):
     return [torch.cat(ts) for ts in zip(*rows, strict=True)]
 
 
+@pytest.mark.slow
 @given(S=st.integers(1, 80), seed=st.integers(0, 2**16), rate=st.sampled_from([0.05, 0.5, 1.0]))
 def test_a_reset_starts_afresh(S, seed, rate):
     args = [t.requires_grad_() for t in draw(Sizes(S=S), torch.float64, seed=seed)]

@@ -63,6 +63,7 @@ def test_without_a_compiler_operators_run_uncompiled_with_one_warning(tmp_path):
     assert "install g++ or clang" in lines[0]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_an_explicit_schedule_is_refused_in_one_line(tmp_path):
     (line,) = run(EXPLICIT, tmp_path, CXX="/nowhere/g++")
     assert "compiled kernels, which cannot be compiled here (InvalidCxxCompiler" in line

@@ -125,6 +125,7 @@ def by_value() -> Iterator[None]:
 
 
 @on_ray
+@pytest.mark.slow
 def test_packed_workers_report_hops_and_survive_a_lack_of_memory(ray_cluster, by_value, tmp_path):
     ids, greedy = tokens(60), Greedy(tmp_path / "greedy")
     with torch.inference_mode():
