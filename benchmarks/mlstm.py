@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks import floors, peers
 from benchmarks.peers import Contenders, Run
-from benchmarks.timing import device_timed, joules, machine, peak_bytes, save, spread, timed, turns, walled
+from benchmarks.timing import device_timed, joules, machine, peak_bytes, save, spread, timed, tried, turns, walled
 from torch_xlstm_ops import config, mlstm_chunkwise, mlstm_step
 from torch_xlstm_ops.maths import mlstm
 from torch_xlstm_ops.maths.shapes import dtype_name
@@ -101,19 +101,11 @@ def admitted(
 
 
 def _rejected(run: Run, args: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> str | None:
-    found, reason = _tried(partial(run, *args))
+    found, reason = tried(partial(run, *args))
     if reason is not None:
         return reason
     distance = max(_distance(a, b) for a, b in zip(found, wanted, strict=False))
     return None if distance <= tolerance else f"it is {distance:.1e} from the recurrence"
-
-
-def _tried(call: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Return the result of a call, or its error in one line."""
-    try:
-        return call(), None
-    except Exception as error:  # Triton's errors have no other common class; the other contenders go on
-        return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def checked(t: Tensor) -> Tensor:
@@ -208,7 +200,7 @@ def _references(
         if isinstance(reference, str) or name.startswith(tuple(without)):
             out[name] = reference if isinstance(reference, str) else LEFT_OUT
             continue
-        _, reason = _tried(reference)
+        _, reason = tried(reference)
         if reason is None:
             calls[name] = reference
         else:

@@ -115,6 +115,34 @@ def _compile(result: Result) -> Iterator[Row]:
                   f"{theirs['ms']:.1f} ms, Inductor alone", round(ours["ms"] / theirs["ms"], 3))
 
 
+def _training(result: Result) -> Iterator[Row]:
+    model = result["model"]
+    for case in result["cases"]:
+        what = f"training step of {model['batch']} x {model['prompt']:,} tokens, {model['layers']} layers of " \
+               f"{model['hidden']}, {model['dtype']}, {'with' if case['checkpointing'] else 'without'} checkpointing"
+        theirs = {name: ms for name, ms in case["ms"].items() if name.startswith("transformers")}
+        ours = {name: ms for name, ms in case["ms"].items() if name not in theirs}
+        best = min(theirs, key=theirs.__getitem__, default=None)
+        for name, ms in ours.items():
+            yield Row(f"{what}, {name}", f"{ms:.1f} ms, {case['tokens_per_s'][name]:,.0f} tokens/s",
+                      "" if best is None else f"{theirs[best]:.1f} ms, {best}",
+                      None if best is None else round(ms / theirs[best], 3), no_part=case["no_part"])
+        held = {name: value for name, value in case["peak_bytes"].items() if value is not None}
+        least = min((name for name in theirs if name in held), key=held.__getitem__, default=None)
+        if least is not None:
+            for name in ours:
+                yield Row(f"memory that {what}, {name} holds at once", f"{held[name] / 2**20:.0f} MiB",
+                          f"{held[least] / 2**20:.0f} MiB, {least}", round(held[name] / held[least], 3))
+
+
+def _losses(result: Result) -> Iterator[Row]:
+    model = result["model"]
+    means = {name: sum(losses[-10:]) / 10 for name, losses in result["losses"].items()}
+    what = f"mean loss of the last 10 of {model['steps']} steps of {model['batch']} x {model['length']} tokens"
+    ours, theirs = (f"{means[name]:.4f} bits a byte" for name in ("patched", "transformers"))
+    yield Row(what, ours, f"{theirs}, transformers", None)
+
+
 def _schedules(result: Result) -> Iterator[Row]:
     for case in result["cases"]:
         B, NH, DHQK, DHHV, S, settings = case["case"].values()
@@ -171,6 +199,12 @@ SUITES: dict[str, list[Part]] = {
     "compile": [
         Part("compile_lengths", {"cpu": [], "cuda": []}, ["--lengths", "64", "96", "--hidden", "128", "--layers", "1"],
              _compile),
+    ],
+    "training": [
+        Part("train_step", {"cpu": [], "cuda": ["--preset", "7b", "--kernel", "xl_chunk", "--seconds", "10"]},
+             ["--hidden", "64", "--layers", "1", "--prompt", "64", "--seconds", "1", "--without", "backend xlstm",
+              "transformers, compiled"], _training),
+        Part("loss_curve", {"cpu": [], "cuda": []}, ["--steps", "10", "--batch", "1", "--length", "64"], _losses),
     ],
     "scaling": [
         _mlstm_part("scaling", [], "1,4,64,64,256 1,4,64,64,1024"),

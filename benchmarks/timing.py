@@ -107,6 +107,14 @@ def joules(calls: Mapping[str, Call], device: torch.device, seconds: float) -> t
     return found, None
 
 
+def tried(call: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Return the result of a call, or its error in one line."""
+    try:
+        return call(), None
+    except Exception as error:  # Triton's errors have no other common class; the other contenders continue
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def spread(times: Sequence[float]) -> float:
     """Return half the distance between the quartiles over the median: 0.05 is 5% either way."""
     low, middle, high = statistics.quantiles(times, n=4)

@@ -1,0 +1,144 @@
+"""Time a whole training step of a transformers xLSTM: forward pass, loss, backward pass and AdamW.
+
+    python -m benchmarks.train_step --json result.json      # CPU, float32, hidden 256, 4 layers
+    python -m benchmarks.train_step --preset 7b --device cuda --kernel xl_chunk --json result.json
+
+The preset `7b` is xLSTM-7B's shape with 4 blocks, in bfloat16. Contenders are the model as it is (`--kernel` names the
+kernel of mlstm_kernels that it runs), the patched model, and both under torch.compile; each once with and once without
+gradient checkpointing. Every contender has its own copy of the same weights and reads the same tokens. The losses of
+its first steps are compared with those of the first contender; one that differs takes no part. Then they take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.compiled_model import build
+from benchmarks.timing import alternate, machine, peak_bytes, save, tried
+from torch_xlstm_ops.patch import patch
+
+STEPS = 3  # that are compared; they also compile and warm up
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # of a loss, relative
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {"hidden": 256, "layers": 4, "heads": 4, "vocabulary": 256, "dtype": "float32", "prompt": 512},
+    "7b": {"hidden": 4096, "layers": 4, "heads": 8, "vocabulary": 50304, "dtype": "bfloat16", "prompt": 8192},
+}
+
+
+class Contender(NamedTuple):
+    """One way to train the model."""
+
+    patched: bool = False
+    backend: str | None = None  # None: without torch.compile
+
+
+CONTENDERS = {
+    "transformers": Contender(),
+    "patched": Contender(patched=True),
+    "transformers, compiled": Contender(backend="inductor"),
+    "backend xlstm": Contender(backend="xlstm"),
+}
+OURS = ("patched", "backend xlstm")
+
+
+class Trainer:
+    """A contender's model with its optimiser; a call is one training step, and returns the loss."""
+
+    def __init__(self, model: Any, contender: Contender, ids: Tensor, checkpointing: bool) -> None:
+        self.model = copy.deepcopy(model).train()
+        self.ids = ids
+        if checkpointing:
+            enable = getattr(self.model, "activation_checkpointing_enable", None)  # its name in newer transformers
+            (enable or self.model.gradient_checkpointing_enable)()
+        if contender.patched:
+            patch(self.model)
+        compiled = torch.compile(self.model, backend=contender.backend) if contender.backend else self.model
+        self.run: Callable[..., Any] = compiled
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=ids.device.type == "cuda")
+
+    def __call__(self) -> Tensor:
+        loss: Tensor = self.run(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        torch.autograd.backward(loss)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def first(self) -> list[float]:
+        """Train the steps that are compared; return their losses."""
+        return [self().item() for _ in range(STEPS)]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the milliseconds, tokens a second and memory of every contender, with and without checkpointing."""
+    torch._dynamo.config.recompile_limit = 64  # contenders share the model's code
+    model = build(args)
+    ids = torch.randint(args.vocabulary, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(args.device)
+    cases = [_case(args, model, ids, checkpointing) for checkpointing in (False, True)]
+    shape = {key: getattr(args, key) for key in (*PRESETS["small"], "batch", "kernel")}
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"model": shape | {"parameters": parameters}, "machine": machine(ids.device, "transformers"), "cases": cases}
+
+
+def _case(args: argparse.Namespace, model: Any, ids: Tensor, checkpointing: bool) -> dict[str, Any]:
+    """Compare the contenders' losses, then time them in turns."""
+    trainers: dict[str, Trainer] = {}
+    out: dict[str, str] = {}
+    losses: dict[str, list[float]] = {}
+    for name, contender in CONTENDERS.items():
+        if name in args.without:
+            continue
+        trainer = Trainer(model, contender, ids, checkpointing)
+        found, reason = tried(trainer.first)
+        if reason is None and losses:
+            reason = _differs(found, next(iter(losses.values())), model.dtype)
+        if reason is not None:
+            out[name] = reason
+            continue
+        trainers[name], losses[name] = trainer, found
+    held = {name: peak_bytes(trainer, ids.device) for name, trainer in trainers.items()}
+    medians = alternate(trainers, ids.device, args.seconds)
+    found = {
+        "checkpointing": checkpointing, "losses": losses, "no_part": out, "ms": medians, "peak_bytes": held,
+        "tokens_per_s": {name: round(1e3 * ids.numel() / ms, 1) for name, ms in medians.items()},
+    }
+    print(json.dumps(found, indent=1), flush=True)
+    return found
+
+
+def _differs(found: Sequence[float], wanted: Sequence[float], dtype: torch.dtype) -> str | None:
+    difference = max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
+    return None if difference <= TOLERANCE[dtype] else f"its losses are {difference:.1e} from the first contender's"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="small", help="sizes, each with a flag too (default %(default)s)")
+    for name, value in PRESETS["small"].items():
+        add(f"--{name}", type=type(value))
+    add("--device", choices=["cpu", "cuda", "mps"], default="cpu", help="(default %(default)s)")
+    add("--batch", type=int, default=1, help="sequences a step (default %(default)s)")
+    add("--kernel", choices=["native", "xl_chunk", "limit_chunk"], default="native",
+        help="what the model itself runs; others than native are Triton's and need xlstm (default %(default)s)")
+    add("--without", nargs="*", default=[], help="contenders to leave out")
+    add("--seconds", type=float, default=30.0, help="that a case's contenders take turns for (default %(default)s)")
+    add("--json", type=Path, help="file to write the result to")
+    args = parser.parse_args(arguments)
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    result = measure(args)
+    save(result, args.json)
+
+
+if __name__ == "__main__":
+    main()
