@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -17,7 +19,7 @@ from torch_xlstm_ops.tune import ablate, plots, report
 from torch_xlstm_ops.tune.bench import Measured
 from torch_xlstm_ops.tune.records import Outcome, Record, Timing
 from torch_xlstm_ops.tune.space import Candidate
-from torch_xlstm_ops.tune.study import open_store
+from torch_xlstm_ops.tune.study import StudyName, all_records, open_store
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -80,6 +82,61 @@ def test_the_page_holds_its_pictures_and_names_every_search(folder: Path) -> Non
     assert all(source.startswith("data:image/png;base64,") for source in links.sources)
     assert all(f"<h2>prefill-1-{method}-seed0</h2>" in page for method in ("random", "tpe"))
     assert page.count("Measured beside the default once more") == 2
+
+
+class Counted(Timetable):
+    """Counts the energy too: a plan that is twice as good takes half the joules."""
+
+    def measure(self, challenger: Candidate, best: Candidate | None, seconds: float) -> Measured:
+        found = super().measure(challenger, best, seconds)
+        return found._replace(timings=tuple(
+            dataclasses.replace(timing, joules=2048 / self.speed(challenger)) for timing in found.timings
+        ))
+
+
+@pytest.mark.parametrize(("objective", "adjective", "unit", "meaning", "title"), [
+    ("energy", "frugal", "joules a token", "energy (joules)", "Energy"),
+    ("product", "good", "joule-seconds a call", "energy x time (joule-seconds)", "Energy x time"),
+])
+def test_a_search_for_less_energy_is_shown_as_one(
+    objective: str, adjective: str, unit: str, meaning: str, title: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    figures: dict[str, Any] = {}
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: save(figures.setdefault(path.name, figure), path))
+    name = f"prefill-1-tpe-seed0-{objective}"
+    search(Counted(), name=name, method="tpe", store=open_store(tmp_path / "study.sqlite"), trials=6).run()
+    page = report.write(tmp_path)[0].read_text(encoding="utf-8")
+    assert f"<h2>{title}</h2>" in page
+    assert f"<p>Objective: least {meaning}.</p>" in page
+    assert f"<th>times as {adjective}</th>" in page
+    assert "<th>joules a call</th>" in page
+    assert re.search(rf"the best is [^<]* as {adjective} as the default\. prefill 1024: [\d.e+]+ J a call\.", page)
+    rewards, speeds, phases = (figures[f"{stem}.png"].axes[0] for stem in ("reward", "throughput", "prefill_decode"))
+    assert rewards.get_ylabel() == f"times as {adjective} as the default"
+    assert rewards.get_title() == f"prefill-1\nobjective: {meaning}"
+    assert f"objective: {meaning}" in speeds.get_title()
+    assert (speeds.get_ylabel(), phases.get_xlabel()) == (unit, f"reading the prompt, {unit}")
+    joules = [2048 / timing.tokens_per_second * 1000 for timing in _timings(tmp_path)]
+    scale = 1 / 1024 if objective == "energy" else 1e-3
+    shown = [float(line.get_ydata()[0]) for line in speeds.lines[:-1]]
+    assert sorted(shown) == pytest.approx(sorted(value * scale for value in joules))
+    assert speeds.lines[-1].get_ydata()[0] == pytest.approx(min(
+        y for x, y in ((line.get_xdata()[0], line.get_ydata()[0]) for line in speeds.lines[:-1]) if x == 0))
+
+
+def _timings(folder: Path) -> list[Timing]:
+    return [record.timings[0] for record in all_records(open_store(folder / "study.sqlite")) if record.timings
+            if record.outcome is Outcome.MEASURED]
+
+
+def test_the_parts_of_a_study_s_name_are_read_back() -> None:
+    for text in ("prefill=0.7+decode=0.3-1x4x2048x64x64-float32-cpu-tpe-seed3",
+                 "train-1x1-bfloat16-cuda-ga-seed0-energy", "p-ga-seed1-product"):
+        assert str(StudyName.read(text)) == text
+    assert StudyName.read("a-b-ga-seed1-energy") == ("a-b", "ga", 1, "energy")
 
 
 def test_there_is_no_picture_of_what_was_not_measured(tmp_path: Path) -> None:

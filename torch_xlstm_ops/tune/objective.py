@@ -26,10 +26,20 @@ class Objective(str, Enum):
         return str(self.value)
 
     @property
+    def adjective(self) -> str:
+        """Return what a plan is as much as another, in `times as fast` and the like."""
+        return {"time": "fast", "energy": "frugal", "product": "good"}[self.value]
+
+    @property
     def praise(self) -> str:
         """Return the comparison of a better plan with the default, for tables."""
-        return {"time": "as fast as the default", "energy": "as frugal as the default",
-                "product": "as good as the default"}[self.value]
+        return f"as {self.adjective} as the default"
+
+    @property
+    def meaning(self) -> str:
+        """Return what the best plan has least of, with its unit, for titles."""
+        return {"time": "time (seconds)", "energy": "energy (joules)",
+                "product": "energy x time (joule-seconds)"}[self.value]
 
 
 class Cost(NamedTuple):

@@ -13,9 +13,11 @@ import optuna
 from torch_xlstm_ops.maths.intervals import bounds, in_words
 from torch_xlstm_ops.runtime import files
 from torch_xlstm_ops.tune import plots, study
+from torch_xlstm_ops.tune.objective import Objective
 from torch_xlstm_ops.tune.records import Outcome, Record, measured
 
 PAGE = "report.html"
+_TITLES = {Objective.TIME: "Throughput", Objective.ENERGY: "Energy", Objective.PRODUCT: "Energy x time"}
 _STYLE = ("body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
           "table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}"
           "td,th{padding:.2em .8em;border-bottom:1px solid #ddd;"
@@ -48,10 +50,11 @@ def write(folder: Path) -> list[Path]:
 
 def draw(folder: Path, studies: Mapping[str, Sequence[Record]]) -> dict[str, Path]:
     """Write the plots and return their paths by title."""
+    aims = dict.fromkeys(study.StudyName.read(name).objective for name in studies)
     pictures: dict[str, Path | None] = {
         "Reward against trial": plots.reward_by_trial(folder / "reward.png", studies),
         "What each setting explains": plots.importance(folder / "importance.png", studies),
-        "Throughput": plots.throughput(folder / "throughput.png", studies),
+        " and ".join(_TITLES[aim] for aim in aims): plots.throughput(folder / "throughput.png", studies),
         "Prefill against decode": plots.prefill_and_decode(folder / "prefill_decode.png", studies),
     }
     return {title: path for title, path in pictures.items() if path is not None}
@@ -64,18 +67,30 @@ def _machines(found: Mapping[str, Any]) -> str:
 
 
 def _section(name: str, records: Sequence[Record], attributes: Mapping[str, Any]) -> str:
+    objective = study.StudyName.read(name).objective
     counts = [(str(outcome), str(sum(record.outcome is outcome for record in records))) for outcome in Outcome]
     best = sorted(measured(records), key=lambda record: -(record.reward or 0))[:10]
-    head = ("trial", "times as fast", "95%", "tok/s", "MB, estimated", "settings")
+    counted = any(timing.joules is not None for record in best for timing in record.timings)
+    head = ("trial", f"times as {objective.adjective}", "95%", "tokens/s", *(("joules a call",) if counted else ()),
+            "MB, estimated", "settings")
     rows = [(str(r.number), f"{r.reward or 0:.3f}", bounds(r.reward_low, r.reward_high),
              ", ".join(f"{t.workload}: {t.tokens_per_second:.0f}" for t in r.timings),
+             *((", ".join(f"{t.workload}: {t.joules or 0:.3g}" for t in r.timings),) if counted else ()),
              f"{(r.estimated_bytes or 0) / 2**20:.0f}", " ".join(f"{k}={v}" for k, v in r.params.items()))
             for r in best]
-    result, ended = attributes.get(study.RESULT), "<p>Not finished.</p>"
-    if result is not None:
-        ended = (f"<p>Measured beside the default once more, the best is {in_words(*result['times_as_fast'])} as fast."
-                 f"</p><pre>{html.escape(result['plan'])}</pre>")
-    return f"<h2>{html.escape(name)}</h2>{ended}{_table(counts)}{_table(rows, head)}"
+    return (f"<h2>{html.escape(name)}</h2><p>Objective: least {html.escape(objective.meaning)}.</p>"
+            f"{_ended(objective, attributes)}{_table(counts)}{_table(rows, head)}")
+
+
+def _ended(objective: Objective, attributes: Mapping[str, Any]) -> str:
+    """Return the text of the best plan."""
+    result = attributes.get(study.RESULT)
+    if result is None:
+        return "<p>Not finished.</p>"
+    used = "".join(f" {html.escape(t['workload'])}: {t['joules']:.3g} J a call." for t in result["timings"]
+                   if t.get("joules") is not None)
+    return (f"<p>Measured beside the default once more, the best is {in_words(*result['times_as_fast'])} "
+            f"{objective.praise}.{used}</p><pre>{html.escape(result['plan'])}</pre>")
 
 
 def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.trial import TrialState
 
+from torch_xlstm_ops.tune.objective import Objective
 from torch_xlstm_ops.tune.records import Outcome, Record, from_json
 
 STORE = "study.sqlite"  # its name in a folder of searches
 VERSION = 1  # of the attributes of a study
 RECORD, ABOUT, RESULT = "record", "about", "result"  # attributes in the store
+
+
+class StudyName(NamedTuple):
+    """The parts of a study's name, as ``prefill-1x4x2048x64x64-float32-cpu-tpe-seed0-energy``."""
+
+    workload: str
+    method: str
+    seed: int
+    objective: Objective = Objective.TIME
+
+    def __str__(self) -> str:
+        end = "" if self.objective is Objective.TIME else f"-{self.objective}"
+        return f"{self.workload}-{self.method}-seed{self.seed}{end}"
+
+    @classmethod
+    def read(cls, text: str) -> StudyName:
+        """Return the parts of a name that `str` made."""
+        objective = next((one for one in (Objective.ENERGY, Objective.PRODUCT) if text.endswith(f"-{one}")),
+                         Objective.TIME)
+        workload, method, seed = text.removesuffix(f"-{objective}").rsplit("-", 2)
+        return cls(workload, method, int(seed.removeprefix("seed")), objective)
 
 
 class StoreError(RuntimeError):

@@ -60,7 +60,8 @@ def ablate(request: TuneRequest) -> int:
             place, bench_ = _bench(request, loaded, length)
             tables.append(ablation.measure(f"{_phases(request)} {length}", place, bench_,
                                            request.values["trial_seconds"], lambda row: print(row, flush=True)))
-        for path in ablation.write(request.out, tables, _about(request)):
+        about = {**_about(request), "objective": request.values["objective"]}
+        for path in ablation.write(request.out, tables, about):
             print(f"wrote {path}")
     return 0
 
@@ -127,14 +128,9 @@ def _phases(request: TuneRequest) -> str:
 def _name(request: TuneRequest, length: int) -> str:
     B, NH, DHQK, DHHV = request.shape
     dtype = dtype_name(request.dtype)
-    return (f"{_phases(request)}-{B}x{NH}x{length}x{DHQK}x{DHHV}-{dtype}-{request.device.type}-"
-            f"{request.values['method']}-seed{request.values['seed']}{_aim(request)}")
-
-
-def _aim(request: TuneRequest) -> str:
-    """Return the end of a search's name: its objective, if that is not time."""
-    objective = request.values["objective"]
-    return "" if objective == Objective.TIME else f"-{objective}"
+    workload = f"{_phases(request)}-{B}x{NH}x{length}x{DHQK}x{DHHV}-{dtype}-{request.device.type}"
+    values = request.values
+    return str(study.StudyName(workload, values["method"], values["seed"], Objective(values["objective"])))
 
 
 def _about(request: TuneRequest) -> dict[str, Any]:
