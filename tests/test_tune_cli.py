@@ -258,14 +258,25 @@ def test_missing_packages_are_named_together(run: Command, monkeypatch: pytest.M
         'torch_xlstm_ops\n')
 
 
-def test_help_tells_what_a_report_needs_and_what_only_a_search_takes(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("words", "shown", "hidden"), [
+    ("tune", "--out --export --import --trials --phase --model --resume", ""),
+    ("tune search", "--out --trials --phase --model --resume", "--export --import"),
+    ("tune report", "--out", "--export --import --trials --phase --model --resume"),
+    ("tune ablate", "--out --phase --model --trial-seconds", "--export --trials --resume --no-apply"),
+    ("cache", "--pool --bytes --remove", ""),
+    ("cache prune", "--pool --bytes", "--remove"),
+    ("kernels warm", "--kernels --shape --training", "FILE --bytes --remove"),
+    ("kernels export", "--kernels FILE", "--shape --bytes --remove"),
+])
+def test_the_help_of_an_action_shows_its_own_flags(
+    words: str, shown: str, hidden: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
-        cli.main(["tune", "report", "--help"])
-    above, _, below = capsys.readouterr().out.partition("flags of search and ablate:")
-    assert "xlstm-ops tune report [--out DIR]" in above
-    assert "--out DIR" in above
-    assert not any(flag in above for flag in ("--trials", "--phase", "--model", "--resume"))
-    assert all(flag in below for flag in ("--trials", "--phase", "--model", "--resume"))
+        cli.main([*words.split(), "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: xlstm-ops {words}")
+    assert all(flag in text for flag in shown.split())
+    assert not any(flag in text for flag in hidden.split())
 
 
 def test_a_space_without_a_choice_says_so(run: Command) -> None:

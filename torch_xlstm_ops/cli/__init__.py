@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch_xlstm_ops
 from torch_xlstm_ops.cli.commands import cache, check, generate, info, kernels, run, tune
+from torch_xlstm_ops.cli.shared.actions import Help, sentence
 from torch_xlstm_ops.cli.shared.errors import BadInput
 from torch_xlstm_ops.runtime.extras import how_to_install
 
@@ -72,7 +73,10 @@ def parser() -> argparse.ArgumentParser:
                        help="print completions for bash, zsh, fish or tcsh, and exit")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.add_flags(commands.add_parser(name, help=command.HELP, allow_abbrev=False))
+        added = commands.add_parser(name, help=command.HELP, description=sentence(command.HELP), allow_abbrev=False,
+                                    add_help=False)
+        added.add_argument("-h", "--help", action=Help)
+        command.add_flags(added)
     return whole
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch_xlstm_ops.cli.shared import amounts
+from torch_xlstm_ops.cli.shared.actions import About, describe
 from torch_xlstm_ops.cli.shared.errors import BadInput, check_extra
 from torch_xlstm_ops.cli.shared.table import aligned
 from torch_xlstm_ops.context.pool.disk import DiskEntry, DiskTier
@@ -17,11 +18,18 @@ HELP = "list, prune and verify a folder of states"
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `cache`."""
-    parser.add_argument("action", choices=list(_ACTIONS), help="ls: every state; stats: totals a model; prune: remove "
-                        "what was not used for longest, and is not pinned; verify: read every file")
-    parser.add_argument("--pool", metavar="DIR", required=True, help="folder of states, as given to generate")
-    parser.add_argument("--bytes", metavar="SIZE", help="what prune leaves: a number of bytes, or with K, M, G or T")
-    parser.add_argument("--remove", action="store_true", help="verify removes what is damaged")
+    action = parser.add_argument("action", choices=list(_ACTIONS))
+    pool = parser.add_argument("--pool", metavar="DIR", required=True, help="folder of states, as given to generate")
+    size = parser.add_argument("--bytes", metavar="SIZE",
+                               help="what prune leaves: a number of bytes, or with K, M, G or T")
+    remove = parser.add_argument("--remove", action="store_true", help="verify removes what is damaged")
+    describe(parser, action, {
+        "ls": About("list every state", "ls --pool DIR", (pool,)),
+        "stats": About("print totals for each model", "stats --pool DIR", (pool,)),
+        "prune": About("remove the states that were not used for longest and are not pinned",
+                       "prune --pool DIR --bytes SIZE", (pool, size)),
+        "verify": About("read every file, and list the damaged ones", "verify --pool DIR [--remove]", (pool, remove)),
+    })
 
 
 def execute(parsed: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from torch_xlstm_ops import config
 from torch_xlstm_ops.cli.shared import amounts, options, warming
+from torch_xlstm_ops.cli.shared.actions import About, describe
 from torch_xlstm_ops.cli.shared.errors import BadInput, bad_input, check_extra
 from torch_xlstm_ops.cli.shared.loading import DTYPES
 from torch_xlstm_ops.cli.shared.table import aligned
@@ -19,6 +20,7 @@ from torch_xlstm_ops.runtime import kernel_store
 from torch_xlstm_ops.runtime.kernel_store import Damaged, Store, Untrusted
 
 HELP = "list, check, fill and exchange the kernels that are kept for later processes"
+_WARM_USAGE = "warm (--model DIR | --shape NHxDHQKxDHHV | --slstm NHxDH) [FLAG ...]"
 _BATCH = options.Option("batch", config.WHOLE, "COUNT", 1, "")
 _FLAGS = {
     "bytes": ("prune",), "remove": ("verify",), "model": ("warm",), "shape": ("warm",), "slstm": ("warm",),
@@ -29,26 +31,41 @@ _FLAGS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `kernels`."""
     parser.usage = ("xlstm-ops kernels (ls | stats | verify [--remove] | prune --bytes SIZE) [--kernels FOLDER]\n"
-                    "       xlstm-ops kernels warm (--model DIR | --shape NHxDHQKxDHHV | --slstm NHxDH) [FLAG ...]\n"
+                    f"       xlstm-ops kernels {_WARM_USAGE}\n"
                     "       xlstm-ops kernels (export | import) FILE [--kernels FOLDER]")
-    parser.add_argument("action", choices=list(_ACTIONS), help="ls: every kernel; stats: totals; verify: read every "
-                        "file; prune: remove what was not used for longest; warm: compile ahead of time; export, "
-                        "import: write or add the kernels of a FILE")
-    parser.add_argument("file", nargs="?", metavar="FILE", help="archive that export writes or import reads")
+    action = parser.add_argument("action", choices=list(_ACTIONS))
+    file = parser.add_argument("file", nargs="?", metavar="FILE", help="archive that export writes or import reads")
     setting = config.SETTINGS["kernels"]
-    parser.add_argument(setting.flag, metavar=setting.metavar, help="folder of kernels (default: the configured one)")
-    parser.add_argument("--bytes", metavar="SIZE", help="what prune leaves: a number of bytes, or with K, M, G or T")
-    parser.add_argument("--remove", action="store_true", help="verify removes what is damaged")
-    parser.add_argument("--model", metavar="DIR", help="warm what a Hugging Face xLSTM needs")
-    parser.add_argument("--shape", metavar="NHxDHQKxDHHV", action="append", default=[],
-                        help="warm the mLSTM of these heads; repeatable")
-    parser.add_argument("--slstm", metavar="NHxDH", action="append", default=[],
-                        help="warm the sLSTM of these heads; repeatable")
-    parser.add_argument("--dtype", metavar="NAME",
-                        help=f"of --shape, --slstm or --model: {', '.join(DTYPES)} (default float32)")
-    parser.add_argument("--batch", metavar="COUNT", help="rows of a decoding step, whose kernels have a fixed number "
-                        "(default 1)")
-    parser.add_argument("--training", action="store_true", help="warm the gradients of each --shape and --slstm")
+    folder = parser.add_argument(setting.flag, metavar=setting.metavar,
+                                 help="folder of kernels (default: the configured one)")
+    size = parser.add_argument("--bytes", metavar="SIZE",
+                               help="what prune leaves: a number of bytes, or with K, M, G or T")
+    remove = parser.add_argument("--remove", action="store_true", help="verify removes what is damaged")
+    describe(parser, action, {
+        "ls": About("list every kernel", "ls [--kernels FOLDER]", (folder,)),
+        "stats": About("print totals", "stats [--kernels FOLDER]", (folder,)),
+        "verify": About("read every file, and list the damaged ones", "verify [--remove] [--kernels FOLDER]",
+                        (folder, remove)),
+        "prune": About("remove the kernels that were not used for longest", "prune --bytes SIZE [--kernels FOLDER]",
+                       (folder, size)),
+        "warm": About("compile kernels ahead of time", f"{_WARM_USAGE} [--kernels FOLDER]",
+                      (folder, *_add_flags_of_warm(parser))),
+        "export": About("write the kernels to a FILE", "export FILE [--kernels FOLDER]", (file, folder)),
+        "import": About("add the kernels of a FILE", "import FILE [--kernels FOLDER]", (file, folder)),
+    })
+
+
+def _add_flags_of_warm(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    add = parser.add_argument
+    return [
+        add("--model", metavar="DIR", help="warm what a Hugging Face xLSTM needs"),
+        add("--shape", metavar="NHxDHQKxDHHV", action="append", default=[],
+            help="warm the mLSTM of these heads; repeatable"),
+        add("--slstm", metavar="NHxDH", action="append", default=[], help="warm the sLSTM of these heads; repeatable"),
+        add("--dtype", metavar="NAME", help=f"of --shape, --slstm or --model: {', '.join(DTYPES)} (default float32)"),
+        add("--batch", metavar="COUNT", help="rows of a decoding step, whose kernels have a fixed number (default 1)"),
+        add("--training", action="store_true", help="warm the gradients of each --shape and --slstm"),
+    ]
 
 
 def execute(parsed: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from torch_xlstm_ops import config
+from torch_xlstm_ops.cli.shared.actions import About, describe
 from torch_xlstm_ops.cli.shared.errors import BadInput, bad_input, check_extra
 from torch_xlstm_ops.cli.shared.quiet import third_party_messages_hidden
 from torch_xlstm_ops.cli.tuning.request import OPTIONS, read
@@ -14,6 +15,7 @@ from torch_xlstm_ops.config import tuned_plans
 from torch_xlstm_ops.runtime.extras import how_to_install
 
 _EXTRAS = {"optuna": "tune", "rich": "tune", "matplotlib": "plot"}
+_OF_SEARCH = ("method", "trials", "time_budget", "seed")  # options that ablate does not read
 HELP = "search for the plans that are fastest here"
 
 
@@ -22,21 +24,43 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.usage = ("xlstm-ops tune [search] [--out DIR] [FLAG ...]\n       xlstm-ops tune report [--out DIR]\n"
                     "       xlstm-ops tune ablate [--out DIR] [FLAG ...]\n"
                     "       xlstm-ops tune (--export FILE | --import FILE)")
-    parser.add_argument("action", nargs="?", choices=("search", "report", "ablate"), default="search",
-                        help="search (default): find the fastest plans; report: write pictures and a page of the "
-                             "searches in --out, measuring nothing; ablate: change one setting at a time")
-    parser.add_argument("--out", metavar="DIR", default="xlstm-tune", help="where all is written (default %(default)s)")
+    action = parser.add_argument("action", nargs="?", choices=("search", "report", "ablate"))
+    out = parser.add_argument("--out", metavar="DIR", default="xlstm-tune",
+                              help="where all is written (default %(default)s)")
     exchange = parser.add_argument_group("tuned plans of other machines")
-    exchange.add_argument("--export", metavar="FILE", help="write what is kept for auto to a file, and search nothing")
-    exchange.add_argument("--import", metavar="FILE", dest="source", help="keep what a file holds, and search nothing")
+    exchanged = (
+        exchange.add_argument("--export", metavar="FILE", help="write what is kept for auto to a file, and search "
+                              "nothing"),
+        exchange.add_argument("--import", metavar="FILE", dest="source", help="keep what a file holds, and search "
+                              "nothing"),
+    )
+    both, of_search = _add_flags_of_search(parser)
+    describe(parser, action, {
+        "search": About("find the fastest plans (the default)", "search [--out DIR] [FLAG ...]",
+                        (out, *both, *of_search)),
+        "report": About("write pictures and a page of the searches in --out, measuring nothing",
+                        "report [--out DIR]", (out,)),
+        "ablate": About("change one setting of the default plan at a time, and time each plan",
+                        "ablate [--out DIR] [FLAG ...]", (out, *both)),
+    }, others=exchanged)
+
+
+def _add_flags_of_search(parser: argparse.ArgumentParser) -> tuple[list[argparse.Action], list[argparse.Action]]:
+    """Add the flags of search and ablate, and those of search alone; return both."""
     flags = parser.add_argument_group("flags of search and ablate")
-    flags.add_argument("--resume", action="store_true", help="resume the searches in --out")
-    flags.add_argument("--model", metavar="DIR", help="Hugging Face directory of an xLSTM (default: the embedded one)")
-    flags.add_argument("--no-apply", action="store_true", help="do not keep the winner for schedule auto")
+    alone = parser.add_argument_group("flags of search")
+    both = [flags.add_argument("--model", metavar="DIR",
+                               help="Hugging Face directory of an xLSTM (default: the embedded one)")]
+    of_search = [
+        alone.add_argument("--resume", action="store_true", help="resume the searches in --out"),
+        alone.add_argument("--no-apply", action="store_true", help="do not keep the winner for schedule auto"),
+    ]
     for option in OPTIONS:
         shown = isinstance(option.default, (str, int, float))
         default = f" (default {option.default})" if shown else ""
-        flags.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
+        group, added = (alone, of_search) if option.name in _OF_SEARCH else (flags, both)
+        added.append(group.add_argument(option.flag, metavar=option.metavar, help=option.help + default))
+    return both, of_search
 
 
 def execute(parsed: argparse.Namespace) -> int:
@@ -60,7 +84,7 @@ def execute(parsed: argparse.Namespace) -> int:
     if request.needs_model:
         check_extra("tune")
     with bad_input(), third_party_messages_hidden():
-        return search.search(request) if parsed.action == "search" else search.ablate(request)
+        return search.search(request) if parsed.action != "ablate" else search.ablate(request)
 
 
 def _exchange(parsed: argparse.Namespace) -> int:
