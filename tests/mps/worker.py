@@ -20,6 +20,7 @@ TASKS = {
     "model": "measure:model",
     "submissions": "submissions:submissions",
     "parallel_in_time": "parallel_in_time:parallel_in_time",
+    "check": "check:check",
     "full_size": "upstream_bugs:full_size",
     "long_sums": "upstream_bugs:long_sums",
 }

@@ -13,7 +13,7 @@ from torch_xlstm_ops.models import DEMO_MODEL
 from torch_xlstm_ops.models import transformers as adapter
 from torch_xlstm_ops.patch import patch
 
-PROMPT, DECODED = 200, 8  # tokens of the prompt; tokens that follow it one by one
+PROMPT, DECODED, GENERATED = 200, 8, 32  # tokens of the prompt; that follow it one by one; that generate() writes
 DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # with the error allowed: of logits, relative
 MISSING = "not run: transformers is not installed"
 
@@ -51,8 +51,8 @@ def phases(dtype: torch.dtype, device: torch.device) -> Iterator[Phase]:
     yield Phase("token", "a token after the prompt: the time between two characters of a text",
                 lambda: _decode(model, adapter.forward(model, ids[:, :PROMPT]).cache),
                 lambda: adapter.forward(model, ids[:, :1], cache), 1)
-    yield Phase("generate", "transformers' generate(), 32 tokens: what a user of transformers sees",
-                lambda: torch.zeros(0), lambda: _generate(model, ids[:, :PROMPT]), 32)
+    yield Phase("generate", f"transformers' generate(), {GENERATED} tokens: what a user of transformers sees",
+                lambda: torch.zeros(0), lambda: _generate(model, ids[:, :PROMPT]), GENERATED)
 
 
 def patched() -> Any:
@@ -79,5 +79,5 @@ def _decode(model: Any, cache: Any) -> Tensor:
 
 
 def _generate(model: Any, ids: Tensor) -> object:
-    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, min_new_tokens=32,
-                          do_sample=False)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=GENERATED,
+                          min_new_tokens=GENERATED, do_sample=False)
