@@ -4,8 +4,8 @@
     python -m benchmarks.mlstm prefill --shapes 1,8,256,512,2048      # B,NH,DHQK,DHHV,S
 
 Kinds: prefill, train (forward and backward), step, called (a step in wall time, including submission), captured (a step
-in a CUDA graph), scaling (only ours, at lengths up to 131,072), and compile (seconds of a first call). Every contender
-is compared with the float64 recurrence before it is timed (gradients with those of the pure segments, which the tests
+in a CUDA graph), scaling (prefill at lengths up to 131,072), and compile (seconds of a first call). Every contender is
+compared with the float64 recurrence before it is timed (gradients with those of the pure segments, which the tests
 compare with the recurrence's), in the first and last heads of the first and last batch entries. One that is missing or
 wrong is reported with the reason; the others take turns call by call. Hand-written backward kernels treat the
 normaliser as a constant: their gradients are compared with such ones, and the result names them. The other packages
@@ -133,7 +133,7 @@ def measure(
         (shape.B, shape.NH, shape.DHQK, shape.DHHV), (shape.B, shape.NH, shape.DHQK), (shape.B, shape.NH, 1))]
     at, tolerance = floors.rates(device, dtype, torch.get_num_threads()), TOLERANCE[dtype]
     contenders: Contenders = {OURS: mlstm_chunkwise}
-    if kind in ("prefill", "train"):
+    if kind in ("prefill", "train", "scaling"):
         contenders |= peers.sequences(device, dtype)
     if kind == "train":
         contenders = {name: run if isinstance(run, str) else partial(_train, run) for name, run in contenders.items()}

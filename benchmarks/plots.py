@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.suites import Row
+from benchmarks.suites import Lines, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,6 +39,23 @@ def suite(path: Path, title: str, rows: Sequence[Row]) -> bool:
         _bars(axis, unit, group)
     _finish(figure, title, path)
     return True
+
+
+def lines(path: Path, title: str, drawn: Lines) -> None:
+    """Draw curves, ours in the colour of all plots; the others are dashed, as equal ones lie over each other."""
+    figure = _figure(4.5)
+    axis = figure.subplots()
+    for at, (name, points) in enumerate(drawn.curves.items()):
+        color, style = ("0.4", "--") if at else (OURS, "-")
+        axis.plot(*zip(*points, strict=True), style, color=color, label=name, marker="o" if len(points) < 20 else None)
+    axis.set(xlabel=drawn.x, ylabel=drawn.y)
+    if drawn.log:
+        axis.set(xscale="log", yscale="log")
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.grid(color="0.9")
+    axis.legend(frameon=False)
+    _finish(figure, title, path)
 
 
 def glance(path: Path, title: str, rows: Sequence[tuple[str, Row]]) -> None:

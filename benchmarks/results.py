@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import plots
 from benchmarks.quality.report import check_plots, table
-from benchmarks.suites import SUITES, Row, on
+from benchmarks.suites import SUITES, Lines, Part, Row, on
 
 FOLDER = Path(__file__).parent / "results"
 REPORT = Path(__file__).parent / "RESULTS.md"
@@ -62,6 +62,10 @@ def write() -> None:
         title = f"{found['suite']}, {about.get('name', found['device'])}, {found['date']}, commit {found['commit']}"
         if plots.suite(path.with_suffix(".png"), title, [*rows(found)]):
             lines += ["", f"![Times beside the best other package](results/{path.stem}.png)"]
+        for part, drawn in curves(found):
+            plot = path.with_suffix(f".{part.module}.png")
+            plots.lines(plot, title, drawn)
+            lines += ["", f"![{drawn.y} by {drawn.x}](results/{plot.name})"]
         lines += ["", *(f"- {line}" for line in _absent(found))]
     REPORT.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
@@ -75,6 +79,13 @@ def rows(found: Kept) -> Iterator[Row]:
     for part, kept in zip(on(found["suite"], found["device"]), found["parts"], strict=True):
         if "result" in kept:
             yield from part.rows(kept["result"])
+
+
+def curves(found: Kept) -> Iterator[tuple[Part, Lines]]:
+    """Yield the parts of a stored result that have curves."""
+    for part, kept in zip(on(found["suite"], found["device"]), found["parts"], strict=True):
+        if part.lines is not None and "result" in kept:
+            yield part, part.lines(kept["result"])
 
 
 def _cells(row: Row) -> list[str]:

@@ -20,6 +20,15 @@ class Row(NamedTuple):
     no_part: Mapping[str, str] = {}  # excluded packages with the reasons
 
 
+class Lines(NamedTuple):
+    """Curves to draw: their points by name, ours first, and what the axes are."""
+
+    curves: Mapping[str, list[tuple[float, float]]]
+    x: str
+    y: str
+    log: bool = False  # both axes
+
+
 class Part(NamedTuple):
     """One benchmark of a suite."""
 
@@ -27,6 +36,7 @@ class Part(NamedTuple):
     arguments: dict[str, list[str]]  # by device type; no entry: not measured there
     quick: list[str]  # added for a quick run
     rows: Callable[[Result], Iterable[Row]]
+    lines: Callable[[Result], Lines] | None = None
 
 
 _HOLDING = ("prefill", "train")  # kinds whose memory is shown
@@ -64,6 +74,17 @@ def _energy(used: Mapping[str, float], what: str, tokens: int) -> Row:
     peer = "".join(f"{theirs:.3g} uJ a token, {name}" for name, theirs in others)
     ratio = round(ours / others[0][1], 3) if others and others[0][1] else None
     return Row(f"energy of {what}", f"{ours:.3g} uJ a token", peer, ratio)
+
+
+def _scaling(result: Result) -> Lines:
+    curves: dict[str, list[tuple[float, float]]] = {"ours": []}
+    for case in result["cases"]:
+        B, _, _, _, S = case["shape"].values()
+        curves["ours"].append((S, case["tokens_per_s"]))
+        if case["best_peer"] is not None:
+            rate = round(1e3 * B * S / case["ms"][case["best_peer"]])
+            curves.setdefault("best other package", []).append((S, rate))
+    return Lines(curves, "tokens of the prompt", "tokens a second", log=True)
 
 
 def _slstm(result: Result) -> Iterator[Row]:
@@ -143,6 +164,12 @@ def _losses(result: Result) -> Iterator[Row]:
     yield Row(what, ours, f"{theirs}, transformers", None)
 
 
+def _curves(result: Result) -> Lines:
+    curves = {name: [(float(step), loss) for step, loss in enumerate(result["losses"][name], 1)]
+              for name in ("patched", "transformers")}
+    return Lines(curves, "training step", "bits a byte")
+
+
 def _schedules(result: Result) -> Iterator[Row]:
     for case in result["cases"]:
         B, NH, DHQK, DHHV, S, settings = case["case"].values()
@@ -172,7 +199,8 @@ _NO_LOOPS = ["--without", "xlstm vanilla", "flashrnn vanilla", "--seconds", "3"]
 def _mlstm_part(kind: str, cuda: list[str], quick: str) -> Part:
     on_cuda = [kind, *_ON_CUDA, *([] if kind == "step" else _LEFT_OUT), *(["--shapes", *cuda] if cuda else [])]
     arguments = {"cpu": [kind], "mps": [kind], "cuda": on_cuda}
-    return Part("mlstm", arguments, ["--shapes", *quick.split(), "--seconds", "1"], _mlstm)
+    lines = _scaling if kind == "scaling" else None
+    return Part("mlstm", arguments, ["--shapes", *quick.split(), "--seconds", "1"], _mlstm, lines)
 
 
 SUITES: dict[str, list[Part]] = {
@@ -204,7 +232,8 @@ SUITES: dict[str, list[Part]] = {
         Part("train_step", {"cpu": [], "cuda": ["--preset", "7b", "--kernel", "xl_chunk", "--seconds", "10"]},
              ["--hidden", "64", "--layers", "1", "--prompt", "64", "--seconds", "1", "--without", "backend xlstm",
               "transformers, compiled"], _training),
-        Part("loss_curve", {"cpu": [], "cuda": []}, ["--steps", "10", "--batch", "1", "--length", "64"], _losses),
+        Part("loss_curve", {"cpu": [], "cuda": []}, ["--steps", "10", "--batch", "1", "--length", "64"], _losses,
+             _curves),
     ],
     "scaling": [
         _mlstm_part("scaling", [], "1,4,64,64,256 1,4,64,64,1024"),

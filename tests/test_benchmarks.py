@@ -59,6 +59,27 @@ device cpu, threads 2; 2026-11-23, commit abc.
     assert (folder / "results" / "mlstm_prefill.cpu.png").stat().st_size > 1000
 
 
+def test_curves_are_drawn_beside_the_bars(folder):
+    pytest.importorskip("matplotlib")
+    losses = {"patched": [3.0, 2.0, 1.5], "transformers": [3.0, 2.0, 1.5]}
+    model = {"batch": 1, "length": 64, "steps": 3}
+    results.keep({**KEPT, "suite": "training", "parts": [
+        {"module": "train_step", "error": "it broke"},
+        {"module": "loss_curve", "result": {"machine": MACHINE, "model": model, "losses": losses}},
+    ]})
+    scaled = [{**CASE, "kind": "scaling", "shape": CASE["shape"] | {"S": S}} for S in (2048, 8192)]
+    results.keep({**KEPT, "suite": "scaling", "parts": [
+        {"module": "mlstm", "result": {"machine": MACHINE, "cases": scaled}},
+        {"module": "schedules", "error": "it broke"},
+    ]})
+    results.write()
+    text = (folder / "RESULTS.md").read_text()
+    assert "![bits a byte by training step](results/training.cpu.loss_curve.png)" in text
+    assert "![tokens a second by tokens of the prompt](results/scaling.cpu.mlstm.png)" in text
+    for name in ("training.cpu.loss_curve.png", "scaling.cpu.mlstm.png"):
+        assert (folder / "results" / name).stat().st_size > 1000
+
+
 def test_a_failed_part_is_reported(folder):
     part = Part("mlstm", {"cpu": ["nothing-of-this-kind"]}, [], lambda result: [])
     assert "nothing-of-this-kind" in run.run(part, "cpu", False)["error"]
