@@ -31,7 +31,7 @@ INF = math.inf
 
 
 def draw(S=S, dtype=torch.float32, *, B=B, seed=0, state="carried"):
-    """Return x, r, b and y, c, n, m: carried, fresh (zeros), or mixed (some cells of some rows fresh)."""
+    """Return x, r, b and y, c, n, m: carried, fresh (zeros), or mixed (some cells of some rows fresh, m not 0)."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -41,7 +41,8 @@ def draw(S=S, dtype=torch.float32, *, B=B, seed=0, state="carried"):
     cells = [normal(B, NH, DH), normal(B, NH, DH), normal(B, NH, DH).exp(), normal(B, NH, DH)]
     if state != "carried":
         kept = torch.rand(B, NH, DH, generator=g) < (0.5 if state == "mixed" else 0.0)
-        cells = [torch.where(kept, t, 0.0) for t in cells]
+        cells[:3] = [torch.where(kept, t, 0.0) for t in cells[:3]]
+        cells[3] = cells[3] if state == "mixed" else torch.zeros_like(cells[3])
     return [t.to(dtype) for t in streams] + [t.to(state_dtype(dtype)) for t in (normal(4, NH, DH), *cells)]
 
 

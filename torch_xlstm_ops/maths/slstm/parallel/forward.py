@@ -78,7 +78,8 @@ def across(*tensors: Tensor, floor: float) -> tuple[Tensor, ...]:
 
     tensors: the summaries of `summarize` or `group`, (N, K, G, NH, DH); c, n, m before, (N, G, NH, DH).
     """
-    summaries, cells, states = tensors[:-3], _first(*tensors[-3:]), []
+    summaries, states = tensors[:-3], []
+    cells: Cells = tensors[-3], tensors[-2], tensors[-1]
     for k in range(summaries[0].shape[1]):
         states.append(cells)
         cells = _advance(cells, [t[:, k] for t in summaries], floor)
@@ -91,7 +92,8 @@ def across_apart(*tensors: Tensor, floor: float, ends: bool) -> tuple[Tensor, ..
     Arguments as of `across`. Each chunk walks by itself over those before it: three results, where `across` has three
     for each chunk, more than a Metal kernel can write.
     """
-    summaries, cells = tensors[:-3], _first(*(t[:, None] for t in tensors[-3:]))
+    summaries, (c, n, m) = tensors[:-3], (t[:, None] for t in tensors[-3:])
+    cells: Cells = c, n, m
     before = summaries[0].shape[1] - (not ends)
     at = torch.arange(before + 1, device=cells[0].device)[:, None, None, None]
     for k in range(before):
@@ -99,10 +101,6 @@ def across_apart(*tensors: Tensor, floor: float, ends: bool) -> tuple[Tensor, ..
         c, n, m = (torch.where(k < at, new, old) for new, old in zip(after, cells, strict=True))
         cells = c, n, m
     return cells
-
-
-def _first(c: Tensor, n: Tensor, m: Tensor) -> Cells:
-    return c, n, torch.where(n == 0, 0.0, m)
 
 
 def _advance(cells: Cells, summary: Sequence[Tensor], floor: float) -> Cells:
