@@ -2,6 +2,7 @@
 
     python -m benchmarks.online            # replayed scenarios: simulated times from recorded tables
     python -m benchmarks.online --live 60  # this machine, for so many seconds a policy
+    python -m benchmarks.online --overhead # of a decision, in a short call
 
 A replay charges each call the time of its plan with noise, and each first call of a plan with other kernels a
 compilation; the same seeds give the same result. The best plan in hindsight is that of each phase, without a
@@ -103,8 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=CALLS, help=f"of a scenario, default {CALLS}")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of each policy, default {SEEDS}")
     parser.add_argument("--live", type=float, metavar="SECONDS", help="run on this machine, so long for each policy")
+    parser.add_argument("--overhead", action="store_true", help="time a short call with and without tuning")
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
+    if given.overhead:
+        save(online_live.overhead(Tune.ONLINE), given.json)
+        return
     if given.live is not None:
         save(online_live.run(given.live, POLICIES), given.json)
         return
