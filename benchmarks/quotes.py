@@ -1,6 +1,6 @@
 """The tables of measured figures in the documents, each written from stored results.
 
-    python -m benchmarks.quotes          # writes every table between its marks, and results/glance.png
+    python -m benchmarks.quotes          # every table between its marks, RESULTS.md, QUALITY.md, and every plot
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import glance, results
+from benchmarks.quality import report
 from benchmarks.quality.report import table
 
 ROOT = Path(__file__).parent.parent
@@ -68,13 +69,15 @@ QUOTES = (
 
 
 def write() -> None:
-    """Write every table and the picture."""
+    """Write every table, the reports of all stored results, and every plot."""
     for quote in QUOTES:
         whole = quote.document.read_text(encoding="utf-8")
         before, rest = whole.split(f"<!-- {quote.name}:")
         after = rest.split(f"<!-- /{quote.name} -->")[1]
         quote.document.write_text(before + quote.text + after, encoding="utf-8")
     glance.draw()
+    results.write()
+    report.rewrite(ROOT / "benchmarks", plots=True)
 
 
 if __name__ == "__main__":

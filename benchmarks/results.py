@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
+from benchmarks.curves import Panel
 from benchmarks.quality.report import check_plots, table
-from benchmarks.suites import SUITES, Lines, Part, Row, on
+from benchmarks.suites import SUITES, Part, Row, on
 
 FOLDER = Path(__file__).parent / "results"
 REPORT = Path(__file__).parent / "RESULTS.md"
@@ -60,12 +61,10 @@ def write() -> None:
         lines += [f"{machine}; {found['date']}, commit {found['commit']}.", ""]
         lines += table(HEAD, [_cells(row) for row in rows(found)])
         title = f"{found['suite']}, {about.get('name', found['device'])}, {found['date']}, commit {found['commit']}"
-        if plots.suite(path.with_suffix(".png"), title, [*rows(found)]):
-            lines += ["", f"![Times beside the best other package](results/{path.stem}.png)"]
-        for part, drawn in curves(found):
-            plot = path.with_suffix(f".{part.module}.png")
-            plots.lines(plot, title, drawn)
-            lines += ["", f"![{drawn.y} by {drawn.x}](results/{plot.name})"]
+        bars, panels = [row for row in rows(found, bars=True) if row.ratio is not None], [*_panels(found)]
+        if plots.suite(path.with_suffix(".png"), title, bars, panels):
+            shown = [*(panel.y for panel in panels), *(["times beside the best other package"] if bars else [])]
+            lines += ["", f"![{', '.join(shown)}](results/{path.stem}.png)"]
         lines += ["", *(f"- {line}" for line in _absent(found))]
     REPORT.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
@@ -74,18 +73,24 @@ def _place(found: Kept) -> Path:
     return FOLDER / ".".join([found["suite"], found["device"], *([found["label"]] if "label" in found else []), "json"])
 
 
-def rows(found: Kept) -> Iterator[Row]:
-    """Yield the table rows of a stored result."""
+def rows(found: Kept, *, bars: bool = False) -> Iterator[Row]:
+    """Yield the table rows of a stored result; bars: those alone that its plot has."""
+    for part, result in _measured(found):
+        if part.bars or not bars:
+            yield from part.rows(result)
+
+
+def _panels(found: Kept) -> Iterator[Panel]:
+    """Yield the lines of a stored result's plot."""
+    for part, result in _measured(found):
+        yield from part.lines(result)
+
+
+def _measured(found: Kept) -> Iterator[tuple[Part, Kept]]:
+    """Yield the parts of a stored result that were measured, and what they found."""
     for part, kept in zip(on(found["suite"], found["device"]), found["parts"], strict=True):
         if "result" in kept:
-            yield from part.rows(kept["result"])
-
-
-def curves(found: Kept) -> Iterator[tuple[Part, Lines]]:
-    """Yield the parts of a stored result that have curves."""
-    for part, kept in zip(on(found["suite"], found["device"]), found["parts"], strict=True):
-        if part.lines is not None and "result" in kept:
-            yield part, part.lines(kept["result"])
+            yield part, kept["result"]
 
 
 def _cells(row: Row) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from benchmarks import curves
+
 Result = Mapping[str, Any]
 
 
@@ -18,15 +20,7 @@ class Row(NamedTuple):
     spread: float | None = None  # of ours: half the distance of the quartiles over the median
     to_floor: float | None = None  # ours to the lower bound of the machine
     no_part: Mapping[str, str] = {}  # excluded packages with the reasons
-
-
-class Lines(NamedTuple):
-    """Curves to draw: their points by name, ours first, and what the axes are."""
-
-    curves: Mapping[str, list[tuple[float, float]]]
-    x: str
-    y: str
-    log: bool = False  # both axes
+    sides: tuple[str, str] = ("ours", "best other package")  # what the bars of a plot are called
 
 
 class Part(NamedTuple):
@@ -36,7 +30,8 @@ class Part(NamedTuple):
     arguments: dict[str, list[str]]  # by device type; no entry: not measured there
     quick: list[str]  # added for a quick run
     rows: Callable[[Result], Iterable[Row]]
-    lines: Callable[[Result], Lines] | None = None
+    lines: Callable[[Result], Iterable[curves.Panel]] = lambda result: ()  # of the plot
+    bars: bool = True  # whether the plot has the rows too
 
 
 _HOLDING = ("prefill", "train")  # kinds whose memory is shown
@@ -74,17 +69,6 @@ def _energy(used: Mapping[str, float], what: str, tokens: int) -> Row:
     peer = "".join(f"{theirs:.3g} uJ a token, {name}" for name, theirs in others)
     ratio = round(ours / others[0][1], 3) if others and others[0][1] else None
     return Row(f"energy of {what}", f"{ours:.3g} uJ a token", peer, ratio)
-
-
-def _scaling(result: Result) -> Lines:
-    curves: dict[str, list[tuple[float, float]]] = {"ours": []}
-    for case in result["cases"]:
-        B, _, _, _, S = case["shape"].values()
-        curves["ours"].append((S, case["tokens_per_s"]))
-        if case["best_peer"] is not None:
-            rate = round(1e3 * B * S / case["ms"][case["best_peer"]])
-            curves.setdefault("best other package", []).append((S, rate))
-    return Lines(curves, "tokens of the prompt", "tokens a second", log=True)
 
 
 def _slstm(result: Result) -> Iterator[Row]:
@@ -126,14 +110,14 @@ def _drop_ins(result: Result) -> Iterator[Row]:
 
 
 def _compile(result: Result) -> Iterator[Row]:
-    model, cases = result["model"], result["cases"]
+    model, cases, sides = result["model"], result["cases"], ("backend xlstm", "Inductor alone")
     for ours, theirs in zip(cases["xlstm"], cases["inductor"], strict=True):
         what = f"first prompt of {ours['tokens']:,} tokens, {model['layers']} layers of {model['hidden']}"
         ratio = round(ours["wait_s"] / theirs["wait_s"], 3) if theirs["wait_s"] > 0 else None
-        yield Row(what, f"{ours['wait_s']:.2f} s", f"{theirs['wait_s']:.2f} s, Inductor alone", ratio)
+        yield Row(what, f"{ours['wait_s']:.2f} s", f"{theirs['wait_s']:.2f} s, Inductor alone", ratio, sides=sides)
     for ours, theirs in zip(cases["xlstm"], cases["inductor"], strict=True):
         yield Row(f"a later prompt of {ours['tokens']:,} tokens", f"{ours['ms']:.1f} ms",
-                  f"{theirs['ms']:.1f} ms, Inductor alone", round(ours["ms"] / theirs["ms"], 3))
+                  f"{theirs['ms']:.1f} ms, Inductor alone", round(ours["ms"] / theirs["ms"], 3), sides=sides)
 
 
 def _training(result: Result) -> Iterator[Row]:
@@ -164,12 +148,6 @@ def _losses(result: Result) -> Iterator[Row]:
     yield Row(what, ours, f"{theirs}, transformers", None)
 
 
-def _curves(result: Result) -> Lines:
-    curves = {name: [(float(step), loss) for step, loss in enumerate(result["losses"][name], 1)]
-              for name in ("patched", "transformers")}
-    return Lines(curves, "training step", "bits a byte")
-
-
 def _schedules(result: Result) -> Iterator[Row]:
     for case in result["cases"]:
         B, NH, DHQK, DHHV, S, settings = case["case"].values()
@@ -177,7 +155,8 @@ def _schedules(result: Result) -> Iterator[Row]:
         if settings:
             what += ", " + ", ".join(f"{name} {value}" for name, value in settings.items())
         ms = case["median_ms"]
-        yield Row(what, f"{ms['queued']:.1f} ms", f"{ms['inductor']:.1f} ms, inductor", case["ratio"]["queued"])
+        yield Row(what, f"{ms['queued']:.1f} ms", f"{ms['inductor']:.1f} ms, inductor", case["ratio"]["queued"],
+                  sides=("queued", "inductor"))
 
 
 # 65,536 tokens, as in the published figures of the other packages.
@@ -199,8 +178,7 @@ _NO_LOOPS = ["--without", "xlstm vanilla", "flashrnn vanilla", "--seconds", "3"]
 def _mlstm_part(kind: str, cuda: list[str], quick: str) -> Part:
     on_cuda = [kind, *_ON_CUDA, *([] if kind == "step" else _LEFT_OUT), *(["--shapes", *cuda] if cuda else [])]
     arguments = {"cpu": [kind], "mps": [kind], "cuda": on_cuda}
-    lines = _scaling if kind == "scaling" else None
-    return Part("mlstm", arguments, ["--shapes", *quick.split(), "--seconds", "1"], _mlstm, lines)
+    return Part("mlstm", arguments, ["--shapes", *quick.split(), "--seconds", "1"], _mlstm)
 
 
 SUITES: dict[str, list[Part]] = {
@@ -226,17 +204,17 @@ SUITES: dict[str, list[Part]] = {
     "drop_ins": [Part("drop_ins", {"cpu": []}, ["flashrnn", "--seconds", "1"], _drop_ins)],
     "compile": [
         Part("compile_lengths", {"cpu": [], "cuda": []}, ["--lengths", "64", "96", "--hidden", "128", "--layers", "1"],
-             _compile),
+             _compile, curves.waits),
     ],
     "training": [
         Part("train_step", {"cpu": [], "cuda": ["--preset", "7b", "--kernel", "xl_chunk", "--seconds", "10"]},
              ["--hidden", "64", "--layers", "1", "--prompt", "64", "--seconds", "1", "--without", "backend xlstm",
               "transformers, compiled"], _training),
         Part("loss_curve", {"cpu": [], "cuda": []}, ["--steps", "10", "--batch", "1", "--length", "64"], _losses,
-             _curves),
+             curves.losses),
     ],
     "scaling": [
-        _mlstm_part("scaling", [], "1,4,64,64,256 1,4,64,64,1024"),
+        _mlstm_part("scaling", [], "1,4,64,64,256 1,4,64,64,1024")._replace(lines=curves.throughput, bars=False),
         Part("schedules", {"cpu": [], "cuda": [], "mps": []}, ["--cases", "1,4,64,64,256", "--rounds", "3"],
              _schedules),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import floors, mlstm, results, run, timing
+from benchmarks import curves, floors, mlstm, plots, results, run, timing
 from benchmarks.suites import SUITES, Part, on
 from benchmarks.timing import spread
 from torch_xlstm_ops.runtime.devices import energy
@@ -51,7 +51,7 @@ device cpu, threads 2; 2026-11-23, commit abc.
 | --- | --- | --- | --- | --- | --- |
 | prefill (1, 4, 64, 64), S 2,048, float32 | 1.500 ms, 1,365,333 tokens/s | 2.0% | 1.50 | 3.000 ms, theirs 64 | 0.500 |
 
-![Times beside the best other package](results/mlstm_prefill.cpu.png)
+![times beside the best other package](results/mlstm_prefill.cpu.png)
 
 - mlstm: it broke
 - triton: needs CUDA
@@ -59,7 +59,7 @@ device cpu, threads 2; 2026-11-23, commit abc.
     assert (folder / "results" / "mlstm_prefill.cpu.png").stat().st_size > 1000
 
 
-def test_curves_are_drawn_beside_the_bars(folder):
+def test_lines_are_drawn_where_no_row_has_a_bar(folder):
     pytest.importorskip("matplotlib")
     losses = {"patched": [3.0, 2.0, 1.5], "transformers": [3.0, 2.0, 1.5]}
     model = {"batch": 1, "length": 64, "steps": 3}
@@ -74,10 +74,48 @@ def test_curves_are_drawn_beside_the_bars(folder):
     ]})
     results.write()
     text = (folder / "RESULTS.md").read_text()
-    assert "![bits a byte by training step](results/training.cpu.loss_curve.png)" in text
-    assert "![tokens a second by tokens of the prompt](results/scaling.cpu.mlstm.png)" in text
-    for name in ("training.cpu.loss_curve.png", "scaling.cpu.mlstm.png"):
+    assert "![bits a byte, mean of 10 steps](results/training.cpu.png)" in text
+    assert "![tokens a second (higher is better)](results/scaling.cpu.png)" in text
+    for name in ("training.cpu.png", "scaling.cpu.png"):
         assert (folder / "results" / name).stat().st_size > 1000
+
+
+def _scaling(tokens, ms):
+    shape = {**CASE["shape"], "S": tokens}
+    return {**CASE, "kind": "scaling", "shape": shape, "ms": ms, "ranked": [name for name in ms if name != "ours"]}
+
+
+def test_a_line_of_throughput_takes_the_best_chunk_size_of_each_length():
+    cases = [_scaling(512, {"ours": 1.0, "theirs 64": 4.0, "theirs 128": 2.0}),
+             _scaling(1024, {"ours": 2.0, "theirs 64": 4.0, "theirs 128": 8.0}), _scaling(4096, {"ours": 4.0})]
+    (panel,) = curves.throughput({"cases": cases})
+    assert [line.name for line in panel.lines] == ["ours", "theirs"]
+    assert panel.lines[0][1:] == ([512, 1024, 4096], [512e3, 512e3, 1024e3], True)
+    assert panel.lines[1][1:] == ([512, 1024], [256e3, 256e3], False)
+    assert not [*curves.throughput({"cases": cases[:1]})]
+
+
+def test_waits_add_up_and_losses_are_means_of_their_steps():
+    cases = {name: [{"tokens": 512, "wait_s": 2.0}, {"tokens": 777, "wait_s": wait}]
+             for name, wait in (("xlstm", -0.1), ("inductor", 3.0))}
+    (panel,) = curves.waits({"cases": cases})
+    assert [line.y for line in panel.lines] == [[2.0, 2.0], [2.0, 5.0]]
+    assert panel.ticks == ["512", "777"]
+    (panel,) = curves.losses({"model": {"batch": 1, "length": 64}, "losses": {"patched": [*range(12)]}})
+    assert panel.lines == [curves.Line("patched", [10, 12], [4.5, 10.5], ours=True)]
+
+
+def test_a_plot_has_lines_and_bars(tmp_path):
+    pytest.importorskip("matplotlib")
+    panels = [*curves.throughput({"cases": [_scaling(S, {"ours": 1.0, "theirs": 90.0}) for S in (512, 8192)]})]
+    rows = [*on("mlstm_prefill", "mps")[0].rows({"cases": [CASE]})]
+    heights = []
+    for number, (bars, lines) in enumerate(((rows, []), (rows, panels), ([], panels))):
+        file = tmp_path / f"{number}.png"
+        assert plots.suite(file, "title", bars, lines)
+        heights.append(int.from_bytes(file.read_bytes()[20:24], "big"))  # of a PNG, in pixels
+    assert heights[1] > max(heights[0], heights[2])
+    assert not plots.suite(tmp_path / "none.png", "title", [], [])
 
 
 def test_a_failed_part_is_reported(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import run
 from benchmarks.quality import coherence, mqar, perplexity, report, throughput
 from benchmarks.quality.contenders import Conditions, usable
 from benchmarks.timing import machine, save
@@ -25,11 +26,12 @@ FULL, QUICK = ROOT / "benchmarks", ROOT / "build" / "quality"
 
 def measure(part: str, conditions: Conditions) -> dict[str, Any]:
     """Run one part; return its result with machine and versions."""
-    started = time.perf_counter()
+    started, measured = time.perf_counter(), run.commit()
     result = PARTS[part](conditions)
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
     return {
-        "part": part, "quick": conditions.quick, "seconds": round(time.perf_counter() - started, 1),
+        "part": part, "quick": conditions.quick, "date": datetime.date.today().isoformat(), "commit": measured,
+        "seconds": round(time.perf_counter() - started, 1),
         "machine": machine(conditions.device, "transformers"), "load_average": load, "result": result,
     }
 
@@ -60,10 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in PARTS:
         if part in args.parts or "all" in args.parts:
             save(measure(part, conditions), results / f"{part}_{device.type}.json")
-    kept = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
-    if not kept:
-        raise SystemExit(f"{results} must hold a part's result, got nothing")
-    print(report.write(kept, out, plots=not args.no_plots))
+    print(report.rewrite(out, plots=not args.no_plots))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -201,8 +202,24 @@ def machines(entry: Result) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in machine.items() if key not in ("device", "name", "threads"))
     busy = "" if load is None else f"; load average {load[0]:.1f}"
     quick = "; --quick, so in small" if entry["quick"] else ""
+    when = f"; {entry['date']}, commit {entry['commit']}" if "date" in entry else ""
     return (f"*{machine['device']} ({machine['name']}), {machine['threads']} threads; {versions}; took "
-            f"{entry['seconds']:.0f} s{busy}{quick}.*")
+            f"{entry['seconds']:.0f} s{busy}{quick}{when}.*")
+
+
+def _title(title: str, entry: Result) -> str:
+    machine = entry["machine"]
+    when = [f"{entry['date']}, commit {entry['commit']}"] if "date" in entry else []
+    return ", ".join([title, machine["device"], machine["name"], f"torch {machine['torch']}", *when])
+
+
+def rewrite(out: Path, *, plots: bool) -> Path:
+    """Write QUALITY.md in a folder from the results stored in it, and return its path; plots: as of `write`."""
+    results = out / "quality" / "results"
+    kept = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
+    if not kept:
+        raise SystemExit(f"{results} must hold a part's result, got nothing")
+    return write(kept, out, plots=plots)
 
 
 def write(kept: Sequence[Result], out: Path, *, plots: bool) -> Path:
@@ -219,7 +236,7 @@ def write(kept: Sequence[Result], out: Path, *, plots: bool) -> Path:
             lines += ["", heading, "", machines(entry), "", *section(entry["result"])]
             plot = out / "quality" / "results" / f"{name}.png"
             if plots and part in drawing.DRAW:
-                drawing.draw(part, entry["result"], plot)
+                drawing.draw(part, _title(title, entry), entry["result"], plot)
             if plot.exists():
                 lines += ["", f"![{title}](quality/results/{name}.png)"]
     path = out / "QUALITY.md"
