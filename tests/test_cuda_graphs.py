@@ -9,7 +9,7 @@ import torch
 from tests import oracle
 from torch_xlstm_ops import mlstm_chunkwise
 from torch_xlstm_ops.ops.mlstm import sequence
-from torch_xlstm_ops.runtime import state, torch_internals
+from torch_xlstm_ops.runtime import cuda_graphs, state, torch_internals
 from torch_xlstm_ops.runtime.cuda_graphs import CudaGraphs
 
 pytestmark = [
@@ -59,6 +59,15 @@ def computing(calls):
         return (args[0] * 2,)
 
     return compute
+
+
+def test_the_call_seen_first_is_forgotten_first(cuda_without_cuda):
+    graphs, x = CudaGraphs(first_calls=2), torch.ones(3).as_subclass(OnCuda)
+    for what in range(cuda_graphs._SEEN + 1):
+        graphs.run(what, computing([]), [x])
+    graphs.run(cuda_graphs._SEEN, computing([]), [x])
+    assert [key[0] for key in graphs._seen] == [*range(1, cuda_graphs._SEEN + 1)]
+    assert [*graphs._seen.values()][-2:] == [1, 2]
 
 
 def test_graphs_record_what_comes_twice_and_replay_it_after(cuda_without_cuda):

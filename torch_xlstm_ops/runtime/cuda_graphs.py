@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.runtime import forks, torch_internals
+from torch_xlstm_ops.runtime.bounded_cache import BoundedCache
 from torch_xlstm_ops.runtime.state import warn_once
 
 Compute = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
@@ -42,7 +43,7 @@ class CudaGraphs:
     ) -> None:
         self.capacity, self.most_bytes, self.first_calls, self.allowed = capacity, most_bytes, first_calls, allowed
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._seen: OrderedDict[Hashable, int | None] = OrderedDict()  # calls so far; None: cannot be recorded
+        self._seen: BoundedCache[Hashable, int | None] = BoundedCache(_SEEN)  # calls so far; None: cannot be recorded
         self._lock = forks.new_lock()
 
     def run(self, what: Hashable, compute: Compute, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -85,13 +86,11 @@ class CudaGraphs:
 
     def _comes_again(self, key: Hashable, device: torch.device, args: Sequence[Tensor]) -> bool:
         """Count a call without a graph; return whether it is time to record one."""
-        calls = self._seen.setdefault(key, 0)
+        calls = self._seen.keep(key, 0)
         if calls == 0:
             most = min(self.most_bytes, torch.cuda.get_device_properties(device).total_memory // _SHARE)
             if sum(t.numel() * t.element_size() for t in args) > most:
                 calls = self._seen[key] = None
-            if len(self._seen) > _SEEN:
-                self._seen.popitem(last=False)
         if calls is None:
             return False
         self._seen[key] = calls + 1
