@@ -2,7 +2,7 @@
 
     python -m benchmarks.online            # replayed scenarios: simulated times from recorded tables
     python -m benchmarks.online --live 60  # this machine, for so many seconds a policy
-    python -m benchmarks.online --overhead # of a decision, in a short call
+    python -m benchmarks.online --overhead # this machine: microseconds that the controller adds to a call
 
 A replay charges each call the time of its plan with noise, and each first call of a plan with other kernels a
 compilation; the same seeds give the same result. The best plan in hindsight is that of each phase, without a
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import math
 import random
 import statistics
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import online_live
+from benchmarks import online_live, online_overhead
 from benchmarks.online_scenarios import SPIKE, SPIKES, Scenario, best_plans, scenarios
 from benchmarks.run import commit
 from benchmarks.timing import save
@@ -104,14 +105,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=CALLS, help=f"of a scenario, default {CALLS}")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of each policy, default {SEEDS}")
     parser.add_argument("--live", type=float, metavar="SECONDS", help="run on this machine, so long for each policy")
-    parser.add_argument("--overhead", action="store_true", help="time a short call with and without tuning")
+    parser.add_argument("--overhead", action="store_true", help="time calls without tuning and with the controller")
+    parser.add_argument("--rounds", type=int, default=20, help="batches of each state for --overhead, default 20")
+    parser.add_argument("--tokens", type=int, default=64, help="of a call for --overhead, default 64")
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
-    if given.overhead:
-        save(online_live.overhead(Tune.ONLINE), given.json)
-        return
     if given.live is not None:
         save(online_live.run(given.live, POLICIES), given.json)
+        return
+    if given.overhead:
+        found = online_overhead.run(given.rounds, given.tokens)
+        print(json.dumps(found, indent=1))
+        save(found, given.json)
         return
     whole = (given.calls, given.seeds) == (CALLS, SEEDS)
     save(replays(given.calls, given.seeds), given.json or (FILE if whole else None))

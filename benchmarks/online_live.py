@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import subprocess
 import sys
 import time
@@ -45,28 +44,6 @@ def run(seconds: float, policies: Sequence[Tune]) -> dict[str, Any]:
         print(name, rows, flush=True)
         found.append({"scenario": name, "us_a_token": rows})
     return {"machine": machine(device), "seconds": seconds, "rows": found}
-
-
-def overhead(tune: Tune, batches: int = 200, calls: int = 20) -> dict[str, Any]:
-    """Return the microseconds of a short call without tuning and with a policy, medians of batches in turns."""
-    device = devices.resolve_device("auto")
-    args = draw(Sizes(*HEADS[:2], 64, *HEADS[2:]), torch.float32, device)
-    taken: dict[str, list[float]] = {str(Tune.OFF): [], str(tune): []}
-    learner.forget()
-    with torch.inference_mode():
-        for _ in range(batches):
-            for name, times in taken.items():
-                with config.use(tune=name, tuned="off"):
-                    mlstm_chunkwise(*args)  # the switch of settings is not timed
-                    devices.synchronize(device)
-                    began = time.perf_counter()
-                    for _ in range(calls):
-                        mlstm_chunkwise(*args)
-                    devices.synchronize(device)
-                    times.append((time.perf_counter() - began) / calls)
-    rows = {name: round(statistics.median(times) * 1e6, 2) for name, times in taken.items()}
-    print(rows, flush=True)
-    return {"machine": machine(device), "call": {"B": 1, "NH": 4, "S": 64, "DHQK": 64, "DHHV": 64}, "us_a_call": rows}
 
 
 def _part(lengths: Sequence[int], seconds: float, device: torch.device, *, disturbed: bool) -> float:

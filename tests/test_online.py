@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import online as benchmark
-from benchmarks import online_live
+from benchmarks import online_live, online_overhead
 from benchmarks.online_scenarios import scenarios
 from tests.oracle import Sizes, draw
 from torch_xlstm_ops import config, trace
@@ -339,3 +339,13 @@ def test_the_live_benchmark_tells_of_every_policy() -> None:
     assert [row["scenario"] for row in found["rows"]] == [
         "quiet", "another process from half-way on", "lengths from 512 to 32K"]
     assert all(set(row["us_a_token"]) == {"off", "boltzmann"} for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_the_overhead_is_told_of_every_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online_overhead, "CALLS", 60)
+    monkeypatch.setattr(online_overhead, "SETTLING", 100)
+    found = online_overhead.run(3, SIZES.S)
+    assert list(found["us_a_call"]) == ["off", "trying", "settled"]
+    assert found["added_us"]["trying"] == round(found["us_a_call"]["trying"] - found["us_a_call"]["off"], 2)
+    assert set(found["trials"]) == {"trying", "settled"}
