@@ -29,11 +29,11 @@ def mlstm_chunkwise(
     igate, fgate: (B, NH, S), pre-activations, of any floating dtype; computed in float32.
     c, n, m: the state before the first token, (B, NH, DHQK, DHHV), (B, NH, DHQK), (B, NH, 1), float32 (float64 for
         float64 inputs); all or none, default zeros.
-    reset: (B, S), bool, true where a row starts afresh at a token, as a packed document does; default nowhere. Copies
-        the streams, with a token more for each reset, and reads their number back from the device.
-    cu_seqlens: (documents + 1,), integers, the end of each document of the only row behind a 0; default none. Each has
-        a state of its own then, before and after: where B is the first dimension of a state, it is documents. Read
-        from the device.
+    reset: (B, S), bool, true at the first token of each packed document, which the state before it does not reach;
+        default nowhere. Copies the streams, with one more token for each reset, and synchronises to count them.
+    cu_seqlens: (documents + 1,), integers, a 0 and then the end of each document of one row (B = 1); default none. Each
+        document then has its own initial and final state: the first dimension of states is documents, not B.
+        Synchronises with the device.
     chunk_size: tokens a chunk, default chosen by device; changes speed and rounding, never the result.
     schedule: auto, inductor, queued, ray or recurrent; default the configured one.
     eps: added to the denominator, default 1e-6.
@@ -129,13 +129,14 @@ def slstm_sequence(
         c' = exp(log_f + m - m') c + exp(i - m') tanh(z)          n' likewise with 1, at least floor
         y' = sigmoid(o) c' / n'
 
-    x: (B, S, 4, NH, DH), what the input gives the gates, any S from 0 up; float32, float16, bfloat16, or float64.
+    x: (B, S, 4, NH, DH), the input's part of the gates, any S from 0 up; float32, float16, bfloat16, or float64.
     r: (4, NH, DH, DH) [gate, head, out, in], of x's dtype.
     b: (4, NH, DH), of any floating dtype.
     y, c, n, m: the state before the first token, (B, NH, DH), float32 (float64 for float64 inputs); all or none,
-        default zeros. A cell is fresh where n is 0; its m means nothing.
-    reset: (B, S), bool, true where a row starts afresh at a token, as a packed document does; default nowhere.
-    cu_seqlens: as of `mlstm_chunkwise`; documents run together, in as many calls as there are lengths.
+        default zeros. A cell is empty where n is 0; its m is then ignored.
+    reset: (B, S), bool, true at the first token of each packed document, which the state before it does not reach;
+        default nowhere.
+    cu_seqlens: as of `mlstm_chunkwise`; documents of one length are one call.
     floor: least n, default 0.0; FlashRNN's is 1.0.
     schedule: auto, sequential or parallel; default the configured one. parallel computes all tokens at once, in rounds
         that end when the result is the sequential one within the dtype's tolerance.

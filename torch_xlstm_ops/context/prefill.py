@@ -19,7 +19,10 @@ from torch_xlstm_ops.runtime import devices
 
 
 class Progress(NamedTuple):
-    """The progress of `prefill` after a piece."""
+    """The progress of `prefill` after a piece: tokens of the piece, tokens read in all, the total, speed, time left.
+
+    position counts resumed tokens, tokens_per_second does not; total is None if the stream has no length.
+    """
 
     tokens: int  # of the last piece
     position: int  # tokens read, resumed ones included

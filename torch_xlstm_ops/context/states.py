@@ -25,7 +25,11 @@ class StateMismatch(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A model's state after `position` tokens and the logits of the next one; one row."""
+    """A model's state after `position` tokens, one row of a batch, and the logits (V,) after the last of them.
+
+    identity: hash of the model's config and weights. digest: hash of the tokens. segment: tokens a piece, if all had
+    this size. layers: an `MLSTMState` of each layer, with B = 1.
+    """
 
     identity: str  # of the model's config and weights; empty if it was not computed
     position: int  # tokens read

@@ -19,7 +19,10 @@ EPS = 1e-6
 
 
 class MLSTMState(NamedTuple):
-    """State of an mLSTM; stands for ``c * exp(m)`` and ``n * exp(m)``."""
+    """State of an mLSTM: the memory ``c * exp(m)`` and the normaliser ``n * exp(m)``.
+
+    c: (B, NH, DHQK, DHHV); n: (B, NH, DHQK); m: (B, NH, 1); float32, or float64 for float64 inputs.
+    """
 
     c: Tensor  # (B, NH, DHQK, DHHV)
     n: Tensor  # (B, NH, DHQK)
@@ -27,7 +30,10 @@ class MLSTMState(NamedTuple):
 
 
 class SLSTMState(NamedTuple):
-    """State of an sLSTM."""
+    """State of an sLSTM: the output that the next token receives, and the cell.
+
+    y, c, n, m: (B, NH, DH); float32, or float64 for float64 inputs.
+    """
 
     y: Tensor  # (B, NH, DH)
     c: Tensor  # (B, NH, DH)

@@ -22,7 +22,10 @@ SHIFT = 40.0  # q.N is below exp(40), and what is above exp(-48) keeps exp(-m) f
 
 
 class SigmoidState(NamedTuple):
-    """The state of an mLSTM with a sigmoid input gate, as it is."""
+    """State of an mLSTM with a sigmoid input gate: the memory and the normaliser, without a stabiliser.
+
+    c: (B, NH, DHQK, DHHV); n: (B, NH, DHQK); float32, or float64 for float64 inputs.
+    """
 
     c: Tensor  # (B, NH, DHQK, DHHV)
     n: Tensor  # (B, NH, DHQK)

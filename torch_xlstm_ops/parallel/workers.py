@@ -29,7 +29,10 @@ _log = logging.getLogger("torch_xlstm_ops.ray")
 
 
 class Prefilled(NamedTuple):
-    """The result of a prefill, on the device of the model."""
+    """The result of a prefill: logits (B, V) of the last token, the cache to decode from, and the measurements.
+
+    Tensors are on the device of the model.
+    """
 
     logits: Tensor  # (B, V), of the last token
     cache: Any  # for decoding to continue from

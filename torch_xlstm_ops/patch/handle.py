@@ -82,7 +82,7 @@ class Handle:
         return (*lines, *self._left)
 
     def remove(self) -> None:
-        """Put back what no other handle holds. A second call does nothing.
+        """Restore the attributes that no other handle keeps replaced. A second call does nothing.
 
         Raises RuntimeError, changing nothing, if other code replaced one of our attributes meanwhile.
         """

@@ -10,7 +10,7 @@ from typing import NamedTuple, TextIO
 
 
 class Span(NamedTuple):
-    """One finished span."""
+    """One finished span: the work of one operator, band and segment; start_us counts from the recording's beginning."""
 
     op: str
     schedule: str | None

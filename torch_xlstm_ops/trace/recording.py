@@ -92,7 +92,7 @@ class Recording:
             write(file, entries, {"dropped": self.dropped, "joules": self.energy()})
 
     def add(self, span: Span) -> None:
-        """Keep a finished span; the oldest goes where there are too many."""
+        """Keep a finished span; drop the oldest one if there are more than the capacity."""
         with self._lock:
             self._entries.append(span)
             self._count += 1

@@ -24,7 +24,7 @@ class Open:
         self._recordings, self._mark = recordings, mark
 
     def note(self, details: str) -> None:
-        """Say something of the work, which the trace shows with the span."""
+        """Add details about the work, which the trace shows with the span."""
         self._mark = self._mark._replace(details=details)
 
 
@@ -118,7 +118,7 @@ def add(
     op: str, seconds: float, *, schedule: str, phase: str, layer: int | None = None, segment: int | None = None,
     nbytes: int | None = None,
 ) -> None:
-    """Record work that took so many seconds in another process; it is put at the present time."""
+    """Record work of another process that took `seconds` and has just ended."""
     mark = Mark(op, schedule, phase, layer, None, segment, _CPU, threading.current_thread().name, nbytes, None)
     now = time.perf_counter()
     for recording in _recordings:

@@ -28,7 +28,10 @@ DEVICE_SHARE, HOST_SHARE, DISK_SHARE = 1 / 16, 1 / 8, 1 / 10  # default budgets,
 
 
 class Stats(NamedTuple):
-    """What a pool holds, and its hits and misses; a tier that is off has zeros."""
+    """What a pool holds in each tier, its hits and misses, and the largest relative error that `storage` caused.
+
+    disk counts the states of all models in the folder. A tier that is off has zeros.
+    """
 
     device: Usage
     host: Usage
