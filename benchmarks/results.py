@@ -18,12 +18,12 @@ HEAD = ("what", "ours", "spread", "to the floor", "best peer", "ratio")
 INTRODUCTION = """\
 # Results
 
-Medians of alternating turns in one process, every contender first held to the float64 recurrence; lower ratios are
-better. *Spread* is half the distance between the quartiles over the median. *The floor* is the longer of two times: of
-the bytes that must move at the rate this machine copies, and of the products at the rate it multiplies square matrices.
-An mLSTM on CUDA is timed by the device, which has other work until a call is submitted; *called* is a step by the clock
-on the wall, submission and all.
-`python -m benchmarks.run` writes this file from `results/`; nothing here is typed by hand."""
+Medians of alternating turns in one process. The results of every contender are first compared with the float64
+recurrence. Lower ratios are better. *Spread* is half the distance between the quartiles over the median. *The floor* is
+the longer of two times: that of moving the necessary bytes at the rate at which this machine copies, and that of the
+matrix products at the rate at which it multiplies square matrices. An mLSTM on CUDA is timed by device events, while
+other work keeps the device busy until the call is submitted; *called* is the wall time of a step with its submission.
+`python -m benchmarks.run` measures and writes this file; `python -m benchmarks.quotes` writes it from `results/`."""
 
 Kept = Mapping[str, Any]
 

@@ -16,10 +16,11 @@ EXAMPLES = (0, 11)  # prompts whose texts are shown
 INTRODUCTION = """\
 # Quality
 
-Speed counts only if the model is the same: what models on these operators can recall, what a byte of unseen text costs
-them at any length, and what they write, through every schedule, the step path, every dtype, and the package's own code.
-`python -m benchmarks.quality` writes this file, its plots, and the JSON in `quality/results/`; one PART, or `--quick`,
-does less. Nothing here is typed by hand."""
+The same weights run with every schedule, token by token, in every dtype, and with the package's own code. This file
+compares what the models recall, the loss that they have on unseen text at any length, the text that they write, and the
+speed. `python -m benchmarks.quality` measures and writes this file, its plots, and the JSON in `quality/results/`. Name
+one PART, or give `--quick`, to run less. *Ways* are the schedules, dtypes and code paths; the first one is the
+reference."""
 
 
 def check_plots() -> None:
@@ -42,9 +43,9 @@ def percent(share: float) -> str:
 def mqar(result: Result) -> list[str]:
     """Return the section on recall."""
     lines = [
-        "Multi-query associative recall: P pairs of a key and a value, then every key once more in any order, each to "
-        "be answered by its value. `python -m benchmarks.train_mqar` trains the models on one CPU core, from a fixed "
-        "seed, with our own backward. Chance is 1 in 256.",
+        "Multi-query associative recall: a row has P pairs of a key and a value, then every key once more in any "
+        "order; the model must answer each key with its value. `python -m benchmarks.train_mqar` trains the models on "
+        "one CPU core, from a fixed seed, with our own backward. Chance is 1 in 256.",
     ]
     for model, found in result["models"].items():
         size = found["size"]
@@ -57,7 +58,7 @@ def mqar(result: Result) -> list[str]:
             *table(["way", *found["answers"]], (
                 [way, *map(percent, accuracy.values())] for way, accuracy in found["accuracy"].items())),
             *(f"\n{way} is left out: {why}." for way, why in found.get("left_out", {}).items()),
-            "", "Answers that are not the first way's, right or wrong:", "",
+            "", "Number of answers, right or wrong, that differ from the first way's:", "",
             *table(["way", *(f"{P}, of {count:,}" for P, count in found["answers"].items())], (
                 [way, *counts.values()] for way, counts in list(found["differing"].items())[1:])),
             "", "Right answers by distance, in tokens from the pair to its query, where there were "
@@ -83,11 +84,11 @@ def perplexity(result: Result) -> list[str]:
     starts = [0, *ends[:-1]]
     return [
         f"The embedded model reads {result['rows']} rows of {result['length']:,} bytes of standard-library files that "
-        "it never saw, whole files one after another. Nats a byte, by position:", "",
+        "it was not trained on, one file after another. Nats a byte, by position:", "",
         *table(["run", *(f"{start:,} to {end:,}" for start, end in zip(starts, ends, strict=True))], (
             [name, *(f"{nats:.4f}" for nats in run["nats"])] for name, run in runs.items())),
-        "", "Distance from the first run, in nats a byte: the largest of any bucket's mean, of the whole mean, and of "
-        "any one byte:", "",
+        "", "Distance from the first run, in nats a byte: the largest of a bucket's mean, that of the mean of all "
+        "bytes, and the largest of a single byte:", "",
         *table(["run", "mean", "bucket", "whole", "one byte"], (
             [name, f"{run['mean']:.6f}", *(f"{run[key]:.1e}" for key in (
                 "bucket_difference", "mean_difference", "token_difference"))] for name, run in runs.items())),
@@ -106,18 +107,20 @@ def coherence(result: Result) -> list[str]:
     judged = result["judged"]
     lines = [
         f"The embedded model continues {len(result['prompts'])} fixed beginnings of functions by {result['tokens']} "
-        "bytes, greedily, as one batch. Texts that are the first way's, byte for byte; for others, the byte at which "
-        "the first one parts, and the widest lead in logits that a parting overcame. *All read at once*: prompt and "
-        "text are read as one prefill, which must put the same byte first at every place.", "",
-        *table(["way", "identical", "first parting", "widest lead"], (
+        "bytes, greedily, as one batch. *Identical* texts are those of the first way, byte for byte. For the others, "
+        "the table has the first byte that differs, and the largest lead in logits that the first way's byte had over "
+        "the one written instead. *All read at once*: one prefill reads prompt and text, and must choose the same byte "
+        "at every position.", "",
+        *table(["way", "identical", "first difference", "largest lead"], (
             row(name, found) for name, found in result["greedy"].items())),
-        "", f"The least lead of a chosen byte over the next, in the first way's texts, is "
+        "", f"In the first way's texts, the smallest lead of a chosen byte over the second one is "
         f"{result['smallest_margin']:.2g} logits. Drawn with fixed seeds (temperature {result['temperature']}, "
         f"top-p {result['top_p']}), identical: " + ", ".join(
             f"{name} {found['identical']} of {found['texts']}" for name, found in result["sampled"].items()) + ".", "",
-        "How good the texts are, of a model of 3.9 M parameters that knows bytes: different ones among n-grams of "
-        "words and signs, lines that repeat an earlier line of their text, and functions that `ast.parse` takes. A "
-        "function ends where a line stands at the margin; one that has not ended is cut after its last whole line.", "",
+        "Quality of the texts of this byte-level model of 3.9 M parameters: the share of different n-grams of words "
+        "and signs, of lines that repeat an earlier line of their text, and of functions that `ast.parse` accepts. A "
+        "function ends at the next line without indentation; one that has not ended is cut after its last whole line.",
+        "",
         *table(["", "distinct-2", "distinct-3", "repeated lines", "parse", "ended", "ended and parse"], (
             [kind, *(percent(of[key]) for key in ("distinct_2", "distinct_3", "repeated_lines", "parse")),
              of["ended"], of["ended_and_parse"]] for kind, of in judged.items())),
@@ -133,8 +136,8 @@ def coherence(result: Result) -> list[str]:
 def throughput(result: Result) -> list[str]:
     """Return the section on speed."""
     lines = [
-        f"The embedded model, in {result['dtype']} where no dtype is named, reads a prompt whose length is checked and "
-        f"writes {result['tokens']} tokens; medians of {result['rounds']} turns, all contenders in turn.", "",
+        f"The embedded model, in {result['dtype']} where no dtype is named, reads a prompt of the given length and "
+        f"writes {result['tokens']} tokens. Medians of {result['rounds']} alternating turns.", "",
     ]
     rows = [
         [f"{int(length):,}", name, f"{row['prefill_tok_s']:,.0f}", f"{row['first_token_ms']:,.0f}",
