@@ -133,7 +133,7 @@ def slstm_sequence(
     r: (4, NH, DH, DH) [gate, head, out, in], of x's dtype.
     b: (4, NH, DH), of any floating dtype.
     y, c, n, m: the state before the first token, (B, NH, DH), float32 (float64 for float64 inputs); all or none,
-        default zeros. A cell is empty where n is 0; its m is then ignored.
+        default zeros. A cell is fresh where n is 0: m' then does not depend on m.
     reset: (B, S), bool, true at the first token of each packed document, which the state before it does not reach;
         default nowhere.
     cu_seqlens: as of `mlstm_chunkwise`; documents of one length are one call.
