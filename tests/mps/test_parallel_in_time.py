@@ -15,11 +15,17 @@ from .test_kernels import check_launches
 TEXT = (Path(__file__).parents[2] / "torch_xlstm_ops/docs/mps.md").read_text()
 TOKENS, MOST = 2048, {"bfloat16": 80}  # submissions of a forward pass
 TABLE = {"bfloat16": (8, 51, 27), "float16": (10, 63, 29), "float32": (15, 80, 30)}  # rounds, kernels, other
-CASES = [
-    pytest.param(dtype, job("parallel_in_time", tokens=TOKENS, dtype=dtype, reset=False, floor=0.0), id=dtype)
-    for dtype in TABLE
+MOST_BACK = {"bfloat16": 260, "float16": 290, "float32": 370}  # submissions of a gradient
+FORWARD, BACKWARD = (
+    [pytest.param(dtype, job("parallel_in_time", tokens=TOKENS, dtype=dtype, reset=False, floor=0.0, gradient=gradient),
+                  id=dtype) for dtype in TABLE]
+    for gradient in (False, True)
+)
+MASKED = [
+    pytest.param("bfloat16", job("parallel_in_time", tokens=201, dtype="bfloat16", reset=True, floor=0.5,
+                                 gradient=gradient), id="gradient" if gradient else "forward")
+    for gradient in (False, True)
 ]
-MASKED = ("bfloat16", job("parallel_in_time", tokens=201, dtype="bfloat16", reset=True, floor=0.5))
 
 
 def check(report: dict[str, Any], dtype: str) -> None:
@@ -31,7 +37,7 @@ def check(report: dict[str, Any], dtype: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "wanted"), CASES)
+@pytest.mark.parametrize(("dtype", "wanted"), FORWARD)
 def test_a_sequence_is_one_window_of_few_launches(reports: Reports, dtype: str, wanted: Job) -> None:
     report = reports(wanted)
     check(report, dtype)
@@ -42,7 +48,16 @@ def test_a_sequence_is_one_window_of_few_launches(reports: Reports, dtype: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "wanted"), [pytest.param(*MASKED, id="masked")])
+@pytest.mark.parametrize(("dtype", "wanted"), BACKWARD)
+def test_a_gradient_is_one_window_of_few_launches(reports: Reports, dtype: str, wanted: Job) -> None:
+    report = reports(wanted)
+    check(report, dtype)
+    assert report["windows"] == 1
+    assert len(report["launches"]) + sum(report["aten"].values()) <= MOST_BACK[dtype]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "wanted"), MASKED)
 def test_resets_padding_and_a_floor_stay_inside_what_metal_allows(
     reports: Reports, dtype: str, wanted: Job
 ) -> None:

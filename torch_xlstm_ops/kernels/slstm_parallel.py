@@ -51,8 +51,12 @@ class Kernels(NamedTuple):
 
 def compile_call(fn: compiler.PureFunction, **static: Any) -> Call:
     """Return what calls `fn` compiled for the arguments that it is given."""
-    unrolled = fn in UNROLLED
-    return lambda args: compiler.get(fn, axes(fn, args), args, unrolled=unrolled, **static)(args)
+    def call(args: list[Tensor]) -> Sequence[Tensor]:
+        masked = any(t.dtype == torch.uint8 for t in args)  # one kernel would have more buffers than Metal allows
+        unrolled = fn in UNROLLED and not masked
+        return compiler.get(fn, axes(fn, args), args, unrolled=unrolled, **static)(args)
+
+    return call
 
 
 def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Caller = compile_call) -> Kernels:

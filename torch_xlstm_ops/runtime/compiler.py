@@ -37,12 +37,15 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
     "cuda": {**_AS_WRITTEN, "realize_opcount_threshold": 400},
     "mps": {
         **_AS_WRITTEN,
-        "max_fusion_unique_io_buffers": 28,  # Metal allows 31 buffers a kernel; Inductor does not check that
+        "max_fusion_unique_io_buffers": 25,  # Metal allows 31 buffers a kernel, sizes too; Inductor does not check that
+        "max_complex_pointwise_cat_inputs": 4,  # each is in a branch of one kernel, with buffers of its own
         "realize_reads_threshold": 2,  # store the gates' factors: no other kernel then reads m
         "assert_indirect_indexing": False,  # an error is read from the device
     },
 }
-UNROLLED: dict[str, dict[str, Any]] = {"mps": {"max_fusion_unique_io_buffers": None, "realize_reads_threshold": 8}}
+UNROLLED: dict[str, dict[str, Any]] = {"mps": {
+    "max_fusion_unique_io_buffers": None, "max_complex_pointwise_cat_inputs": 8, "realize_reads_threshold": 8,
+}}
 # Decompositions of operators that a compiled function may call: filled by registrations/.
 INLINED: dict[Any, PureFunction] = {}
 
