@@ -209,24 +209,38 @@ def _share(call: Callable[[], Any], device: torch.device) -> float:
     return round(ours / whole, 3) if whole else 0.0
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def flags(doc: str | None, presets: Mapping[str, Mapping[str, Any]]) -> argparse.ArgumentParser:
+    """Return a parser with what `build` reads, the device, the time, and where to write the result."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="small", help="sizes, each with a flag too (default %(default)s)")
-    for name, value in PRESETS["small"].items():
+    add("--preset", choices=list(presets), default="small", help="sizes, each with a flag too (default %(default)s)")
+    for name, value in presets["small"].items():
         add(f"--{name}", type=type(value))
     add("--device", choices=["cpu", "cuda", "mps"], default="cpu", help="(default %(default)s)")
-    add("--batch", type=int, default=1, help="prompts at once (default %(default)s)")
+    add("--batch", type=int, default=1, help="sequences at once (default %(default)s)")
     add("--kernel", choices=["native", "xl_chunk", "limit_chunk"], default="native",
         help="what the model itself runs; others than native are Triton's and need xlstm (default %(default)s)")
-    add("--phases", nargs="+", choices=["prefill", "decode"], default=["prefill", "decode"])
     add("--without", nargs="*", default=[], help="contenders to leave out")
-    add("--seconds", type=float, default=30.0, help="that a phase's contenders take turns for (default %(default)s)")
+    add("--seconds", type=float, default=30.0, help="that contenders take turns for (default %(default)s)")
     add("--json", type=Path, help="file to write the result to")
+    return parser
+
+
+def read(
+    parser: argparse.ArgumentParser, presets: Mapping[str, Mapping[str, Any]], arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Return the arguments, with the preset's sizes where none are given."""
     args = parser.parse_args(arguments)
-    for name, value in PRESETS[args.preset].items():
+    for name, value in presets[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = flags(__doc__, PRESETS)
+    parser.add_argument("--phases", nargs="+", choices=["prefill", "decode"], default=["prefill", "decode"])
+    args = read(parser, PRESETS, arguments)
     result = measure(args)
     print(json.dumps(result, indent=1))
     save(result, args.json)

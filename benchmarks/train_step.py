@@ -15,13 +15,12 @@ import argparse
 import copy
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.compiled_model import build
+from benchmarks import compiled_model
 from benchmarks.timing import alternate, machine, peak_bytes, save, tried
 from torch_xlstm_ops.patch import patch
 
@@ -29,7 +28,7 @@ STEPS = 3  # that are compared; they also compile and warm up
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # of a loss, relative
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"hidden": 256, "layers": 4, "heads": 4, "vocabulary": 256, "dtype": "float32", "prompt": 512},
-    "7b": {"hidden": 4096, "layers": 4, "heads": 8, "vocabulary": 50304, "dtype": "bfloat16", "prompt": 8192},
+    "7b": compiled_model.PRESETS["7b"],
 }
 
 
@@ -46,7 +45,6 @@ CONTENDERS = {
     "transformers, compiled": Contender(backend="inductor"),
     "backend xlstm": Contender(backend="xlstm"),
 }
-OURS = ("patched", "backend xlstm")
 
 
 class Trainer:
@@ -79,7 +77,7 @@ class Trainer:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Return the milliseconds, tokens a second and memory of every contender, with and without checkpointing."""
     torch._dynamo.config.recompile_limit = 64  # contenders share the model's code
-    model = build(args)
+    model = compiled_model.build(args)
     ids = torch.randint(args.vocabulary, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0))
     ids = ids.to(args.device)
     cases = [_case(args, model, ids, checkpointing) for checkpointing in (False, True)]
@@ -120,22 +118,7 @@ def _differs(found: Sequence[float], wanted: Sequence[float], dtype: torch.dtype
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="small", help="sizes, each with a flag too (default %(default)s)")
-    for name, value in PRESETS["small"].items():
-        add(f"--{name}", type=type(value))
-    add("--device", choices=["cpu", "cuda", "mps"], default="cpu", help="(default %(default)s)")
-    add("--batch", type=int, default=1, help="sequences a step (default %(default)s)")
-    add("--kernel", choices=["native", "xl_chunk", "limit_chunk"], default="native",
-        help="what the model itself runs; others than native are Triton's and need xlstm (default %(default)s)")
-    add("--without", nargs="*", default=[], help="contenders to leave out")
-    add("--seconds", type=float, default=30.0, help="that a case's contenders take turns for (default %(default)s)")
-    add("--json", type=Path, help="file to write the result to")
-    args = parser.parse_args(arguments)
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args = compiled_model.read(compiled_model.flags(__doc__, PRESETS), PRESETS, arguments)
     result = measure(args)
     save(result, args.json)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def parallel_in_time(tokens: int, dtype: str, reset: bool, floor: float, gradien
         found, log = _recorded([t.to("mps") for t in args], [t.to("mps") for t in given], floor)
     report, exact = parallel.report, [t if t.dtype == torch.bool else t.double() for t in args]
     expected, eager = (
-        _results(slstm.recurrent, inputs, dh, floor=floor)
+        run.results(partial(slstm.recurrent, floor=floor), inputs, dh)
         for inputs, dh in ((exact, [t.double() for t in given]), (args, given))
     )
     return {
@@ -48,9 +48,3 @@ def _recorded(args: list[Tensor], given: list[Tensor], floor: float) -> tuple[li
     with emulator.recording() as backward:
         found = torch.autograd.grad(results, inputs[:7], given)
     return list(found), backward
-
-
-def _results(run: Callable[..., Any], args: list[Tensor], given: list[Tensor], **options: Any) -> list[Tensor]:
-    inputs = [t.detach().requires_grad_() if given and t.dtype != torch.bool else t for t in args]
-    results = run(*inputs, **options)
-    return list(torch.autograd.grad(results, inputs[:7], given)) if given else list(results)

@@ -51,11 +51,11 @@ class SLSTM(NamedTuple):
 
     def call(self, args: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         """Call the op; return its results, or the gradients of its arguments."""
-        return self._results(getattr(torch.ops.xlstm, self.op), args, gradients)
+        return self.results(getattr(torch.ops.xlstm, self.op), args, gradients)
 
     def oracle(self, args: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         """Return what `call` has to return, by the recurrence."""
-        return self._results(self._recurrence, self._with_bool_reset(args), gradients)
+        return self.results(self._recurrence, self._with_bool_reset(args), gradients)
 
     def eager(self, args: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         """Return what the eager recurrence in the arguments' dtype gives on the CPU."""
@@ -69,7 +69,8 @@ class SLSTM(NamedTuple):
     def _with_bool_reset(self, args: list[Tensor]) -> list[Tensor]:
         return [*args[:7], *(t.bool() for t in args[7:])]
 
-    def _results(self, run: Callable[..., Any], args: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    def results(self, run: Callable[..., Any], args: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        """Return the results of a function, or the gradients of its first seven arguments where theirs are given."""
         if not gradients:
             return list(run(*args))
         inputs = [t.detach().requires_grad_() for t in args[:7]]

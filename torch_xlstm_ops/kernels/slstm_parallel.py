@@ -52,8 +52,8 @@ class Kernels(NamedTuple):
 def compile_call(fn: compiler.PureFunction, **static: Any) -> Call:
     """Return what calls `fn` compiled for the arguments that it is given."""
     def call(args: list[Tensor]) -> Sequence[Tensor]:
-        masked = any(t.dtype == torch.uint8 for t in args)  # one kernel would have more buffers than Metal allows
-        unrolled = fn in UNROLLED and not masked
+        # With a mask one kernel would have more buffers than Metal allows.
+        unrolled = fn in UNROLLED and not any(t.dtype == torch.uint8 for t in args)
         return compiler.get(fn, axes(fn, args), args, unrolled=unrolled, **static)(args)
 
     return call
