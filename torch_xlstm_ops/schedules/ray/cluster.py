@@ -93,13 +93,12 @@ def close() -> None:
     with _lock:
         if _watch is not None:
             _watch.stop()
-        _watch = None
         if _ours:
             import ray
 
             ray.shutdown()
             private_ray.remove()
-        _ours = False
+        _ours, _watch = False, None  # a call that comes before this hears of a lost GCS
 
 
 def available(resource: str) -> int:

@@ -66,10 +66,14 @@ class GcsWatch:
                                "again; the next call connects anew")
 
     def wait_for_answer(self) -> None:
-        """Return once the GCS answers: a request would block for a minute. Raises RuntimeError if it is lost."""
-        while not self._answers():
+        """Return once the GCS answers: a request would block for a minute. Raises RuntimeError if it is lost.
+
+        Returns at once after `stop`.
+        """
+        while not self._stop.is_set() and not self._answers():
             self.check()
             time.sleep(0.1)
+        self.check()
 
     def _run(self) -> None:
         answered = time.monotonic()
