@@ -322,6 +322,7 @@ def test_a_documents_gradients_see_nothing_of_another(dtype, schedule, name, val
         hold(found, wanted, GRADIENT_TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @every_value
 @every_spoiled
 def test_gradients_of_all_documents(name, value, shut_out):

@@ -56,6 +56,7 @@ def run(code: str, tmp_path: Path, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_operators_run_uncompiled_with_one_warning(tmp_path):
     lines = run(RUN, tmp_path, CXX="/nowhere/g++")
     assert len(lines) == 1

@@ -94,7 +94,7 @@ PACKAGES: dict[str, tuple[str, Callable[[], Any]]] = {
     "tirex-2 sLSTM": ("tirex-2", tirex2_slstm),
 }
 every_package = pytest.mark.parametrize("package", [
-    pytest.param(name, marks=[pytest.mark.slow] if name.startswith(("tirex", "transformers", "mlstm_kernels")) else [])
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith(("tirex", "transformers", "mlstm_kernels", "xlstm mLSTM")) else [])
     for name in PACKAGES
 ])
 

@@ -97,7 +97,7 @@ def owners() -> list[type]:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("S", tail([65, 1, 2, 63, 64, 200]))
-@pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t != torch.float64))
+@pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t in (torch.float32, torch.bfloat16)))
 def test_patched_logits_equal_unpatched(dtype: torch.dtype, S: int) -> None:
     model, ids = build(dtype), prompt(S)
     exact, unpatched = logits(build(torch.float64), ids), logits(model, ids)
@@ -173,7 +173,7 @@ def test_a_prompt_and_a_token_with_gradients_are_one_op_call_a_layer(monkeypatch
     assert calls == ["mlstm_chunkwise"] * LAYERS + ["mlstm_step"] * LAYERS
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", tail([torch.bfloat16, torch.float16, torch.float32]))
 def test_states_stay_float32_between_calls(dtype: torch.dtype) -> None:
     model, ids = build(dtype), prompt(40)
     with patch("transformers"):

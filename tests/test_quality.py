@@ -141,7 +141,7 @@ def test_missing_weights_name_the_command_that_makes_them(tmp_path: Path) -> Non
         mqar.load(tmp_path / "mqar_mlstm.safetensors")
 
 
-@pytest.mark.parametrize("schedule", tail(["inductor", "queued", "recurrent"]))
+@pytest.mark.parametrize("schedule", tail(["recurrent", "inductor", "queued"]))
 def test_a_contender_runs_the_schedule_that_it_names(loaded: Loaded, schedule: str) -> None:
     ids = torch.arange(80)[None]
     with contenders.Contender(schedule, schedule).active(), torch.inference_mode(), trace.record() as recording:

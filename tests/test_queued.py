@@ -52,6 +52,7 @@ drawn_plans = st.fixed_dictionaries({
 })
 
 
+@pytest.mark.slow
 @FEWER
 @given(S=st.integers(1, 130), seed=st.integers(0, 2**16), plan=drawn_plans)
 def test_no_plan_changes_the_result(S, seed, plan):

@@ -76,6 +76,7 @@ def schedules_run(*, training: bool = False) -> set[tuple[str | None, int | None
 # The winner
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_auto_runs_the_best_plan(run: Command, kept: Path, chosen: None) -> None:
     assert schedules_run() == {("inductor", 0)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_xlstm_ops.kernels.slstm import product_dtype
 from torch_xlstm_ops.maths.products import sum_over_terms
 from torch_xlstm_ops.maths.shapes import state_dtype
-from torch_xlstm_ops.maths.slstm.parallel import backward, backward_scan, forward
+from torch_xlstm_ops.maths.slstm.parallel import backward, backward_scan, forward, scan
 from torch_xlstm_ops.maths.slstm.parallel.axes import axes
 from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
 from torch_xlstm_ops.runtime import compiler
@@ -24,7 +24,12 @@ Caller = Callable[..., Call]  # from a function and its keywords
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 4e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
 UNIT = 0.72  # of a rounding step relative to what is rounded, on the average
 NOISE = {torch.float64: 5e-13, torch.float32: 3e-7, torch.bfloat16: 1.0e-3, torch.float16: 1.3e-4}
-UNROLLED = (forward.summarize, forward.group, forward.across_apart, forward.emit, forward.settle)
+UNROLLED = (
+    forward.summarize, scan.group, scan.across_apart, forward.emit, forward.settle, forward.emit_across,
+    forward.settle_across,
+)
+GROUP = 16  # chunks that one thread walks over
+WALKING = {"mps"}  # where `emit` walks over summaries by itself, which saves launches
 
 
 class Kernels(NamedTuple):
@@ -34,6 +39,7 @@ class Kernels(NamedTuple):
     summarize: Call
     group: Call
     across: Call
+    walking: bool  # whether `emit` and `settle` are `emit_across` and `settle_across`
     emit: Call
     settle: Call
     judge: Call
@@ -70,12 +76,16 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
     def operand_gradients(dgates: Tensor, r: Tensor, early: bool) -> Tensor:
         return backward.operand_gradients(dgates, r, narrow if early else wide)
 
+    walking, dtype = x.device.type in WALKING, product_dtype(x)
+    if walking:
+        emit = caller(forward.emit_across, floor=floor, most=GROUP, dtype=dtype)
+        settle = caller(forward.settle_across, floor=floor, most=GROUP)
+    else:
+        emit, settle = caller(forward.emit, floor=floor, dtype=dtype), caller(forward.settle, floor=floor)
     return Kernels(
         products=products, operand_gradients=operand_gradients,
-        summarize=caller(forward.summarize, floor=floor), group=caller(forward.group, floor=floor),
-        across=_across(caller, floor, x.device.type),
-        emit=caller(forward.emit, floor=floor, dtype=product_dtype(x)),
-        settle=caller(forward.settle, floor=floor),
+        summarize=caller(forward.summarize, floor=floor), group=caller(scan.group, floor=floor),
+        across=_across(caller, floor, x.device.type), walking=walking, emit=emit, settle=settle,
         judge=caller(
             judge, unit=UNIT * torch.finfo(x.dtype).eps, noise=tolerance * NOISE[x.dtype] / TOLERANCE[x.dtype],
             tolerance=tolerance,
@@ -92,13 +102,13 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
 
 
 def _across(caller: Caller, floor: float, device: str) -> Call:
-    """Return `forward.across`; on MPS without the states after several groups, which nobody asks for."""
+    """Return `scan.across`; on MPS without the states after several groups, which nobody asks for."""
     if device != "mps":
-        return caller(forward.across, floor=floor)
-    one, several = (caller(forward.across_apart, floor=floor, ends=ends) for ends in (True, False))
+        return caller(scan.across, floor=floor)
+    one, several = (caller(scan.across_apart, floor=floor, ends=ends) for ends in (True, False))
 
     def run(args: list[Tensor]) -> Sequence[Tensor]:
-        if args[0].shape[0] > 1:
+        if args[0].shape[1] > 1:
             return several(args)
         states = one(args)
         return *(s[:, :-1] for s in states), *(s[:, -1] for s in states)

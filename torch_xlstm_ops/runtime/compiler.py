@@ -28,7 +28,7 @@ _Admits = torch_internals.Admits  # whether a callable is valid for these sizes 
 
 CAPACITY = 1024  # entries of a cache
 # Axes that stay symbolic, with the size to trace them at: large enough that Inductor parallelises over them.
-FREE_AXES = {"G": 11, "NC": 13, "S": 331}
+FREE_AXES = {"G": 11, "NC": 13, "NG": 7, "S": 331}
 RELEASE_GIL: dict[str, Any] = {"cpp_wrapper": True}
 # Keep the loop order of an update, so that Inductor fuses it with the sum that follows.
 _AS_WRITTEN = {"pick_loop_orders": False}
@@ -44,7 +44,8 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 UNROLLED: dict[str, dict[str, Any]] = {"mps": {
-    "max_fusion_unique_io_buffers": None, "max_complex_pointwise_cat_inputs": 8, "realize_reads_threshold": 8,
+    "max_fusion_unique_io_buffers": None, "max_complex_pointwise_cat_inputs": 0, "realize_reads_threshold": 8,
+    "max_fusion_size": 512,
 }}
 # Decompositions of operators that a compiled function may call: filled by registrations/.
 INLINED: dict[Any, PureFunction] = {}

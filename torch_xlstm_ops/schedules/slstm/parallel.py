@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.kernels.slstm_parallel import Call, Kernels
+from torch_xlstm_ops.kernels.slstm_parallel import GROUP, Kernels
 
 Results = tuple[Tensor, ...]
 RESET = 1  # of a mask, as in the maths
@@ -34,9 +34,13 @@ def windows(S: int, L: int, longest: int) -> list[Window]:
 
 
 def _chunks(tokens: int, L: int) -> int:
-    """Return how many chunks hold so many tokens: a power of 2 up to GROUP, or a multiple of it."""
-    chunks = -(-tokens // L)
-    return 1 << (chunks - 1).bit_length() if chunks <= GROUP else -(-chunks // GROUP) * GROUP
+    """Return how many chunks hold so many tokens: a power of 2 up to GROUP, beyond it what full groups hold."""
+    chunks, multiple = -(-tokens // L), GROUP
+    if chunks <= GROUP:
+        return 1 << (chunks - 1).bit_length()
+    while chunks > GROUP * multiple:  # groups of groups
+        multiple *= GROUP
+    return -(-chunks // multiple) * multiple
 
 
 def forward_window(
@@ -47,24 +51,31 @@ def forward_window(
 
     x: (NC, L, G, 4, NH, DH); r: (NH, DH, 4 DH); mask: (NC, L, G), if given. rounds: 2 at least.
     """
-    window = [x, b, _start(kernels, y.to(x.dtype), r)]
+    start = _start(kernels, y.to(x.dtype), r)
+    K = min(x.shape[0], GROUP)
+
+    def cut(t: Tensor, at: int = 0) -> Tensor:
+        """Give what has chunks an axis for their groups, where the kernel walks over these."""
+        return torch.unflatten(t, at, (-1, K)) if kernels.walking else t
+
     products: list[Tensor] = []
     h: Tensor | None = None
     moved = []
     for left in reversed(range(rounds)):
         if h is not None:
             products = [kernels.products(h, r, left > 1)]
-        summary = kernels.summarize([*window, *products, *mask])
-        before, after = _scan(kernels.group, kernels.across, summary, (c, n, m))
+        summary = kernels.summarize([x, b, start, *products, *mask])[0]
+        args = [cut(x), b, start, *_before(kernels, summary, (c, n, m))]
+        rest = [*(cut(t, 1) for t in products), *(cut(t) for t in mask)]
         if left > 1:
-            h = kernels.emit([*window, *before, *products, *mask])[0]
+            h = kernels.emit([*args, *rest])[0]
             continue
         if h is None:
             h = torch.zeros_like(x[:, :, :, 0])
-        h, y_after, change, size = kernels.settle([*window, *before, h, *products, *mask])
+        h, *after, change, size = kernels.settle([*args, cut(h), *rest])
         moved.append(change)
     assert h is not None  # as there are two rounds
-    return h, y_after[(length - 1) // x.shape[1]], *after, *kernels.judge([moved[1], moved[0], size])
+    return h, *(t[(length - 1) // x.shape[1]] for t in after), *kernels.judge([moved[1], moved[0], size])
 
 
 def replay_window(
@@ -72,8 +83,8 @@ def replay_window(
     *mask: Tensor,
 ) -> Results:
     """Return c, n, m after a window whose h (NC, L, G, NH, DH) are known; y: what R is multiplied with at first."""
-    summary = kernels.summarize([x, b, _start(kernels, y, r), kernels.products(h, r, False), *mask])
-    return tuple(_scan(kernels.group, kernels.across, summary, (c, n, m))[1])
+    summary = kernels.summarize([x, b, _start(kernels, y, r), kernels.products(h, r, False), *mask])[0]
+    return tuple(_scan(kernels, summary, (c, n, m))[1])
 
 
 def backward_window(
@@ -88,7 +99,7 @@ def backward_window(
     mask = masks[:1]
     window = [x, b, _start(kernels, y, r)]
     products = [kernels.products(h, r, False), *mask]
-    before, last = _scan(kernels.group, kernels.across, kernels.summarize([*window, *products]), (c, n, m))
+    before, last = _scan(kernels, kernels.summarize([*window, *products])[0], (c, n, m))
     keep, add, _, o, _, c_all, n_all = factors = kernels.record([*window, *before, *products])
     w = kernels.enter([dc, dn, dm, last[0], last[1]])[0]
 
@@ -98,7 +109,7 @@ def backward_window(
         if left < rounds - 1:
             asked = [kernels.operand_gradients(dgates, r_back, left > 1)]
         summary = kernels.summarize_back([dh, keep, add, o, c_all, n_all, *before[:2], *asked, *masks])
-        after, first = _scan(kernels.group_back, kernels.across_back, summary, (dc, dn, w))
+        after, first = _scan_back(kernels, summary, (dc, dn, w))
         args = [dh, *factors, *before[:2], *after]
         if left > 1:
             found = kernels.emit_back([*args, *asked, *masks])
@@ -128,20 +139,45 @@ def _start(kernels: Kernels, y: Tensor, r: Tensor) -> Tensor:
     return kernels.products(y[None, None], r, False).flatten(0, 2).transpose(0, 1).contiguous()
 
 
-GROUP = 16  # chunks that one thread walks over
+def _before(kernels: Kernels, summary: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
+    """Return what `emit` and `settle` take of the cells before each chunk: the cells, or what these walk over."""
+    if not kernels.walking:
+        return [*_scan(kernels, summary, given)[0]]
+    NC = summary.shape[1]
+    chunks, first = torch.unflatten(summary, 1, (-1, min(NC, GROUP))), [s[None] for s in given]
+    if NC <= GROUP:
+        return [*first, chunks]
+    groups = kernels.group([chunks])[0]
+    if NC <= GROUP * GROUP:
+        return [*first, chunks, groups]
+    return [*_scan(kernels, groups, given)[0], chunks]
 
 
-def _scan(
-    group: Call, across: Call, summary: Sequence[Tensor], given: Sequence[Tensor]
+def _scan(kernels: Kernels, summary: Tensor, given: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return c, n, m before each chunk, (NC, G, NH, DH), and after the last, from those given before the first.
+
+    summary: of the chunks, (4 or 6, NC, G, NH, DH). More than GROUP chunks are taken in groups.
+    """
+    NC = summary.shape[1]
+    if NC <= GROUP:
+        *each, c, n, m = kernels.across([summary[:, None], *(s[None] for s in given)])
+        return [s[0] for s in each], [c[0], n[0], m[0]]
+    chunks = torch.unflatten(summary, 1, (-1, GROUP))
+    ends, end = _scan(kernels, kernels.group([chunks])[0], given)
+    return [s.flatten(0, 1) for s in kernels.across([chunks, *ends])[:3]], end
+
+
+def _scan_back(
+    kernels: Kernels, summary: Sequence[Tensor], given: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Return the states at each chunk, (NC, G, NH, DH), and that at the far end, from the one given at the near end.
+    """Return dc, dn, w after each chunk, (NC, G, NH, DH), and before the first, from those given after the last.
 
-    summary: of the chunks, (NC, G, NH, DH). More than GROUP chunks are taken in groups.
+    summary: of the chunks, (NC, G, NH, DH) each. More than GROUP chunks are taken in groups.
     """
     NC = summary[0].shape[0]
     if NC <= GROUP:
-        *each, last, second, third = across([*(s[None] for s in summary), *(s[None] for s in given)])
-        return [s[0] for s in each], [last[0], second[0], third[0]]
-    split = [torch.unflatten(s, 0, (NC // GROUP, GROUP)) for s in summary]
-    ends, end = _scan(group, across, group([*split]), given)
-    return [s.flatten(0, 1) for s in across([*split, *ends])[:3]], end
+        *each, dc, dn, w = kernels.across_back([*(s[None] for s in summary), *(s[None] for s in given)])
+        return [s[0] for s in each], [dc[0], dn[0], w[0]]
+    split = [torch.unflatten(s, 0, (-1, GROUP)) for s in summary]
+    ends, end = _scan_back(kernels, kernels.group_back([*split]), given)
+    return [s.flatten(0, 1) for s in kernels.across_back([*split, *ends])[:3]], end

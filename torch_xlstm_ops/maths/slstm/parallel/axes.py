@@ -9,25 +9,38 @@ from torch import Tensor
 from torch_xlstm_ops.maths.slstm.parallel.backward import emit_back, enter, leave, record, settle_back
 from torch_xlstm_ops.maths.slstm.parallel.backward_scan import across_back, group_back, summarize_back
 from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
-from torch_xlstm_ops.maths.slstm.parallel.forward import across, across_apart, emit, group, settle, summarize
+from torch_xlstm_ops.maths.slstm.parallel.forward import emit, emit_across, settle, settle_across, summarize
+from torch_xlstm_ops.maths.slstm.parallel.scan import across, across_apart, group
 
 _WINDOW, _TOKENS, _CHUNKS, _CELLS = ("NC L G 4 NH DH", "4 NH DH", "G NH 4 DH"), "NC L G NH DH", "NC G NH DH", "G NH DH"
-_GROUPS = "NC K G NH DH"
+_GROUPS, _SUMMARIES = "NC K G NH DH", "PARTS NC K G NH DH"
 AXES = {
     summarize: _WINDOW, emit: (*_WINDOW, *[_CHUNKS] * 3), settle: (*_WINDOW, *[_CHUNKS] * 3, _TOKENS),
     judge: (_CHUNKS,) * 3, record: (*_WINDOW, *[_CHUNKS] * 3), summarize_back: (*[_TOKENS] * 6, *[_CHUNKS] * 2),
     emit_back: (*[_TOKENS] * 8, *[_CHUNKS] * 5), settle_back: (*[_TOKENS] * 8, *[_CHUNKS] * 5, "NC L G NH 4 DH"),
-    enter: (_CELLS,) * 5, leave: (_CELLS,) * 5,
+    enter: (_CELLS,) * 5, leave: (_CELLS,) * 5, group: (_SUMMARIES,), across: (_SUMMARIES, *[_CHUNKS] * 3),
+    across_apart: (_SUMMARIES, *[_CHUNKS] * 3),
 }
 _OPTIONAL = {6: "NH NC L G 4 DH", 5: "NH NC L G DH", 3: "NC L G"}  # what may follow, by its number of axes
-# By the number of states after any number of summaries.
-_SCANS = {group: 0, across: 3, across_apart: 3, group_back: 0, across_back: 3}
+_BACK = {group_back: 0, across_back: 3}  # the number of states after any number of summaries
 
 
 def axes(fn: Callable[..., tuple[Tensor, ...]], args: Sequence[Tensor]) -> tuple[str, ...]:
     """Return the axes of the arguments of a function that is compiled."""
-    if fn in _SCANS:
-        states = _SCANS[fn]
+    if fn in _BACK:
+        states = _BACK[fn]
         return (*[_GROUPS] * (len(args) - states), *[_CHUNKS] * states)
+    if fn in (emit_across, settle_across):
+        return _across_axes(args)
     named = AXES[fn]
     return (*named, *(_OPTIONAL[t.dim()] for t in args[len(named):]))
+
+
+def _across_axes(args: Sequence[Tensor]) -> tuple[str, ...]:
+    """Return the axes of the arguments of `emit_across` and `settle_across`: NG groups where a scan goes over them."""
+    scanned = any(t.dim() == 5 for t in args)
+    n, first = ("NG", "ONE") if scanned else ("GIVEN", "GIVEN")  # without a scan of groups each number has its kernel
+    cells, chunks = f"{first} G NH DH", f"PARTS {n} K G NH DH"
+    by_number = {4: f"{n} K L G", 5: f"PARTS {n} G NH DH", 6: f"{n} K L G NH DH", 7: f"NH {n} K L G 4 DH"}
+    rest = (by_number[t.dim()] for t in args[7:])
+    return f"{n} K L G 4 NH DH", *_WINDOW[1:], cells, cells, cells, chunks, *rest

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from torch_xlstm_ops.maths.slstm.parallel.backward_tokens import Factors, backwards, from_y, has_masks, times
 
+CUT = -1.0  # as keep of a chunk: a reset in it keeps what comes from after it, NaN too, from what is before
+
 
 def summarize_back(
     dh: Tensor, keep: Tensor, add: Tensor, o: Tensor, c: Tensor, n: Tensor, c_before: Tensor, n_before: Tensor,
@@ -15,7 +17,7 @@ def summarize_back(
     """Reduce each chunk to what it does to the gradients that come from after it, all (NC, G, NH, DH).
 
     dc' = keep dc + sc, dn' = keep_n dn + sn, w' = keep_w w + from_n dn + sw. Returns keep, sc, sn, keep_w, and with a
-    floor keep_n, from_n, sw.
+    floor keep_n, from_n, sw. Where the chunk has a reset, keep is CUT.
     """
     factors, masked = Factors(keep, add, keep, o, keep, c, n), has_masks(rest)
     sc = sn = sw = from_n = torch.zeros_like(c[:, 0])
@@ -31,11 +33,12 @@ def summarize_back(
             sn = times(f.keep * token.share, sn + to_n, masked)
         else:
             sn = times(f.keep, sn + to_n, masked)
+        cut = (kept == CUT) if masked else None
         sc, kept, kept_w = times(f.keep, sc + to_c, masked), f.keep * kept, token.carried * kept_w
-        if token.reset is not None:
-            sc, sn, sw, kept, kept_n, kept_w, from_n = (
-                torch.where(token.reset, 0.0, s) for s in (sc, sn, sw, kept, kept_n, kept_w, from_n)
-            )
+        if token.reset is not None and cut is not None:
+            sc, sn, sw = (torch.where(token.reset, 0.0, s) for s in (sc, sn, sw))
+            cut = cut | token.reset
+            kept, kept_n, kept_w, from_n = _unless(cut, kept, kept_n, kept_w, from_n)
     return (kept, sc, sn, kept_w, kept_n, from_n, sw) if floor else (kept, sc, sn, kept_w)
 
 
@@ -54,11 +57,20 @@ def group_back(*parts: Tensor, floor: float, masked: bool) -> tuple[Tensor, ...]
             from_n = this[3] * whole[5] + this[5] * whole[4]
             to_w = times(this[3], whole[6], masked) + times(this[5], whole[2], masked) + this[6]
             found += [keep_n * whole[4], from_n, to_w]
-        if masked:  # what a reset cuts off stays 0, whatever comes from after it
-            zero = (0, 3, 4, 5) if floor else (0, 3)
-            found = [torch.where(this[0] == 0, 0.0, f) if i in zero else f for i, f in enumerate(found)]
+        if masked:
+            cut = this[0] == CUT
+            found = [torch.where(cut, alone, f) for alone, f in zip(this, found, strict=True)]
+            factors = (0, 4, 3, 5) if floor else (0, 3)
+            kept = _unless(cut | (whole[0] == CUT), *(found[i] for i in factors))
+            for i, factor in zip(factors, kept, strict=True):
+                found[i] = factor
         whole = found
     return tuple(whole)
+
+
+def _unless(cut: Tensor, keep: Tensor, *factors: Tensor) -> list[Tensor]:
+    """Return factors, with CUT and 0 in their places where a reset is between."""
+    return [torch.where(cut, CUT, keep), *(torch.where(cut, 0.0, factor) for factor in factors)]
 
 
 def across_back(*tensors: Tensor, floor: float, masked: bool) -> tuple[Tensor, ...]:
@@ -71,6 +83,8 @@ def across_back(*tensors: Tensor, floor: float, masked: bool) -> tuple[Tensor, .
     states = []
     for k in reversed(range(keep.shape[1])):
         states.append((dc, dn, w))
+        if masked:
+            dc, dn, w = (torch.where(keep[:, k] == CUT, 0.0, s) for s in (dc, dn, w))
         w = times(keep_w[:, k], w, masked)
         if floor:
             w = w + times(rest[1][:, k], dn, masked) + rest[2][:, k]

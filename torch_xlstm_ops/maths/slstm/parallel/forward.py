@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.maths.decay import NEG_INF
-from torch_xlstm_ops.maths.slstm.parallel.window import PAD, RESET, Gates, Window, is_, walk
+from torch_xlstm_ops.maths.slstm.parallel.scan import before_chunks
+from torch_xlstm_ops.maths.slstm.parallel.window import LEAST, PAD, RESET, Gates, Window, is_, walk
 
-LEAST = -1e30  # the stabiliser of what adds nothing; finite, so that differences are numbers
 CLOSED = -1e32  # the least logarithm of a forget gate: it forgets LEAST too, and sums of many are finite
 
 
-def summarize(x: Tensor, b: Tensor, start: Tensor, *rest: Tensor, floor: float) -> tuple[Tensor, ...]:
-    """Reduce each chunk to decay, M, dc, dn, and with a floor least and beyond, all (NC, G, NH, DH).
+def summarize(x: Tensor, b: Tensor, start: Tensor, *rest: Tensor, floor: float) -> tuple[Tensor]:
+    """Reduce each chunk to decay, M, dc, dn, and with a floor least and beyond: (4 or 6, NC, G, NH, DH).
 
         m' = max(decay + m, M)        c' = exp(decay + m - m') c + exp(M - m') dc
         n' = exp(decay + m - m') n + exp(M - m') dn, at least exp(M - m') least,
@@ -41,7 +41,7 @@ def summarize(x: Tensor, b: Tensor, start: Tensor, *rest: Tensor, floor: float) 
                 torch.where(reset, new, old)
                 for new, old in zip(alone[1:], (M, dc, dn, least, beyond), strict=True)
             )
-    return (decay, M, dc, dn, least, beyond) if floor else (decay, M, dc, dn)
+    return (torch.stack([decay, M, dc, dn, least, beyond] if floor else [decay, M, dc, dn]),)
 
 
 def _token_summary(g: Gates, floor: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -50,75 +50,6 @@ def _token_summary(g: Gates, floor: float) -> tuple[Tensor, Tensor, Tensor, Tens
     add = torch.exp(g.igate - M)
     dc, dn = (torch.where(g.log_f.isnan(), g.log_f, part) for part in (add * g.z, add))
     return g.log_f.clamp(min=CLOSED), M, dc, dn, dn.clamp(min=floor), torch.zeros_like(add)
-
-
-def group(decay: Tensor, M: Tensor, dc: Tensor, dn: Tensor, *rest: Tensor, floor: float) -> tuple[Tensor, ...]:
-    """Reduce the summaries of K chunks each, (N, K, G, NH, DH), to summaries of them together, (N, G, NH, DH)."""
-    parts = (decay, M, dc, dn, *rest)
-    whole = [part[:, 0] for part in parts]
-    for k in range(1, decay.shape[1]):
-        before, this = whole, [part[:, k] for part in parts]
-        carried = before[1] + this[0]
-        M_new = torch.maximum(carried, this[1])
-        keep, add = torch.exp(carried - M_new), torch.exp(this[1] - M_new)
-        whole = [before[0] + this[0], M_new, keep * before[2] + add * this[2], keep * before[3] + add * this[3]]
-        if floor:
-            least = torch.maximum(keep * before[4] + add * this[3], add * this[4])
-            whole += [least, keep * before[5] + add * this[3]]
-        afresh = this[0] == NEG_INF
-        whole = [torch.where(afresh, new, old) for new, old in zip(this, whole, strict=True)]
-    return tuple(whole)
-
-
-Cells = tuple[Tensor, Tensor, Tensor]  # c, n, m
-
-
-def across(*tensors: Tensor, floor: float) -> tuple[Tensor, ...]:
-    """Return c, n, m before each of K chunks, (N, K, G, NH, DH), and after the last, (N, G, NH, DH).
-
-    tensors: the summaries of `summarize` or `group`, (N, K, G, NH, DH); c, n, m before, (N, G, NH, DH).
-    """
-    summaries, states = tensors[:-3], []
-    cells: Cells = tensors[-3], tensors[-2], tensors[-1]
-    for k in range(summaries[0].shape[1]):
-        states.append(cells)
-        cells = _advance(cells, [t[:, k] for t in summaries], floor)
-    return *(torch.stack(each, 1) for each in zip(*states, strict=True)), *cells
-
-
-def across_apart(*tensors: Tensor, floor: float, ends: bool) -> tuple[Tensor, ...]:
-    """Return c, n, m before each of K chunks, and with `ends` after the last too: (N, K or K + 1, G, NH, DH).
-
-    Arguments as of `across`. Each chunk walks by itself over those before it: three results, where `across` has three
-    for each chunk, more than a Metal kernel can write.
-    """
-    summaries, (c, n, m) = tensors[:-3], (t[:, None] for t in tensors[-3:])
-    cells: Cells = c, n, m
-    before = summaries[0].shape[1] - (not ends)
-    at = torch.arange(before + 1, device=cells[0].device)[:, None, None, None]
-    for k in range(before):
-        after = _advance(cells, [t[:, k, None] for t in summaries], floor)
-        c, n, m = (torch.where(k < at, new, old) for new, old in zip(after, cells, strict=True))
-        cells = c, n, m
-    return cells
-
-
-def _advance(cells: Cells, summary: Sequence[Tensor], floor: float) -> Cells:
-    """Return c, n, m after a chunk, given its summary."""
-    (c, n, m), (decay, M, dc, dn, *least_and_beyond) = cells, summary
-    c, m = torch.where(n == 0, 0.0, c), torch.where(n == 0, LEAST, m)
-    carried = decay + m
-    m_new = torch.maximum(carried, M)
-    keep, add = torch.exp(carried - m_new), torch.exp(M - m_new)
-    n_new, n_afresh = keep * n + add * dn, dn
-    if floor:
-        least, beyond = least_and_beyond
-        kept = torch.where(n == 0, 0.0, keep * floor + add * beyond)
-        n_new, n_afresh = torch.maximum(torch.maximum(n_new, add * least), kept), least
-    afresh = decay == NEG_INF
-    c = torch.where(afresh, dc, keep * c + add * dc)
-    n = torch.where(afresh, n_afresh, n_new)
-    return c, n, torch.where(n == 0, 0.0, torch.where(afresh, M, m_new))
 
 
 def emit(
@@ -136,9 +67,9 @@ def emit(
 def settle(
     x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, h: Tensor, *rest: Tensor, floor: float
 ) -> tuple[Tensor, ...]:
-    """Run `emit`, and tell what a last round has to: return h, and (NC, G, NH, DH), wide, y_after, change, size.
+    """Run `emit`, and tell what a last round has to: return h, and (NC, G, NH, DH), wide, y, c, n, m, change, size.
 
-    h: that of the round before. y_after: y after each chunk. change: the sum over the chunk of the squares of what h
+    h: that of the round before. y, c, n, m: after each chunk. change: the sum over the chunk of the squares of what h
     moved by. size: that of its squares.
     """
     window, found_h = Window.of(x, b, start, rest), []
@@ -158,7 +89,41 @@ def settle(
             y_new = torch.where(pad, y, step.y)
         moved, squares, y = moved + by * by, squares + square, y_new
         found_h.append(stored)
-    return torch.stack(found_h, 1), y, moved, squares
+    return torch.stack(found_h, 1), y, step.c, step.n, step.m, moved, squares
+
+
+def emit_across(
+    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, chunks: Tensor, *rest: Tensor, floor: float,
+    most: int, dtype: torch.dtype,
+) -> tuple[Tensor]:
+    """Run `emit` from summaries of the chunks, where that saves the launches of a scan.
+
+    c, n, m, chunks, most: as of `before_chunks`. A chunk has an axis for its group, N, and one for its place in it, K:
+    x (N, K, L, G, 4, NH, DH); rest, told apart by the number of axes: groups as of `before_chunks` (5), products
+    (NH, N, K, L, G, 4, DH), mask (N, K, L, G).
+    """
+    args, _ = _by_chunk(x, b, start, (c, n, m), chunks, rest, most, floor)
+    return emit(*args, floor=floor, dtype=dtype)
+
+
+def settle_across(
+    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, chunks: Tensor, *rest: Tensor, floor: float,
+    most: int,
+) -> tuple[Tensor, ...]:
+    """Run `settle` with arguments as of `emit_across`, and h of the round before, (N, K, L, G, NH, DH), among rest."""
+    args, h = _by_chunk(x, b, start, (c, n, m), chunks, rest, most, floor)
+    return settle(*args[:6], *h, *args[6:], floor=floor)
+
+
+def _by_chunk(
+    x: Tensor, b: Tensor, start: Tensor, cells: tuple[Tensor, Tensor, Tensor], chunks: Tensor, rest: Sequence[Tensor],
+    most: int, floor: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the arguments of `emit`, and h if it is there, with one axis for all chunks."""
+    of: dict[int, list[Tensor]] = {axes: [t for t in rest if t.dim() == axes] for axes in (4, 5, 6, 7)}
+    states = before_chunks(chunks, of[5], cells, most, floor)
+    masks, h, products = ([t.flatten(at, at + 1) for t in of[axes]] for axes, at in ((4, 0), (6, 0), (7, 1)))
+    return [x.flatten(0, 1), b, start, *states, *products, *masks], h
 
 
 def products(h: Tensor, r: Tensor, out: torch.dtype) -> Tensor:

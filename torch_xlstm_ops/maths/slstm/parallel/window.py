@@ -13,6 +13,7 @@ from torch_xlstm_ops.maths.decay import NEG_INF
 from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.maths.slstm.cell import accumulate, gate_factors, one_if_zero
 
+LEAST = -1e30  # the stabiliser of what adds nothing; finite, so that differences are numbers
 TOKEN, RESET, PAD = 0, 1, 2  # codes of a mask: a token, one that starts afresh, no token
 
 
@@ -71,6 +72,7 @@ class Step(NamedTuple):
     y: Tensor
     c: Tensor
     n: Tensor
+    m: Tensor
     n_before: Tensor
     igate: Tensor
     keep: Tensor
@@ -90,7 +92,7 @@ def walk(window: Window, states: Sequence[Tensor], floor: float) -> Iterator[Ste
         keep, add, m = gate_factors(g.igate, g.log_f, n, m)
         n_before = n
         c, n = accumulate(keep, add, g.z, c, n, floor)
-        yield Step(g.o * c / one_if_zero(n), c, n, n_before, g.igate, keep, add, g.z, g.o, g.fgate)
+        yield Step(g.o * c / one_if_zero(n), c, n, m, n_before, g.igate, keep, add, g.z, g.o, g.fgate)
 
 
 def is_(mask: Tensor, t: int, code: int) -> Tensor:
