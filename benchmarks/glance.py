@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks import plots, results
 from benchmarks.quality.report import check_plots, table
@@ -28,6 +27,7 @@ SHOWN = (
     Shown("mlstm_step", "cpu", "step (1, 8, 256, 512)", "mLSTM token, float32"),
     Shown("slstm", "cpu", "forward + backward (4, 4, 64)", "sLSTM training, 256 tokens, float32"),
     Shown("model", "cpu", "decode, patched", "transformers model, a token, patched"),
+    Shown("compile", "cpu", "first prompts of", "torch.compile, wait for first prompts of 4 lengths"),
     Shown("mlstm_prefill", "cuda", "prefill (1, 8, 256, 512), S 65,536", "mLSTM prompt, 65,536 tokens, bfloat16"),
     Shown("mlstm_train", "cuda", "train (8, 8, 256, 512)", "mLSTM training, 8 x 8,192 tokens, bfloat16"),
     Shown("mlstm_train", "cuda", "train (8, 16, 128, 256)", "the same, narrow heads"),
@@ -40,10 +40,10 @@ SHOWN = (
 )
 
 
-def found() -> Iterator[tuple[Shown, dict[str, Any], Row]]:
+def found() -> Iterator[tuple[Shown, results.Kept, Row]]:
     """Yield what is shown, the stored result that has it, and its row."""
     for shown in SHOWN:
-        kept = json.loads((results.FOLDER / f"{shown.suite}.{shown.device}.json").read_text(encoding="utf-8"))
+        kept = results.stored(shown.suite, shown.device)
         yield shown, kept, next(row for row in results.rows(kept) if row.what.startswith(shown.what))
 
 
@@ -65,7 +65,7 @@ def draw() -> None:
                  [(f"{shown.name} ({_device(kept)})", row) for shown, kept, row in every])
 
 
-def _device(kept: dict[str, Any]) -> str:
+def _device(kept: results.Kept) -> str:
     machine = next(part["result"]["machine"] for part in kept["parts"] if "result" in part)
     name = machine.get("name", kept["device"])
     return f"CPU, {machine['threads']} cores" if kept["device"] == "cpu" else name.replace("NVIDIA ", "").split()[0]

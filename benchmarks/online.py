@@ -96,8 +96,11 @@ def replays(calls: int, seeds: int) -> dict[str, Any]:
     means = {name: round(statistics.mean(row["lost"][name] for row in found), 4) for name in found[0]["lost"]}
     winner = min(map(str, POLICIES), key=means.__getitem__)
     print("mean", means, "winner", winner)
-    return {"date": datetime.date.today().isoformat(), "commit": commit(), "calls": calls, "seeds": seeds,
-            "budget": PART, "rows": found, "mean": means, "winner": winner}
+    return {**_when(), "calls": calls, "seeds": seeds, "budget": PART, "rows": found, "mean": means, "winner": winner}
+
+
+def _when() -> dict[str, str]:
+    return {"date": datetime.date.today().isoformat(), "commit": commit()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,10 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
     if given.live is not None:
-        save(online_live.run(given.live, POLICIES), given.json)
+        save(_when() | online_live.run(given.live, POLICIES), given.json)
         return
     if given.overhead:
-        found = online_overhead.run(given.rounds, given.tokens)
+        found = _when() | online_overhead.run(given.rounds, given.tokens)
         print(json.dumps(found, indent=1))
         save(found, given.json)
         return

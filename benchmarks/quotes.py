@@ -61,8 +61,52 @@ def online() -> str:
     return about + "\n".join(table(head, rows)) + "\n"
 
 
+def live() -> str:
+    """Return the table of the time a token with each policy, in live scenarios, beside that without tuning."""
+    found = json.loads((results.FOLDER / "replay/live.cpu.json").read_text(encoding="utf-8"))
+    rows = []
+    for row in found["rows"]:
+        off, *policies = row["us_a_token"].values()
+        rows.append((row["scenario"], f"{off:.2f} us", *(f"{us / off:.2f}" for us in policies)))
+    head = ("scenario", "no tuning, a token", *[*found["rows"][0]["us_a_token"]][1:])
+    about = f"{_measured(found)}; {found['seconds']:g} s for each. Of a policy: its time over that without tuning.\n\n"
+    return about + "\n".join(table(head, rows)) + "\n"
+
+
+def overhead() -> str:
+    """Return the table of what the online controller adds to a call."""
+    found = json.loads((results.FOLDER / "replay/overhead.cpu.json").read_text(encoding="utf-8"))
+    names = {"off": "no tuning", "trying": "a new controller, trying plans", "settled": "a settled controller"}
+    rows = [(name, f"{found['us_a_call'][state]:.1f} us", f"{found['spread'][state]:.1%}",
+             f"{found['trials'][state]:.1%}" if state in found["trials"] else "") for state, name in names.items()]
+    B, NH, S, DHQK, DHHV = found["shape"].values()
+    about = (f"{_measured(found)}; a prompt of {S} tokens, ({B}, {NH}, {DHQK}, {DHHV}): medians of "
+             f"{found['rounds']} batches of {found['calls']} calls.\n\n")
+    return about + "\n".join(table(("state", "a call", "spread", "calls that tried another plan"), rows)) + "\n"
+
+
+def _measured(found: results.Kept) -> str:
+    """Return the device, date and commit of a result of the CPU."""
+    machine = found["machine"]
+    threads = machine["threads"]
+    return (f"CPU, {threads} thread{'s' * (threads != 1)}; {found['date']}, commit {found['commit'].split(';')[0]}, "
+            f"torch {machine['torch'].split('+')[0]}")
+
+
+def drop_ins() -> str:
+    """Return the table of a model of each package, patched and not."""
+    found = results.stored("drop_ins", "cpu")
+    rows = [(row.what, row.ours, row.peer.split(",")[0], f"{row.ratio:.2f}") for row in results.rows(found)]
+    about = (f"{_measured({**found, **found['parts'][0]['result']})}. The ratio is that of patched to unpatched time; "
+             "lower is better.\n\n")
+    return about + "\n".join(table(("model", "patched", "unpatched", "ratio"), rows)) + "\n"
+
+
 QUOTES = (
+    Quote(DOCS / "patching.md", "drop_ins", drop_ins),
     Quote(DOCS / "tuning.md", "online", online),
+    Quote(DOCS / "tuning.md", "live", live),
+    Quote(DOCS / "tuning.md", "overhead", overhead),
     Quote(ROOT / "csrc_free_README.md", "glance", glance.lines),
     Quote(DOCS / "parallel.md", "workers", workers),
 )

@@ -34,6 +34,12 @@ def keep(found: Kept) -> None:
     _place(found).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+def stored(suite: str, device: str) -> Kept:
+    """Return a suite's result; device: its type, and the label if the result has one, as "cuda.h200"."""
+    found: Kept = json.loads((FOLDER / f"{suite}.{device}.json").read_text(encoding="utf-8"))
+    return found
+
+
 def show(found: Kept) -> None:
     """Print one suite's rows."""
     from rich.console import Console

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from tests.oracle import GRADIENT_TOLERANCE, Sizes, assert_close, draw
+from tests.parameters import tail
 from torch_xlstm_ops.patch import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,10 +94,8 @@ PACKAGES: dict[str, tuple[str, Callable[[], Any]]] = {
     "tirex-2 mLSTM": ("tirex-2", tirex2_mlstm),
     "tirex-2 sLSTM": ("tirex-2", tirex2_slstm),
 }
-every_package = pytest.mark.parametrize("package", [
-    pytest.param(name, marks=[pytest.mark.slow] if name.startswith(("tirex", "transformers", "mlstm_kernels", "xlstm mLSTM")) else [])
-    for name in PACKAGES
-])
+QUICK = ("xlstm sLSTM", "flashrnn")
+every_package = pytest.mark.parametrize("package", tail(PACKAGES, QUICK.__contains__))
 
 
 @every_package

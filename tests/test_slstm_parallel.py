@@ -19,7 +19,7 @@ from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
 from torch_xlstm_ops.ops.slstm import parallel as operators
 from torch_xlstm_ops.ops.slstm import sequence
-from torch_xlstm_ops.schedules.slstm import parallel as schedule
+from torch_xlstm_ops.schedules.slstm import parallel as windows
 from torch_xlstm_ops.schedules.slstm import rounds
 
 INF, NAN = math.inf, math.nan
@@ -47,7 +47,7 @@ def sequential_backward(dh, dstate, x, r, b, state, h, reset, floor):
 def short_chunks(monkeypatch, request):
     """Have short chunks, few in a group, whose cells come of a scan, or of a walk in the kernel that needs them."""
     monkeypatch.setattr(operators, "CHUNK", CHUNK)
-    for module in (kernels, schedule):
+    for module in (kernels, windows):
         monkeypatch.setattr(module, "GROUP", GROUP)
     monkeypatch.setattr(kernels, "WALKING", {"cpu"} if request.param else set())
 

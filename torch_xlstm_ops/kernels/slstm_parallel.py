@@ -37,7 +37,7 @@ class Kernels(NamedTuple):
 
     products: Callable[[Tensor, Tensor, bool], Tensor]  # h, r, whether an early round
     summarize: Call
-    group: Call
+    group: Callable[[Tensor], Tensor]  # summaries of chunks to those of groups
     across: Call
     walking: bool  # whether `emit` and `settle` are `emit_across` and `settle_across`
     emit: Call
@@ -84,7 +84,7 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
         emit, settle = caller(forward.emit, floor=floor, dtype=dtype), caller(forward.settle, floor=floor)
     return Kernels(
         products=products, operand_gradients=operand_gradients,
-        summarize=caller(forward.summarize, floor=floor), group=caller(scan.group, floor=floor),
+        summarize=caller(forward.summarize, floor=floor), group=_group(caller(scan.group, floor=floor)),
         across=_across(caller, floor, x.device.type), walking=walking, emit=emit, settle=settle,
         judge=caller(
             judge, unit=UNIT * torch.finfo(x.dtype).eps, noise=tolerance * NOISE[x.dtype] / TOLERANCE[x.dtype],
@@ -112,6 +112,16 @@ def _across(caller: Caller, floor: float, device: str) -> Call:
             return several(args)
         states = one(args)
         return *(s[:, :-1] for s in states), *(s[:, -1] for s in states)
+
+    return run
+
+
+def _group(call: Call) -> Callable[[Tensor], Tensor]:
+    """Return `scan.group` with its result as one tensor."""
+    def run(summaries: Tensor) -> Tensor:
+        out = summaries.new_empty(summaries[:, :, 0].shape)
+        call([summaries, *out.unbind()])
+        return out
 
     return run
 

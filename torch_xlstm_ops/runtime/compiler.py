@@ -44,7 +44,7 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 UNROLLED: dict[str, dict[str, Any]] = {"mps": {
-    "max_fusion_unique_io_buffers": None, "max_complex_pointwise_cat_inputs": 0, "realize_reads_threshold": 8,
+    "max_fusion_unique_io_buffers": None, "max_complex_pointwise_cat_inputs": 8, "realize_reads_threshold": 8,
     "max_fusion_size": 512,
 }}
 # Decompositions of operators that a compiled function may call: filled by registrations/.

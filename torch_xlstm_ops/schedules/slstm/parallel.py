@@ -147,7 +147,7 @@ def _before(kernels: Kernels, summary: Tensor, given: Sequence[Tensor]) -> list[
     chunks, first = torch.unflatten(summary, 1, (-1, min(NC, GROUP))), [s[None] for s in given]
     if NC <= GROUP:
         return [*first, chunks]
-    groups = kernels.group([chunks])[0]
+    groups = kernels.group(chunks)
     if NC <= GROUP * GROUP:
         return [*first, chunks, groups]
     return [*_scan(kernels, groups, given)[0], chunks]
@@ -163,7 +163,7 @@ def _scan(kernels: Kernels, summary: Tensor, given: Sequence[Tensor]) -> tuple[S
         *each, c, n, m = kernels.across([summary[:, None], *(s[None] for s in given)])
         return [s[0] for s in each], [c[0], n[0], m[0]]
     chunks = torch.unflatten(summary, 1, (-1, GROUP))
-    ends, end = _scan(kernels, kernels.group([chunks])[0], given)
+    ends, end = _scan(kernels, kernels.group(chunks), given)
     return [s.flatten(0, 1) for s in kernels.across([chunks, *ends])[:3]], end
 
 

@@ -18,7 +18,7 @@ AXES = {
     summarize: _WINDOW, emit: (*_WINDOW, *[_CHUNKS] * 3), settle: (*_WINDOW, *[_CHUNKS] * 3, _TOKENS),
     judge: (_CHUNKS,) * 3, record: (*_WINDOW, *[_CHUNKS] * 3), summarize_back: (*[_TOKENS] * 6, *[_CHUNKS] * 2),
     emit_back: (*[_TOKENS] * 8, *[_CHUNKS] * 5), settle_back: (*[_TOKENS] * 8, *[_CHUNKS] * 5, "NC L G NH 4 DH"),
-    enter: (_CELLS,) * 5, leave: (_CELLS,) * 5, group: (_SUMMARIES,), across: (_SUMMARIES, *[_CHUNKS] * 3),
+    enter: (_CELLS,) * 5, leave: (_CELLS,) * 5, across: (_SUMMARIES, *[_CHUNKS] * 3),
     across_apart: (_SUMMARIES, *[_CHUNKS] * 3),
 }
 _OPTIONAL = {6: "NH NC L G 4 DH", 5: "NH NC L G DH", 3: "NC L G"}  # what may follow, by its number of axes
@@ -30,6 +30,8 @@ def axes(fn: Callable[..., tuple[Tensor, ...]], args: Sequence[Tensor]) -> tuple
     if fn in _BACK:
         states = _BACK[fn]
         return (*[_GROUPS] * (len(args) - states), *[_CHUNKS] * states)
+    if fn is group:
+        return _SUMMARIES, *[_CHUNKS] * (len(args) - 1)
     if fn in (emit_across, settle_across):
         return _across_axes(args)
     named = AXES[fn]

@@ -13,8 +13,11 @@ from torch_xlstm_ops.maths.slstm.parallel.window import LEAST
 Cells = tuple[Tensor, Tensor, Tensor]  # c, n, m
 
 
-def group(summaries: Tensor, *, floor: float) -> tuple[Tensor]:
-    """Reduce the summaries of K chunks each, (4 or 6, N, K, G, NH, DH), to those of them together, without K."""
+def group(summaries: Tensor, *out: Tensor, floor: float) -> tuple[()]:
+    """Reduce the summaries of K chunks each, (4 or 6, N, K, G, NH, DH), to those of them together.
+
+    out: where to write each part, (N, G, NH, DH). A result that joins the parts could be computed four times.
+    """
     whole = [*summaries[:, :, 0].unbind()]
     for k in range(1, summaries.shape[2]):
         before, this = whole, summaries[:, :, k].unbind()
@@ -27,7 +30,9 @@ def group(summaries: Tensor, *, floor: float) -> tuple[Tensor]:
             whole += [least, keep * before[5] + add * this[3]]
         afresh = this[0] == NEG_INF
         whole = [torch.where(afresh, new, old) for new, old in zip(this, whole, strict=True)]
-    return (torch.stack(whole),)
+    for written, part in zip(out, whole, strict=True):
+        written.copy_(part)
+    return ()
 
 
 def across(summaries: Tensor, c: Tensor, n: Tensor, m: Tensor, *, floor: float) -> tuple[Tensor, ...]:
@@ -66,7 +71,7 @@ def before_chunks(chunks: Tensor, groups: Sequence[Tensor], cells: Cells, most: 
     c, n, m = cells if groups else (_for_each_chunk(t, K) for t in cells)
     for summaries in groups:
         # Where there is no group g, no chunk is after it.
-        parts = (summaries[:, torch.sym_min(g, N - 1), None] for g in range(most - 1))
+        parts = (summaries[:, _least(g, N - 1), None] for g in range(most - 1))
         c, n, m = _walk((c, n, m), parts, place // K, floor)
     parts = (_for_each_chunk(chunks[:, :, k], K) for k in range(K - 1))
     return _walk((c, n, m), parts, place % K, floor)
@@ -75,6 +80,11 @@ def before_chunks(chunks: Tensor, groups: Sequence[Tensor], cells: Cells, most: 
 def _for_each_chunk(t: Tensor, K: int) -> Tensor:
     """Repeat what is of a group, (..., N, G, NH, DH), for its K chunks: (..., N K, G, NH, DH)."""
     return t.unsqueeze(-4).expand(*t.shape[:-3], K, *t.shape[-3:]).flatten(-5, -4)
+
+
+def _least(a: int, b: int) -> int:
+    """Return the least of two sizes that may be symbolic, without a condition on either."""
+    return torch.sym_min(a, b)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _walk(cells: Cells, parts: Iterable[Tensor], place: Tensor, floor: float) -> Cells:
