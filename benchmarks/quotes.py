@@ -61,18 +61,6 @@ def online() -> str:
     return about + "\n".join(table(head, rows)) + "\n"
 
 
-def live() -> str:
-    """Return the table of the time a token with each policy, in live scenarios, beside that without tuning."""
-    found = json.loads((results.FOLDER / "replay/live.cpu.json").read_text(encoding="utf-8"))
-    rows = []
-    for row in found["rows"]:
-        off, *policies = row["us_a_token"].values()
-        rows.append((row["scenario"], f"{off:.2f} us", *(f"{us / off:.2f}" for us in policies)))
-    head = ("scenario", "no tuning, a token", *[*found["rows"][0]["us_a_token"]][1:])
-    about = f"{_measured(found)}; {found['seconds']:g} s for each. Of a policy: its time over that without tuning.\n\n"
-    return about + "\n".join(table(head, rows)) + "\n"
-
-
 def overhead() -> str:
     """Return the table of what the online controller adds to a call."""
     found = json.loads((results.FOLDER / "replay/overhead.cpu.json").read_text(encoding="utf-8"))
@@ -94,18 +82,23 @@ def _measured(found: results.Kept) -> str:
 
 
 def drop_ins() -> str:
-    """Return the table of a model of each package, patched and not."""
+    """Return the table of a model of each package, unpatched, with the package's own compile option, and patched."""
     found = results.stored("drop_ins", "cpu")
-    rows = [(row.what, row.ours, row.peer.split(",")[0], f"{row.ratio:.2f}") for row in results.rows(found)]
-    about = (f"{_measured({**found, **found['parts'][0]['result']})}. The ratio is that of patched to unpatched time; "
+    cases = found["parts"][0]["result"]
+    rows = []
+    for name, case in cases.items():
+        if "ratio" in case:
+            ms = {mode: f"{value:,.1f} ms" for mode, value in case["ms"].items()}
+            rows.append((name, ms["theirs"], ms.get("compiled", ""), ms["patched"], f"{case['ratio']['patched']:.2f}"))
+    about = (f"{_measured({**found, 'machine': cases['machine']})}. The ratio is that of patched to unpatched time; "
              "lower is better.\n\n")
-    return about + "\n".join(table(("model", "patched", "unpatched", "ratio"), rows)) + "\n"
+    head = ("model", "unpatched", "with the package's compile option", "patched", "ratio")
+    return about + "\n".join(table(head, rows)) + "\n"
 
 
 QUOTES = (
     Quote(DOCS / "patching.md", "drop_ins", drop_ins),
     Quote(DOCS / "tuning.md", "online", online),
-    Quote(DOCS / "tuning.md", "live", live),
     Quote(DOCS / "tuning.md", "overhead", overhead),
     Quote(ROOT / "csrc_free_README.md", "glance", glance.lines),
     Quote(DOCS / "parallel.md", "workers", workers),
