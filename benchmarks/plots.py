@@ -56,8 +56,9 @@ def glance(path: Path, title: str, rows: Sequence[tuple[str, Row]]) -> None:
     axis = picture.subplots()
     factors = [1 / row.ratio for _, row in rows if row.ratio]
     bars = axis.barh([name for name, _ in rows], factors, color=OURS)
-    axis.bar_label(bars, labels=[f"{factor:.1f}x" for factor in factors], padding=3)
     axis.axvline(1, color="0.4", linewidth=1)
+    axis.bar_label(bars, labels=[f"{factor:.1f}x" for factor in factors], padding=4,
+                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     axis.set(xlabel="times as fast as the best other package (higher is better)", xlim=(0, 1.1 * max(factors)))
     axis.invert_yaxis()
     finish(picture, title, path)

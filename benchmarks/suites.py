@@ -106,7 +106,8 @@ def _drop_ins(result: Result) -> Iterator[Row]:
     for name, case in result.items():
         if isinstance(case, Mapping) and "ratio" in case:
             ms = case["ms"]
-            yield Row(name, f"{ms['patched']:.1f} ms", f"{ms['theirs']:.1f} ms, unpatched", case["ratio"]["patched"])
+            yield Row(name, f"{ms['patched']:.1f} ms", f"{ms['theirs']:.1f} ms, unpatched", case["ratio"]["patched"],
+                      sides=("patched", "unpatched"))
 
 
 def _compile(result: Result) -> Iterator[Row]:
