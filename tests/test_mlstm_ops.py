@@ -21,7 +21,6 @@ from torch_xlstm_ops.runtime import compiler
 L = 16  # one chunk size and one pair of head dimensions: each new one is a compile
 ops = torch.ops.xlstm
 DTYPES = list(TOLERANCE)
-WIDE = (torch.float32, torch.float64)
 
 
 def flat(results):
@@ -245,7 +244,7 @@ def test_a_closed_forget_gate_and_extreme_gates():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("dtype", tail(DTYPES, WIDE.__contains__), ids=str)
+@pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t == torch.float32), ids=str)
 def test_gradients_equal_those_of_the_recurrence(dtype):
     args = draw(Sizes(S=50), dtype, gates=torch.float32 if dtype == torch.float16 else None)
     args = [t.requires_grad_() for t in args]

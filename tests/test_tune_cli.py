@@ -95,6 +95,7 @@ def test_a_training_step_has_a_tuned_plan_of_its_own(run: Command, chosen: None)
     assert schedules_run() == {("inductor", 0)}
 
 
+@pytest.mark.slow
 def test_generate_uses_the_tuned_plan_and_info_shows_it(run: Command, kept: Path, chosen: None) -> None:
     prompt = "import os\n" * 4  # 40 bytes
     kind = tuned_plans.call_kind(CPU, torch.float32, 4, len(prompt), 64, 64, training=False)

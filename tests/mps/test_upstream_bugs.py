@@ -13,7 +13,7 @@ from . import cases
 from .jobs import Job, Reports, job
 
 FULL_SIZE = [
-    pytest.param(job("full_size", op=op), id=op, marks=pytest.mark.slow if op == "mlstm" else ())
+    pytest.param(job("full_size", op=op), id=op, marks=pytest.mark.gate if op == "slstm" else ())
     for op in ("mlstm", "slstm")
 ]
 LONG_SUMS = [
@@ -30,6 +30,7 @@ def check_products(report: dict[str, Any]) -> None:
         assert "linear" not in name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", FULL_SIZE)
 def test_products_are_those_that_mps_computes_correctly(reports: Reports, wanted: Job) -> None:
     report = reports(wanted)
