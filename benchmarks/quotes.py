@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks import glance, results
 from benchmarks.quality import report
@@ -31,9 +31,14 @@ class Quote(NamedTuple):
         return f"<!-- {self.name}: python -m benchmarks.quotes -->\n{self.lines()}<!-- /{self.name} -->"
 
 
+def _read(name: str) -> Any:
+    """Return a stored result that no suite writes."""
+    return json.loads((results.FOLDER / name).read_text(encoding="utf-8"))
+
+
 def workers() -> str:
     """Return the table of a prompt read by workers on GPUs."""
-    found = json.loads((results.FOLDER / "workers/4-h200.json").read_text(encoding="utf-8"))
+    found = _read("workers/4-h200.json")
     rows = []
     for case in found["rows"]:
         if case["phase"] != "speed":
@@ -51,7 +56,7 @@ def workers() -> str:
 
 def online() -> str:
     """Return the table of the time that each policy of the online controller loses in the replay."""
-    found = json.loads((results.FOLDER / "replay/online.json").read_text(encoding="utf-8"))
+    found = _read("replay/online.json")
     rows = [(row["scenario"], *(f"{part:.1%}" for part in row["lost"].values())) for row in found["rows"]]
     rows.append(("mean", *(f"{part:.1%}" for part in found["mean"].values())))
     names = {"default": "no tuning", "offline": "offline winner"}
@@ -63,19 +68,18 @@ def online() -> str:
 
 def overhead() -> str:
     """Return the table of what the online controller adds to a call."""
-    found = json.loads((results.FOLDER / "replay/overhead.cpu.json").read_text(encoding="utf-8"))
+    found = _read("replay/overhead.cpu.json")
     names = {"off": "no tuning", "trying": "a new controller, trying plans", "settled": "a settled controller"}
     rows = [(name, f"{found['us_a_call'][state]:.1f} us", f"{found['spread'][state]:.1%}",
              f"{found['trials'][state]:.1%}" if state in found["trials"] else "") for state, name in names.items()]
     B, NH, S, DHQK, DHHV = found["shape"].values()
-    about = (f"{_measured(found)}; a prompt of {S} tokens, ({B}, {NH}, {DHQK}, {DHHV}): medians of "
+    about = (f"{_measured(found, found['machine'])}; a prompt of {S} tokens, ({B}, {NH}, {DHQK}, {DHHV}): medians of "
              f"{found['rounds']} batches of {found['calls']} calls.\n\n")
     return about + "\n".join(table(("state", "a call", "spread", "calls that tried another plan"), rows)) + "\n"
 
 
-def _measured(found: results.Kept) -> str:
+def _measured(found: results.Kept, machine: Mapping[str, Any]) -> str:
     """Return the device, date and commit of a result of the CPU."""
-    machine = found["machine"]
     threads = machine["threads"]
     return (f"CPU, {threads} thread{'s' * (threads != 1)}; {found['date']}, commit {found['commit'].split(';')[0]}, "
             f"torch {machine['torch'].split('+')[0]}")
@@ -90,7 +94,7 @@ def drop_ins() -> str:
         if "ratio" in case:
             ms = {mode: f"{value:,.1f} ms" for mode, value in case["ms"].items()}
             rows.append((name, ms["theirs"], ms.get("compiled", ""), ms["patched"], f"{case['ratio']['patched']:.2f}"))
-    about = (f"{_measured({**found, 'machine': cases['machine']})}. The ratio is that of patched to unpatched time; "
+    about = (f"{_measured(found, cases['machine'])}. The ratio is that of patched to unpatched time; "
              "lower is better.\n\n")
     head = ("model", "unpatched", "with the package's compile option", "patched", "ratio")
     return about + "\n".join(table(head, rows)) + "\n"

@@ -136,7 +136,7 @@ def wait_for(law: Callable[[], bool], seconds: float = SECONDS) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("after", [0.5, 4.0])
+@pytest.mark.parametrize("after", [0.5, 2.0, 4.0, 8.0])
 def test_after_an_interrupt_of_a_first_compile_the_next_call_works(tmp_path: Path, after: float) -> None:
     assert interrupt(COMPILING, tmp_path, after, cache=tmp_path / "cache") >= {"interrupted", "right"}
 

@@ -35,18 +35,6 @@ with warnings.catch_warnings(record=True) as told:
     slstm_sequence(x.requires_grad_(), r, b)[0].sum().backward()
 print("\\n".join(str(w.message) for w in told if issubclass(w.category, RuntimeWarning)))
 """
-ONE = """
-import warnings
-from tests import oracle
-from torch_xlstm_ops import mlstm_chunkwise
-with warnings.catch_warnings(record=True) as told:
-    warnings.simplefilter("always", RuntimeWarning)
-    args = oracle.draw(oracle.Sizes(S=40))
-    for chunk_size in (16, 8):
-        h, state = mlstm_chunkwise(*args, chunk_size=chunk_size, schedule="inductor")
-        oracle.assert_close([h, *state], oracle.exact(args), 1e-4)
-print("\\n".join(str(w.message) for w in told if issubclass(w.category, RuntimeWarning)))
-"""
 EXPLICIT = """
 import torch
 from tests import oracle
@@ -85,6 +73,6 @@ def test_without_a_compiler_an_explicit_schedule_is_refused_in_one_line(tmp_path
 @pytest.mark.slow
 def test_a_cache_that_is_a_file_warns_once_and_kernels_are_compiled_in_another_folder(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    lines = run(ONE, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file"))
+    lines = run(RUN, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file"))
     assert len(lines) == 1
     assert lines[0].startswith("Inductor's cache cannot be written")

@@ -417,7 +417,7 @@ def one_process(model: Any, ids: Tensor) -> tuple[Tensor, Any]:
 
 @pytest.mark.slow
 @on_ray
-@pytest.mark.parametrize("weights", [[5, 3]], ids=str)
+@pytest.mark.parametrize("weights", [[5, 3], [1], [1, 1]], ids=str)
 @pytest.mark.parametrize("summarize_first", [False, True], ids=["waiting", "summaries"])
 def test_logits_and_every_layers_state_are_those_of_one_process(model, two, weights, summarize_first):
     check_transformers(model, two, weights, summarize_first)

@@ -45,7 +45,7 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 UNROLLED: dict[str, dict[str, Any]] = {"mps": {
     "max_fusion_unique_io_buffers": None, "max_complex_pointwise_cat_inputs": 8, "realize_reads_threshold": 8,
-    "max_fusion_size": 512,
+    "max_fusion_size": 512,  # a step is several nodes, and Inductor's limit of 64 would end the kernel early
 }}
 # Decompositions of operators that a compiled function may call: filled by registrations/.
 INLINED: dict[Any, PureFunction] = {}

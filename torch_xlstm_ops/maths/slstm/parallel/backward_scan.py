@@ -33,12 +33,11 @@ def summarize_back(
             sn = times(f.keep * token.share, sn + to_n, masked)
         else:
             sn = times(f.keep, sn + to_n, masked)
-        cut = (kept == CUT) if masked else None
+        before = kept
         sc, kept, kept_w = times(f.keep, sc + to_c, masked), f.keep * kept, token.carried * kept_w
-        if token.reset is not None and cut is not None:
+        if token.reset is not None:
             sc, sn, sw = (torch.where(token.reset, 0.0, s) for s in (sc, sn, sw))
-            cut = cut | token.reset
-            kept, kept_n, kept_w, from_n = _unless(cut, kept, kept_n, kept_w, from_n)
+            kept, kept_n, kept_w, from_n = _unless(token.reset | (before == CUT), kept, kept_n, kept_w, from_n)
     return (kept, sc, sn, kept_w, kept_n, from_n, sw) if floor else (kept, sc, sn, kept_w)
 
 

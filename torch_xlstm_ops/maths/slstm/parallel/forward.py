@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.maths.decay import NEG_INF
-from torch_xlstm_ops.maths.slstm.parallel.scan import before_chunks
+from torch_xlstm_ops.maths.slstm.parallel.scan import Cells, before_chunks
 from torch_xlstm_ops.maths.slstm.parallel.window import LEAST, PAD, RESET, Gates, Window, is_, walk
 
 CLOSED = -1e32  # the least logarithm of a forget gate: it forgets LEAST too, and sums of many are finite
@@ -116,14 +116,15 @@ def settle_across(
 
 
 def _by_chunk(
-    x: Tensor, b: Tensor, start: Tensor, cells: tuple[Tensor, Tensor, Tensor], chunks: Tensor, rest: Sequence[Tensor],
-    most: int, floor: float,
+    x: Tensor, b: Tensor, start: Tensor, cells: Cells, chunks: Tensor, rest: Sequence[Tensor], most: int, floor: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the arguments of `emit`, and h if it is there, with one axis for all chunks."""
-    of: dict[int, list[Tensor]] = {axes: [t for t in rest if t.dim() == axes] for axes in (4, 5, 6, 7)}
-    states = before_chunks(chunks, of[5], cells, most, floor)
-    masks, h, products = ([t.flatten(at, at + 1) for t in of[axes]] for axes, at in ((4, 0), (6, 0), (7, 1)))
-    return [x.flatten(0, 1), b, start, *states, *products, *masks], h
+    by_axes = {t.dim(): t for t in rest}
+    states = before_chunks(chunks, by_axes.get(5), cells, most, floor)
+    mask, h, products = (
+        [by_axes[axes].flatten(at, at + 1)] if axes in by_axes else [] for axes, at in ((4, 0), (6, 0), (7, 1))
+    )
+    return [x.flatten(0, 1), b, start, *states, *products, *mask], h
 
 
 def products(h: Tensor, r: Tensor, out: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -59,20 +59,20 @@ def across_apart(summaries: Tensor, c: Tensor, n: Tensor, m: Tensor, *, floor: f
     return _walk((c[:, None], n[:, None], m[:, None]), parts, place, floor)
 
 
-def before_chunks(chunks: Tensor, groups: Sequence[Tensor], cells: Cells, most: int, floor: float) -> Cells:
+def before_chunks(chunks: Tensor, groups: Tensor | None, cells: Cells, most: int, floor: float) -> Cells:
     """Return c, n, m before each chunk, (N K, G, NH, DH); each chunk walks by itself over what is before it.
 
-    chunks: the summaries of `summarize`, (4 or 6, N, K, G, NH, DH). groups: none, or one, those of `group`,
-    (4 or 6, N, G, NH, DH), where there are at most `most`.
-    cells: before each group, (N, G, NH, DH); with summaries of the groups, before the first, (1, G, NH, DH).
+    chunks: the summaries of `summarize`, (4 or 6, N, K, G, NH, DH). cells: before each group, (N, G, NH, DH); if groups
+    are given, before the first, (1, G, NH, DH). groups: those of `group`, (4 or 6, N, G, NH, DH), at most `most`.
     """
     N, K = chunks.shape[1:3]
     place = torch.arange(N * K, device=chunks.device)[:, None, None, None]
-    c, n, m = cells if groups else (_for_each_chunk(t, K) for t in cells)
-    for summaries in groups:
+    if groups is None:
+        c, n, m = (_for_each_chunk(t, K) for t in cells)
+    else:
         # Where there is no group g, no chunk is after it.
-        parts = (summaries[:, _least(g, N - 1), None] for g in range(most - 1))
-        c, n, m = _walk((c, n, m), parts, place // K, floor)
+        each = (groups[:, _least(g, N - 1), None] for g in range(most - 1))
+        c, n, m = _walk(cells, each, place // K, floor)
     parts = (_for_each_chunk(chunks[:, :, k], K) for k in range(K - 1))
     return _walk((c, n, m), parts, place % K, floor)
 
@@ -83,8 +83,8 @@ def _for_each_chunk(t: Tensor, K: int) -> Tensor:
 
 
 def _least(a: int, b: int) -> int:
-    """Return the least of two sizes that may be symbolic, without a condition on either."""
-    return torch.sym_min(a, b)  # type: ignore[no-untyped-call, no-any-return]
+    """Return the least of two sizes; of symbolic ones, whose order Python's `min` would record as a condition."""
+    return torch.sym_min(a, b)  # type: ignore[no-untyped-call, no-any-return]  # torch annotates nothing of it
 
 
 def _walk(cells: Cells, parts: Iterable[Tensor], place: Tensor, floor: float) -> Cells:
