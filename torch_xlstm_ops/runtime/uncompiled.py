@@ -10,7 +10,10 @@ from torch import Tensor
 from torch_xlstm_ops.runtime.state import warn_once
 
 PureFunction = Callable[..., tuple[Tensor, ...]]
+_OF_CPP = ("InvalidCxxCompiler", "CppCompileError")  # Inductor's errors where there is no C++ compiler that works
 INSTALL = "on the CPU install g++ or clang, or name a C++ compiler in the environment variable CXX"
+ROOM = "name a folder with room that can be written in the environment variable TORCHINDUCTOR_CACHE_DIR"
+REPORT = "report it with what `xlstm-ops info` prints"
 SPAWN = 'start processes by spawn (multiprocessing.get_context("spawn")), or after the first call'
 
 
@@ -29,6 +32,13 @@ def cause(error: BaseException) -> BaseException:
     """Return the error that Inductor wrapped in its own, at any depth."""
     inner = getattr(error, "inner_exception", None)
     return cause(inner) if isinstance(inner, BaseException) else error
+
+
+def advice(error: BaseException) -> str:
+    """Return what a user can do about an error of a compilation."""
+    if isinstance(error, OSError):
+        return ROOM
+    return INSTALL if type(error).__name__ in _OF_CPP else REPORT
 
 
 def uncompiled(fn: PureFunction, error: BaseException, advice: str) -> Uncompiled:

@@ -28,6 +28,7 @@ def _guarded(
         "torch._inductor.compile_fx.compile_fx_inner", "torch._inductor.decomposition.select_decomp_table",
         "torch._inductor.virtualized.V.set_choices_handler", "torch._guards.TracingContext", "torch._guards.tracing",
         "torch._subclasses.fake_tensor.FakeTensorMode", "torch.fx.experimental.proxy_tensor.make_fx",
+        "torch._dispatch.python.enable_python_dispatcher",
         "torch.fx.experimental.symbolic_shapes.ShapeEnv.create_symbol", "torch._dynamo.source.ConstantSource",
     ),
       without="kernels are called through torch.compile, about 40 microseconds slower a call")
@@ -40,6 +41,7 @@ def compile_raw(
     axes: the names of each argument's axes. free: the axes that stay symbolic, with the size to trace them at.
     options: of Inductor. table: decompositions in addition to Inductor's.
     """
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -59,7 +61,9 @@ def compile_raw(
     mode = FakeTensorMode(shape_env=env)
     with mode:
         examples = [example(names, t) for names, t in zip(axes, args, strict=True)]
-        graph = make_fx(fn, decomposition_table={**select_decomp_table(), **table}, tracing_mode="real")(*examples)
+        trace = make_fx(fn, decomposition_table={**select_decomp_table(), **table}, tracing_mode="real")
+        with enable_python_dispatcher():  # torch 2.11's own `matmul` in C++ refuses symbolic sizes
+            graph = trace(*examples)
         _read_sizes(graph, axes, symbols)
     with (
         config.patch(supported_options(options)), V.set_choices_handler(reduction_choices()),
