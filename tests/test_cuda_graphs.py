@@ -10,7 +10,7 @@ from tests import oracle
 from torch_xlstm_ops import mlstm_chunkwise
 from torch_xlstm_ops.ops.mlstm import sequence
 from torch_xlstm_ops.runtime import cuda_graphs, state, torch_internals
-from torch_xlstm_ops.runtime.cuda_graphs import CudaGraphs
+from torch_xlstm_ops.runtime.cuda_graphs import CudaGraphs, FixedGraph
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
@@ -130,6 +130,63 @@ def test_nothing_is_recorded_inside_a_recording_of_torch_compile(cuda_without_cu
     for _ in range(3):
         graphs.run("a", computing(calls), [x])
     assert len(calls) == 3
+
+
+def test_a_fixed_graph_is_recorded_after_calls_with_tensors_in_the_same_places(cuda_without_cuda):
+    graph, calls = FixedGraph(2), []
+    x, weights, others = (torch.ones(3).as_subclass(OnCuda) for _ in range(3))
+    compute = computing(calls)
+    found = [graph.replay(compute, [x.clone().as_subclass(OnCuda), weights]) for _ in range(4)]
+    assert [result is None for result in found] == [True, True, False, False]
+    assert found[2][0].shape == x.shape
+    assert calls == [2]  # recorded once
+    assert graph.replay(compute, [x, others]) is None  # moved: counts anew
+    assert graph.replay(compute, [x, others]) is None
+    assert graph.replay(compute, [x, others]) is not None
+    assert graph.replay(computing(calls), [x, others]) is None  # another computation
+    for _ in range(3):
+        found = graph.replay(compute, [x, others])
+    assert found is not None
+    cuda_without_cuda.cuda_stream = 1
+    assert graph.replay(compute, [x, others]) is None  # another stream
+    assert calls == [2, 2, 2]
+
+
+def test_fixed_graphs_share_the_memory_of_one_that_lives(cuda_without_cuda):
+    x, first, second = torch.ones(3).as_subclass(OnCuda), FixedGraph(0), FixedGraph(0)
+    for graph in (first, second):
+        assert graph.replay(computing([]), [x, x]) is not None
+    del first, second, graph
+    assert FixedGraph(0).replay(computing([]), [x, x]) is not None
+    assert cuda_without_cuda.pools == [None, "pool", None]
+
+
+def test_a_fixed_graph_holds_no_copy_of_what_stays_in_its_place(cuda_without_cuda):
+    graph, given = FixedGraph(0), []
+    x, weights = (torch.ones(3).as_subclass(OnCuda) for _ in range(2))
+
+    def compute(args):
+        given.extend(args)
+        return (args[0] * 2,)
+
+    graph.replay(compute, [x, weights])
+    assert given[0] is not x
+    assert given[1] is weights
+
+
+def test_a_computation_that_cannot_be_recorded_is_tried_once_for_tensors_in_a_place(cuda_without_cuda):
+    def fails(args):
+        calls.append(len(args))
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    state.reset()
+    graph, calls, x = FixedGraph(0), [], torch.ones(3).as_subclass(OnCuda)
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph here, and slower: operation not permitted"):
+        assert graph.replay(fails, [x, x]) is None
+    assert graph.replay(fails, [x, x]) is None
+    assert calls == [2]
+    assert FixedGraph(0, allowed=lambda: False).replay(fails, [x, x]) is None
+    assert FixedGraph(0).replay(fails, [torch.ones(3), x]) is None  # on the CPU
 
 
 def weighed(result):

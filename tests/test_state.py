@@ -44,6 +44,7 @@ EXEMPT = {
     "runtime.compiler:_forked_from_compiling": "how this process began",
     "runtime.compiler:_has_compiled": "modules stay imported",
     "runtime.compiler:_split": PURE,
+    "runtime.cuda_graphs:_fixed": "the objects that exist",
     "runtime.forks:_has_kernels": "threads stay started",
     "runtime.forks:_in_child": IMPORT,
     "runtime.forks:_locks": "the locks that exist",

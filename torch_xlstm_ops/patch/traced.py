@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_xlstm_ops import config
 from torch_xlstm_ops.maths.mlstm import write_state_
 from torch_xlstm_ops.patch import kept_blocks
 from torch_xlstm_ops.patch.projections import Projections
 from torch_xlstm_ops.patch.replacements import MARK
 from torch_xlstm_ops.runtime import compiler, torch_internals
 from torch_xlstm_ops.runtime.bounded_cache import BoundedCache
+from torch_xlstm_ops.runtime.cuda_graphs import FixedGraph
 from torch_xlstm_ops.runtime.state import on_reset
 from torch_xlstm_ops.runtime.uncompiled import Uncompiled
 
@@ -56,6 +58,7 @@ class Traced:
         self._weights: list[Any] = [m._parameters.values() for m in parts if m._parameters]
         self.forward = forward
         self._latest: dict[bool, _Latest] = {}  # by in_place
+        self._token = FixedGraph(allowed=config.cuda_graphs)
 
     def unchanged(self) -> bool:
         """Return whether the parts and attributes are the same objects, without hooks."""
@@ -78,7 +81,8 @@ class Traced:
             if latest is None:
                 return None
             self._latest[in_place] = latest
-        return latest[2](tensors)
+        found = self._token.replay(latest[2], tensors) if in_place else None
+        return latest[2](tensors) if found is None else found
 
     def _compile(self, tensors: list[Tensor], threads: int, in_place: bool) -> _Latest | None:
         device = tensors[0].device

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch_xlstm_ops.runtime.bounded_cache import BoundedCache
 from torch_xlstm_ops.runtime.state import warn_once
 
 Compute = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+RawCompute = Callable[[list[Tensor]], Sequence[Tensor]]
 _SEEN = 256  # kinds of call whose number is known
 _SHARE = 256  # of the device's memory, one part of which the arguments of a graph may take
 
@@ -57,9 +59,7 @@ class CudaGraphs:
     def replay(self, what: Hashable, compute: Compute, args: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """Return ``compute(args)`` by a graph, or None where there is none and none is to be recorded."""
         device = args[0].device
-        if device.type != "cuda" or self.capacity == 0 or not self.allowed():
-            return None
-        if torch.cuda.is_current_stream_capturing():
+        if self.capacity == 0 or not _may_replay(device, self.allowed):
             return None
         with torch.cuda.device(device), self._lock:
             stream = torch.cuda.current_stream(device)
@@ -72,11 +72,7 @@ class CudaGraphs:
             if graph is None:
                 return None
             self._graphs.move_to_end(key)
-            torch_internals.copy_all(graph.inputs, args)
-            graph.graph.replay()
-            results = tuple(torch.empty_like(t) for t in graph.outputs)
-            torch_internals.copy_all(results, graph.outputs)
-            return results
+            return _replayed(graph, args)
 
     def clear(self) -> None:
         """Forget every graph and free its memory."""
@@ -100,22 +96,101 @@ class CudaGraphs:
         self, key: Hashable, stream: torch.cuda.Stream, compute: Compute, args: Sequence[Tensor]
     ) -> _Graph | None:
         self._trim(self.capacity - 1)
-        others = (other.graph.pool() for other in self._graphs.values() if other.stream == stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written to outside
-                inputs = [t.clone(memory_format=torch.contiguous_format) for t in args]
-                with torch.cuda.graph(graph, pool=next(others, None), capture_error_mode="thread_local"):
-                    outputs = compute(inputs)
-        except RuntimeError as error:
+        graph = _recorded(compute, args, (), stream, _pool_of(self._graphs.values(), stream))
+        if graph is None:
             self._seen[key] = None
-            warn_once(f"a call runs without a CUDA graph here, and slower: {error}")
             return None
-        self._graphs[key] = _Graph(graph, stream, inputs, outputs)
-        return self._graphs[key]
+        self._graphs[key] = graph
+        return graph
 
     def _trim(self, most: int) -> None:
         """Drop the graphs used longest ago, each once its stream has finished with it."""
         while len(self._graphs) > most:
             _, graph = self._graphs.popitem(last=False)
             graph.stream.synchronize()
+
+
+class FixedGraph:
+    """Replays one computation as a CUDA graph while all tensors but the first stay where they are in memory.
+
+    The first argument is copied in and the results are copied out, as by `CudaGraphs`. The others are read, and written
+    to, where they are: they may be large. Where one of them moved, the graph is dropped, and another one is recorded
+    after so many calls with them in their new places.
+
+    first_calls: with tensors in the same places, that run without a graph. allowed: asked at each call.
+    """
+
+    def __init__(self, first_calls: int = 4, allowed: Callable[[], bool] = lambda: True) -> None:
+        self.first_calls, self.allowed = first_calls, allowed
+        self._key: Hashable = None
+        self._calls: int | None = 0  # with this key; None: it cannot be recorded
+        self._graph: _Graph | None = None
+        _fixed.add(self)
+
+    def replay(self, compute: RawCompute, args: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """Return ``compute(args)`` by a graph, or None where there is none and none is to be recorded."""
+        device = args[0].device
+        if not _may_replay(device, self.allowed):
+            return None
+        x, *fixed = args
+        with torch.cuda.device(device), _fixed_lock:
+            stream = torch.cuda.current_stream(device)
+            key = compute, device, stream.cuda_stream, x.shape, x.dtype, *map(Tensor.data_ptr, fixed)
+            if key != self._key:
+                self._forget(key)
+            if self._graph is None and self._is_time(device):
+                pool = _pool_of([one._graph for one in _fixed if one._graph is not None], stream)
+                self._graph, self._calls = _recorded(compute, [x], fixed, stream, pool), None
+            return None if self._graph is None else _replayed(self._graph, [x])
+
+    def _is_time(self, device: torch.device) -> bool:
+        """Count a call without a graph; return whether to record one."""
+        if self._calls is None:
+            return False
+        self._calls += 1
+        return self._calls > self.first_calls and not torch_internals.prepares_graph(device)
+
+    def _forget(self, key: Hashable) -> None:
+        if self._graph is not None:
+            self._graph.stream.synchronize()
+        self._key, self._calls, self._graph = key, 0, None
+
+
+_fixed: weakref.WeakSet[FixedGraph] = weakref.WeakSet()
+_fixed_lock = forks.new_lock()  # the graphs of a stream share memory, which holds results until they are copied out
+
+
+def _may_replay(device: torch.device, allowed: Callable[[], bool]) -> bool:
+    return device.type == "cuda" and allowed() and not torch.cuda.is_current_stream_capturing()
+
+
+def _pool_of(graphs: Iterable[_Graph], stream: torch.cuda.Stream) -> Any:
+    """Return the memory that the graphs of a stream share, or None; it lives as long as one of them."""
+    return next((other.graph.pool() for other in graphs if other.stream == stream), None)
+
+
+def _recorded(
+    compute: RawCompute, moving: Sequence[Tensor], fixed: Sequence[Tensor], stream: torch.cuda.Stream, pool: Any
+) -> _Graph | None:
+    """Return a graph of ``compute([*moving, *fixed])``, or None and warn where it cannot be recorded.
+
+    moving: arguments that the graph has copies of. fixed: those that it uses where they are. pool: of memory, if any.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written to outside
+            inputs = [t.clone(memory_format=torch.contiguous_format) for t in moving]
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                outputs = compute([*inputs, *fixed])
+    except RuntimeError as error:
+        warn_once(f"a call runs without a CUDA graph here, and slower: {error}")
+        return None
+    return _Graph(graph, stream, inputs, tuple(outputs))
+
+
+def _replayed(graph: _Graph, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    torch_internals.copy_all(graph.inputs, args)
+    graph.graph.replay()
+    results = tuple(torch.empty_like(t) for t in graph.outputs)
+    torch_internals.copy_all(results, graph.outputs)
+    return results
