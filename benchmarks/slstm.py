@@ -57,8 +57,8 @@ class Contender(NamedTuple):
     during: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def ours(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
-    return slstm_sequence(x, r, b)[0]
+def ours(x: Tensor, r: Tensor, b: Tensor, schedule: str | None = None) -> Tensor:
+    return slstm_sequence(x, r, b, schedule=schedule)[0]
 
 
 @contextmanager
@@ -105,6 +105,7 @@ def contenders(device: torch.device) -> dict[str, Contender]:
         some |= {f"flashrnn {name}": Contender(flashrnn(name)) for name in ("cuda", "triton_fused")}
         some["ours without graphs"] = Contender(ours, lambda: operators_with(without))
         some["ours by matmul"] = Contender(ours, lambda: operators_with(by_matmul, fused_bytes=0))
+        some["ours parallel in time"] = Contender(partial(ours, schedule="parallel"))
     return {OURS: Contender(ours), **some}
 
 

@@ -76,20 +76,18 @@ class Parallel:
     ) -> _Results:
         """Return h (B, S, NH, DH) and the state y, c, n, m."""
         limits, tolerance = self._limits_of(x), TOLERANCE[x.dtype]
-        found = kernels(x, _masked(x, reset, limits), floor, tolerance, self._caller)
-        laid_out = slstm.weights(r, Product.MATMUL, product_dtype(x))
+        found, dense = kernels(x, _masked(x, reset, limits), floor, tolerance, self._caller), product_dtype(x)
 
         def by_rounds(window: schedule.Window, state: _Results, k: int) -> tuple[_Results, Tensor]:
-            mask = _mask(x, reset, window, limits)[:1]
-
             def compute(ready: Sequence[Tensor]) -> _Results:
-                tokens, r, b, cells, *mask = ready
-                h, *after = schedule.forward_window(found, k, window.length, tokens, r, b, *cells.unbind(), *mask)
-                return h, torch.stack(after[:4]), torch.stack(after[4:])
+                tokens, r, *rest = ready
+                laid_out = slstm.weights(r, Product.MATMUL, dense)
+                h, *after = schedule.forward_window(found, k, window.length, _chunks(tokens, window), laid_out, *rest)
+                return _batch_first(h, window), *(t.clone() for t in after[:4]), torch.stack(after[4:])
 
-            args = [_tokens(x, window), laid_out, b, torch.stack(list(state)), *mask]
-            h, cells, flags = self._graphs.run(("forward", floor, k, window.length), compute, args)
-            return (h.flatten(0, 1)[: window.length].transpose(0, 1), *cells.unbind()), flags
+            args = [_tokens(x, window), r, b, *state, *_mask(x, reset, window, limits)[:1]]
+            *results, flags = self._graphs.run(("forward", floor, k, window.length), compute, args)
+            return tuple(results), flags
 
         def sequential(window: schedule.Window, state: _Results) -> _Results:
             return self._forward(x[:, window.at], r, b, list(state), _part(reset, window), floor)
@@ -98,7 +96,7 @@ class Parallel:
         order = schedule.windows(x.shape[1], CHUNK, limits.window)
         parts, self._reports.last = rounds.solve(job, self._known[x.dtype], order, tuple(state))
         h = torch.cat([h for h, *_ in parts], 1) if len(parts) > 1 else parts[0][0]
-        return h.contiguous(), *(t.clone() for t in parts[-1][1:])
+        return h, *parts[-1][1:]
 
     def backward(
         self, dh: Tensor, dstate: list[Tensor], x: Tensor, r: Tensor, b: Tensor, state: list[Tensor], h: Tensor,
@@ -108,28 +106,25 @@ class Parallel:
         limits, tolerance = self._limits_of(x), GRADIENTS * TOLERANCE[x.dtype]
         masked = _masked(x, reset, limits)
         found, dense = kernels(x, masked, floor, tolerance, self._caller), product_dtype(x)
-        laid_out = slstm.weights(r, Product.MATMUL, dense)
-        laid_back = slstm.weights_backward(r, Product.MATMUL, dense)
         order = schedule.windows(x.shape[1], CHUNK, limits.window)
-        states = self._states(order, found, x, h, laid_out, b, state, reset, floor)
+        states = self._states(order, found, x, h, r, b, state, reset, floor)
 
         def by_rounds(window: schedule.Window, dstate: _Results, k: int) -> tuple[_Results, Tensor]:
             def compute(ready: Sequence[Tensor]) -> _Results:
-                dh, dcells, *given, y, cells = ready[:9]
-                results = schedule.backward_window(
-                    found, k, dh, *dcells.unbind(), *given, y, *cells.unbind(), *ready[9:]
+                dh, dy, dc, dn, dm, x, h, r, *rest = ready
+                dgates, dr, db, *before, error, residual = schedule.backward_window(
+                    found, k, _chunks(_with_last(dh, dy), window), dc, dn, dm, _chunks(x, window), _chunks(h, window),
+                    slstm.weights(r, Product.MATMUL, dense), slstm.weights_backward(r, Product.MATMUL, dense), *rest,
                 )
-                return *results[:3], torch.stack(results[3:7]), torch.stack(results[7:])
+                dx = dgates[: window.length].permute(1, 0, 3, 2, 4).contiguous()
+                return dx, dr.to(dy.dtype), db, *(t.clone() for t in before), torch.stack([error, residual])
 
-            dy, *dcells = dstate
-            y, *cells = states[window.start]
             args = [
-                _tokens(_with_last(dh[:, window.at], dy), window), torch.stack(dcells), _tokens(x, window),
-                _tokens(h, window), laid_out, laid_back, b, y, torch.stack(cells), *_mask(x, reset, window, limits),
+                _tokens(dh, window), *dstate, _tokens(x, window), _tokens(h, window), r, b, *states[window.start],
+                *_mask(x, reset, window, limits),
             ]
-            dgates, dr, db, before, flags = self._graphs.run(("backward", floor, k, window.length), compute, args)
-            dx = dgates[: window.length].permute(1, 0, 3, 2, 4)
-            return (dx, dr.to(dy.dtype), db, *before.unbind()), flags
+            *results, flags = self._graphs.run(("backward", floor, k, window.length), compute, args)
+            return tuple(results), flags
 
         def sequential(window: schedule.Window, dstate: _Results) -> _Results:
             at, (y, *cells) = window.at, states[window.start]
@@ -141,9 +136,12 @@ class Parallel:
 
         job = rounds.Job(_kind("backward", x, reset, floor), tolerance, limits, by_rounds, lambda f: f[3:], sequential)
         parts, self._reports.last = rounds.solve(job, self._known[x.dtype], order[::-1], tuple(dstate))
-        dr, db = (torch.stack([part[i].to(dstate[0].dtype) for part in parts]).sum(0) for i in (1, 2))
-        dx = torch.cat([part[0] for part in reversed(parts)], 1).contiguous()
-        return dx, dr.to(r.dtype), db.to(b.dtype), *(t.clone() for t in parts[-1][3:])
+        if len(parts) == 1:
+            dx, dr, db, *before = parts[0]
+        else:
+            dr, db = (torch.stack([part[i].to(dstate[0].dtype) for part in parts]).sum(0) for i in (1, 2))
+            dx, before = torch.cat([part[0] for part in reversed(parts)], 1), [*parts[-1][3:]]
+        return dx, dr.to(r.dtype), db.to(b.dtype), *before
 
     def _limits_of(self, x: Tensor) -> rounds.Limits:
         limits = self._limits[x.dtype]
@@ -158,10 +156,14 @@ class Parallel:
         states = {0: cells}
         for window, after in itertools.pairwise(order):
             mask = _mask(x, reset, window, self._limits_of(x))[:1]
+
+            def compute(ready: Sequence[Tensor], window: schedule.Window = window) -> _Results:
+                x, h, r, *rest = ready
+                laid_out = slstm.weights(r, Product.MATMUL, product_dtype(x))
+                return schedule.replay_window(found, _chunks(x, window), _chunks(h, window), laid_out, *rest)
+
             args = [_tokens(x, window), _tokens(h, window), r, b, *cells, *mask]
-            cells = self._graphs.run(
-                ("replay", floor, window.length), lambda ready: schedule.replay_window(found, *ready), args
-            )
+            cells = self._graphs.run(("replay", floor, window.length), compute, args)
             cells = (h[:, after.start - 1].contiguous(), *cells)
             states[after.start] = cells
         return states
@@ -173,10 +175,20 @@ def _kind(what: str, x: Tensor, reset: Tensor | None, floor: float) -> tuple[obj
 
 
 def _tokens(t: Tensor, window: schedule.Window) -> Tensor:
-    """Return a window of t (B, S, ...), or what has its tokens alone, time first in chunks, padded by zeros."""
-    part = t[:, window.at] if t.shape[1] != window.length else t
+    """Return a window of t (B, S, ...), time first."""
+    return (t[:, window.at] if t.shape[1] != window.length else t).transpose(0, 1)
+
+
+def _chunks(t: Tensor, window: schedule.Window) -> Tensor:
+    """Return a window (T, B, ...) in chunks (NC, L, B, ...), the last ones padded by zeros."""
     beyond = window.chunks * CHUNK - window.length
-    return torch.unflatten(F.pad(part.transpose(0, 1), (*(0, 0) * (t.dim() - 1), 0, beyond)), 0, (window.chunks, CHUNK))
+    padded = F.pad(t, (*(0, 0) * (t.dim() - 1), 0, beyond)) if beyond else t
+    return torch.unflatten(padded, 0, (window.chunks, CHUNK))
+
+
+def _batch_first(t: Tensor, window: schedule.Window) -> Tensor:
+    """Return what `_chunks` made of a window as (B, T, ...), contiguous."""
+    return t.flatten(0, 1)[: window.length].transpose(0, 1).contiguous()
 
 
 def _masked(x: Tensor, reset: Tensor | None, limits: rounds.Limits) -> bool:
@@ -200,5 +212,5 @@ def _part(reset: Tensor | None, window: schedule.Window) -> Tensor | None:
 
 
 def _with_last(dh: Tensor, dy: Tensor) -> Tensor:
-    """Return dh (B, T, NH, DH), wide, with dy added to its last token's."""
-    return torch.cat([dh[:, :-1].to(dy.dtype), (dh[:, -1] + dy)[:, None]], 1)
+    """Return dh (T, B, NH, DH), wide, with dy added to its last token's."""
+    return torch.cat([dh[:-1].to(dy.dtype), (dh[-1] + dy)[None]])

@@ -36,7 +36,7 @@ def run(
     with devices.submission(x.device):
         state = _initial_state(x, (y, c, n, m))
         if x.numel() == 0:
-            return x.new_empty(x[:, :, 0].shape), *state
+            return x.new_empty(x[:, :, 0].shape), *(t.clone() for t in state)
         forward = _forward if chosen is SLSTMSchedule.SEQUENTIAL else parallel.forward
         if not trace.active():
             return forward(x, r, b, state, reset, floor)
@@ -156,8 +156,10 @@ def _backward(
 
 
 def _initial_state(x: Tensor, state: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return y, c, n, m (B, NH, DH), contiguous and fresh: copies of `state`, or zeros."""
+    """Return y, c, n, m (B, NH, DH), each contiguous: copies of `state`, or zeros."""
     size = (x.shape[0], *x.shape[3:])
+    if all(t is None for t in state):
+        return [*x.new_zeros(4, *size, dtype=state_dtype(x.dtype)).unbind()]
     return [
         x.new_zeros(size, dtype=state_dtype(x.dtype)) if t is None else t.clone(memory_format=torch.contiguous_format)
         for t in state
