@@ -45,6 +45,7 @@ EXEMPT = {
     "runtime.compiler:_has_compiled": "modules stay imported",
     "runtime.compiler:_split": PURE,
     "runtime.cuda_graphs:_fixed": "the objects that exist",
+    "runtime.torch_internals.modes:_active": "the modes that are entered now",
     "runtime.forks:_has_kernels": "threads stay started",
     "runtime.forks:_in_child": IMPORT,
     "runtime.forks:_locks": "the locks that exist",

@@ -29,7 +29,7 @@ class SequenceParallelMode(OperatorMode):
     """
 
     def __init__(self, link: StateLink, *, first: bool, last: bool, summarize_first: bool) -> None:
-        super().__init__(self._dispatch)
+        super().__init__(self._dispatch, within_compiled=True)
         self._link, self._first, self._last, self._summarize_first = link, first, last, summarize_first
         self.calls: list[str] = []  # the operator of each layer
 

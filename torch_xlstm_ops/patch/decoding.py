@@ -34,7 +34,7 @@ def block_call(original: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **options: Any) -> Result:
-        if len(args) == 2 and not options and not self.training and _compiles(*args) and not _observed():
+        if len(args) == 2 and not options and not self.training and _compiles(*args) and not _observed(*args):
             x, state = args
             in_place = x.shape[1] == 1 and is_written(state)  # a prompt copies: one compile for both
             found = _run(self, [x, *state], in_place)
@@ -51,7 +51,7 @@ def norm_call(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **options: Any) -> Tensor:
-        if len(args) == 1 and not options and not self.training and _compiles_on_gpu(args[0]) and not _observed():
+        if len(args) == 1 and not options and not self.training and _compiles_on_gpu(args[0]) and not _observed(*args):
             found = _run(self, [args[0]])
             if found is not None:
                 return found[0]
@@ -65,7 +65,7 @@ def soft_cap_call(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(original)
     def call(values: Tensor, cap_value: Any = None) -> Tensor:
-        if type(cap_value) in (int, float) and _compiles_on_gpu(values) and values.is_contiguous() and not _observed():
+        if type(cap_value) in (int, float) and _compiles_on_gpu(values) and values.is_contiguous() and not _observed(values):
             with devices.submission(values.device):
                 run = compiler.get(_capped, [axes_of(values)], [values], cap=float(cap_value))
                 if not isinstance(run, Uncompiled):
@@ -108,6 +108,9 @@ def _is_plain(x: Tensor) -> bool:
     return x.dim() == 3 and x.numel() > 0 and device in devices.KINDS and not torch.is_autocast_enabled(device)
 
 
-def _observed() -> bool:
-    """Return whether a mode, a transform, a tracer or a global module hook observes the computation."""
-    return torch_internals.watched() or torch_internals.global_hooks()
+def _observed(x: Tensor, state: Sequence[Tensor] = ()) -> bool:
+    """Return whether a mode, a transform, a tracer or a global module hook observes the computation.
+
+    A mode for our operators sees that of a prompt: a compiled block calls it, where it computes a token's itself.
+    """
+    return torch_internals.watched(operators=bool(state) and x.shape[1] == 1) or torch_internals.global_hooks()

@@ -17,7 +17,16 @@ _GRAPH_TREES = "torch._inductor.cudagraph_trees"
 _Mode = TypeVar("_Mode", bound="OperatorMode")
 
 
-def _assume_watched() -> bool:
+class _Active(threading.local):
+    """The modes of this thread that compiled code may run in."""
+
+    count = 0
+
+
+_active = _Active()
+
+
+def _assume_watched(*, operators: bool = True) -> bool:
     return True
 
 
@@ -26,11 +35,14 @@ def _assume_watched() -> bool:
         "torch._C._are_functorch_transforms_active", "torch.autograd.forward_ad._current_level", "torch._C._is_tracing",
     ),
       without="a token runs a transformers block layer by layer, not as one compiled call")
-def watched() -> bool:
-    """Return whether a mode, a transform or a tracer observes the computation of this thread."""
-    c = torch._C
+def watched(*, operators: bool = True) -> bool:
+    """Return whether a mode, a transform or a tracer observes the computation of this thread.
+
+    operators: count an `OperatorMode` that compiled code may run in.
+    """
+    c, but_for = torch._C, 0 if operators else _active.count
     return bool(
-        c._len_torch_dispatch_stack() or c._len_torch_function_stack()
+        c._len_torch_dispatch_stack() > but_for or c._len_torch_function_stack()
         or c._are_functorch_transforms_active() or forward_ad._current_level >= 0 or c._is_tracing()
     )
 
@@ -133,9 +145,12 @@ class OperatorMode:
     """A context manager in which a function intercepts every operator call of this thread.
 
     see: called with the operator, its arguments and its keywords; returns the results.
+    within_compiled: compiled code may run in it: what it has to see are operators that such code calls too.
     """
 
-    def __init__(self, see: Callable[[Any, Sequence[Any], dict[str, Any]], Any]) -> None:
+    def __init__(
+        self, see: Callable[[Any, Sequence[Any], dict[str, Any]], Any], *, within_compiled: bool = False
+    ) -> None:
         base: Any = _mode_base()
 
         class Mode(base):  # type: ignore[misc]
@@ -148,10 +163,13 @@ class OperatorMode:
         if base is not torch.overrides.TorchFunctionMode:
             del Mode.__torch_function__
         self._mode: Any = Mode()
+        self._counts = int(within_compiled and base is not torch.overrides.TorchFunctionMode)
 
     def __enter__(self: _Mode) -> _Mode:
         self._mode.__enter__()
+        _active.count += self._counts
         return self
 
     def __exit__(self, *error: Any) -> None:
+        _active.count -= self._counts
         self._mode.__exit__(*error)
