@@ -65,7 +65,8 @@ def soft_cap_call(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(original)
     def call(values: Tensor, cap_value: Any = None) -> Tensor:
-        if type(cap_value) in (int, float) and _compiles_on_gpu(values) and values.is_contiguous() and not _observed(values):
+        plain = type(cap_value) in (int, float) and _compiles_on_gpu(values) and values.is_contiguous()
+        if plain and not _observed(values):
             with devices.submission(values.device):
                 run = compiler.get(_capped, [axes_of(values)], [values], cap=float(cap_value))
                 if not isinstance(run, Uncompiled):
