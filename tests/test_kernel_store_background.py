@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -156,15 +158,27 @@ def test_a_process_that_ends_packs_what_waits(tmp_path: Path) -> None:
     assert len(kept_in.entries()) == 8
 
 
-def ticks_during(call: Callable[[], object]) -> int:
-    """Return how often this thread ran, a millisecond apart, while another one made a call."""
-    count, thread = 0, threading.Thread(target=call)
+def longest_pause(call: Callable[[], object]) -> float:
+    """Return the longest time in which this thread did not run while another one made a call, as a share of the call.
+
+    The share is 1 where the call holds the GIL throughout, on a busy machine too.
+    """
+    times = list[float]()
+
+    def timed() -> None:
+        began = time.perf_counter()
+        call()
+        times.extend((began, time.perf_counter()))
+
+    ticks, thread = list[float](), threading.Thread(target=timed)
     thread.start()
     while thread.is_alive():
         time.sleep(0.001)
-        count += 1
+        ticks.append(time.perf_counter())
     thread.join(60)
-    return count
+    began, ended = times
+    moments = [began, *(tick for tick in ticks if began < tick < ended), ended]
+    return max(later - earlier for earlier, later in itertools.pairwise(moments)) / (ended - began)
 
 
 @pytest.mark.slow
@@ -173,17 +187,19 @@ def test_the_gil_is_released_in_a_kernel_that_was_kept(store: Store, compiles: l
     sizes = [(1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2, 1), (1, 2, 1), (1, 2, 4, 4), (1, 2, 4), (1, 2, 1)]
     large = [torch.randn(size).expand(400_000, *size[1:]).contiguous() for size in sizes]
 
-    def ticks(release_gil: bool) -> int:
-        call = compiler.get(mlstm.step_, STEP, large, release_gil=release_gil, threads=1, eps=1e-6)
-        call(list(large))
-        return ticks_during(lambda: call(list(large)))
+    def call(release_gil: bool) -> Callable[[], object]:
+        kernel = compiler.get(mlstm.step_, STEP, large, release_gil=release_gil, threads=1, eps=1e-6)
+        kernel(list(large))
+        return lambda: kernel(list(large))
 
     for release_gil in (True, False):
-        ticks(release_gil)
+        call(release_gil)
     assert len(kept(store)) == 2
     compiler.clear()
-    released, held = ticks(True), ticks(False)
+    released, held = call(True), call(False)
     assert len(compiles) == 2  # both were found in the store
-    assert held <= 5
-    assert released > 2 * held
-    assert released >= 10
+    # Medians: the machine may stop either thread for as long as a call takes, now and then.
+    pauses = [(longest_pause(released), longest_pause(held)) for _ in range(9)]
+    while_released, while_held = (statistics.median(shares) for shares in zip(*pauses, strict=True))
+    assert while_held > 0.7
+    assert while_released < 0.5
