@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
 import torch_xlstm_ops
 from torch_xlstm_ops.cli.commands import cache, check, generate, info, kernels, run, tune
@@ -94,12 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of stdout left
-        _discard_output()
+        _discard_output(sys.stdout)
         return 1
     except OSError as error:
         if given[:1] == ["run"]:  # the script's own
             raise
-        _discard_output()
+        _discard_output(sys.stdout)
         where = "the output" if error.filename is None else error.filename
         return _fail(f"could not read or write {where}: {error.strerror or error}", 1)
 
@@ -116,8 +116,10 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    with suppress(OSError):
+    try:
         print(f"xlstm-ops: error: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard_output(sys.stderr)
     return status
 
 
@@ -128,7 +130,7 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
-def _discard_output() -> None:
-    """Drop what is buffered and could not be written, which the interpreter would write at exit."""
+def _discard_output(stream: TextIO) -> None:
+    """Drop what is buffered and could not be written: the interpreter would write it at exit, and end with 120."""
     with suppress(OSError, ValueError):  # ValueError: a stream without a file, as in tests
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
