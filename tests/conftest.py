@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from tests import branches
+from tests.forked import forked as forked
 from tests.ray_cluster import ray_cluster as ray_cluster
 
 hypothesis.settings.register_profile("quick", max_examples=10, deadline=None, derandomize=True)

@@ -1,11 +1,8 @@
-"""Each example of the documents runs as it stands, in a process of its own, and its figures are right."""
+"""Each example of the documents runs as it stands, in a process that has torch alone, and its figures are right."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,13 +19,11 @@ NEAR = 1e-3  # for logits in float32
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_runs(path, tmp_path):
+def test_an_example_runs(path, forked, tmp_path):
     for package in NEEDS.get(path.stem, "torch").split():
         if find_spec(package) is None:
             pytest.skip(f"needs the package {package}")
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[2])}
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=500, cwd=tmp_path,
-                          env=environment)
+    done = forked.run(path, folder=tmp_path, seconds=500)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     for difference in re.findall(r"largest difference.*: (\S+)", done.stdout):
