@@ -1,4 +1,4 @@
-"""Laws of a Ray that we start: it listens on the loopback alone, asks for a token, and leaves nothing behind."""
+"""Laws of a Ray that we start: it listens on the loopback alone, asks for a token, leaves nothing, may lose its GCS."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -38,6 +40,83 @@ if sys.argv[1] == "close":
     left = {name for name in os.environ if name.startswith(("RAY_AUTH", "RAY_ENABLE_WINDOWS"))}
     Path("left").write_text(repr((left, os.listdir(os.environ["RAY_TMPDIR"]))))
 """
+
+END_SECONDS = 30  # after which Ray ends processes that lost their GCS, by default 60
+WITHOUT_GCS = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import torch
+from tests import oracle
+from tests.processes import marked
+from torch_xlstm_ops import mlstm_chunkwise
+from torch_xlstm_ops.schedules.ray import actor_pool, cluster, gcs_watch
+
+torch.set_num_threads(1)
+args = oracle.draw(oracle.Sizes(S=40))
+def call():
+    return mlstm_chunkwise(*args, chunk_size=16, schedule="ray")[0]
+
+wanted = call()
+(gcs,) = [p for p in marked(sys.argv[2]) if b"/gcs_server" in Path(f"/proc/{p}/cmdline").read_bytes().split(b"\\0")[0]]
+lost = cluster.watch()
+os.kill(gcs, signal.SIGKILL)
+began = time.monotonic()
+with lost.call():  # until it ends the process stays connected, and no call can connect anew
+    while True:
+        try:
+            call()
+        except RuntimeError as error:
+            assert "Ray's GCS at" in str(error), error
+            break
+        assert time.monotonic() - began < 15
+        time.sleep(0.05)
+assert time.monotonic() - began < 15
+print("told after", time.monotonic() - began, flush=True)
+while cluster.watch() is lost:  # a call hears of the loss until the process has disconnected
+    try:
+        assert torch.equal(call(), wanted)
+    except RuntimeError as error:
+        assert "Ray's GCS at" in str(error), error
+    assert time.monotonic() - began < 60
+time.sleep(float(sys.argv[1]))  # Ray would have ended this process
+assert torch.equal(call(), wanted)
+actor_pool.close()
+assert not [t for t in threading.enumerate() if t.name == gcs_watch.NAME]
+print("right", flush=True)
+"""
+
+
+class WithoutGcs(NamedTuple):
+    """A process whose Ray lost its GCS, and what it prints."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def without_gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WithoutGcs]:
+    """Start a process that outlives the time after which Ray would end it; meanwhile other tests run."""
+    mark, folder = f"XLSTM_TEST_MARK={os.getpid()}-{time.time_ns()}", tmp_path_factory.mktemp("gcs")
+    environment = {**os.environ, **dict([mark.split("=")]), "PYTHONPATH": str(Path(__file__).parents[1]),
+                   "XLSTM_OPS_WORKERS": "1", "OMP_NUM_THREADS": "1",
+                   "RAY_gcs_rpc_server_reconnect_timeout_s": str(END_SECONDS)}
+    environment.pop("RAY_ADDRESS", None)
+    with open(folder / "output", "w") as output:
+        process = subprocess.Popen([sys.executable, "-c", WITHOUT_GCS, str(END_SECONDS + 10), mark], cwd=folder,
+                                   env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield WithoutGcs(process, folder / "output")
+    finally:
+        process.kill()
+        process.wait(60)
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_gcs_that_dies_is_an_error_in_time(without_gcs):
+    process, output = without_gcs
+    wait_for(lambda: "told after" in output.read_text() or process.poll() is not None, 300)
+    assert "told after" in output.read_text(), output.read_text()
 
 
 def listening(pids: list[int]) -> list[str]:
@@ -89,6 +168,13 @@ def test_it_is_on_the_loopback_behind_a_token_and_leaves_nothing(end, tmp_path):
         for pid in marked(mark):
             os.kill(pid, signal.SIGKILL)
         subprocess.run(["rm", "-rf", str(temporary)], check=True)
+
+
+def test_a_process_outlives_its_gcs_and_connects_anew(without_gcs):
+    process, output = without_gcs
+    process.wait(400)
+    assert process.returncode == 0, output.read_text()
+    assert output.read_text().splitlines()[-1] == "right"
 
 
 def wait_for(law: object, seconds: float) -> None:
