@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from tests.oracle import Sizes, draw
 from tests.test_house import MODULES
 from torch_xlstm_ops import config, mlstm_chunkwise
 from torch_xlstm_ops.config import tuned_plans
@@ -154,7 +155,7 @@ def test_every_exemption_is_needed():
 
 
 def test_reset_clears_caches_pools_and_warnings_and_calls_work_after_it():
-    args = [torch.randn(1, 2, 20, 4) for _ in range(3)] + [torch.randn(1, 2, 20) for _ in range(2)]
+    args = draw(Sizes(S=20), state=False)
     expected, _ = mlstm_chunkwise(*args, chunk_size=16, schedule="queued")
     tuned_plans.entries(tuned_plans.default_file())
     with warnings.catch_warnings(record=True) as told:
