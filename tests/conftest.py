@@ -54,8 +54,8 @@ atexit.register(remove_folders)
 LONGEST = (
     "test_kernels", "test_laws_values", "test_mlstm_ops", "test_backend_transformers", "test_ray", "test_backend_peers",
     "test_parallel", "test_derivatives", "test_backend", "test_run", "test_patch_branches", "test_patch_transformers",
-    "test_queued", "test_slstm", "test_memory", "test_examples", "test_cli_output", "test_interrupts", "test_check",
-    "test_torch_internals", "test_forks",
+    "test_queued", "test_slstm", "test_memory", "test_examples", "test_interrupts", "test_check", "test_ray_private",
+    "test_torch_internals", "test_no_compiler", "test_forks", "test_kernel_store", "test_cli_output",
 )
 
 

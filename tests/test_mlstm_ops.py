@@ -42,7 +42,7 @@ def test_chunkwise_equals_recurrence(S, state):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t not in (torch.float16, torch.float64)), ids=str)
+@pytest.mark.parametrize("dtype", tail(DTYPES, lambda t: t == torch.float32), ids=str)
 def test_chunkwise_equals_recurrence_in_each_dtype(dtype):
     args = draw(Sizes(S=100), dtype, gates=torch.float32 if dtype == torch.float16 else None)
     h, *state = results = flat(mlstm_chunkwise(*args, chunk_size=L))

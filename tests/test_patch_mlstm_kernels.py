@@ -98,6 +98,7 @@ def gradients(module: Any, args: list[Tensor]) -> list[Tensor]:
     return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
+@pytest.mark.slow  # its gradients in float64 are compiled for it alone
 def test_gradients_include_the_normalisers_unless_compat() -> None:
     args = draw(Sizes(S=16), torch.float64, state=False)
     right = gradients(backend(mode="train", chunkwise_kernel="chunkwise--native_autograd"), args)
@@ -152,7 +153,7 @@ def test_sigmoid_gated_backends_equal_their_unpatched_selves(kernel: str) -> Non
         assert torch.equal(run(module, args), theirs)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", tail([True, False]))
 def test_sigmoid_gated_backends_go_on_from_their_state(normalize: bool) -> None:
     args = draw(Sizes(S=33), state=False)
     with patch("mlstm_kernels"):

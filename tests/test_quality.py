@@ -123,7 +123,7 @@ def test_a_way_that_is_not_there_is_named_in_the_report(monkeypatch: pytest.Monk
     assert f"transformers is left out: {why}." in "\n".join(report.mqar({"models": {"mlstm": found}})).splitlines()
 
 
-@pytest.mark.parametrize("name", mqar.MODELS)
+@pytest.mark.parametrize("name", tail(mqar.MODELS, lambda name: name == "slstm"))
 def test_trained_weights_are_small_and_recall(name: str) -> None:
     from safetensors.torch import load_file
 

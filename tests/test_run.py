@@ -66,7 +66,7 @@ def test_its_end_is_its_own(tmp_path: Path, end: str, status: int) -> None:
 
 
 @pytest.mark.parametrize(("value", "patched"), tail([("auto", True), ("flashrnn", False), ("transformers", True),
-                                                      ("", False)], 2))
+                                                      ("", False)]))
 def test_the_environment_alone_patches_a_program_that_imports_us(tmp_path: Path, value: str, patched: bool) -> None:
     pytest.importorskip("transformers")
     program = """
