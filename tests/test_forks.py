@@ -57,6 +57,16 @@ assert in_child(child) == 0
 assert torch.get_num_threads() == 2
 same(call(), wanted[0])
 """
+COMPILES_TOO = START + """
+from torch_xlstm_ops import mlstm_step
+
+def step(D):
+    one = torch.ones(1, 1, D)
+    return mlstm_step(one, one, one, one[..., :1], one[..., :1], torch.zeros(1, 1, D, D), 0 * one, one[..., :1])[0]
+
+step(8)
+assert in_child(lambda: step(12)) == 0  # whose kernel is nowhere yet
+"""
 AFTER_IMPORT = START + """
 def child():
     assert torch.get_num_threads() == 2  # importing the package has changed nothing
@@ -129,9 +139,9 @@ assert not folder.exists()
 """
 
 
-def finish(code: str, tmp_path: Path) -> None:
+def finish(code: str, tmp_path: Path, **environment: str) -> None:
     """Run a program in a session of its own; end it, and all that it forked, if it does not end in time."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
     with open(tmp_path / "output", "w+") as output:
         process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
@@ -148,6 +158,11 @@ def finish(code: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_child_computes_what_its_parent_did(tmp_path: Path) -> None:
     finish(AFTER_THE_PARENT, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_child_compiles_as_its_parent_did(tmp_path: Path) -> None:
+    finish(COMPILES_TOO, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), XLSTM_OPS_KERNELS="off")
 
 
 @pytest.mark.slow

@@ -227,6 +227,7 @@ def _noted() -> Iterator[None]:
 def _in_child() -> None:
     """In a forked child: a compilation of another thread left locks of Python's imports and of torch held for ever."""
     global _compiling_thread, _forked_from_compiling
+    torch_internals.forget_compile_threads()
     if _compiling_thread not in (None, threading.get_ident()):
         _compiling_thread, _forked_from_compiling = None, True
 

@@ -12,6 +12,7 @@ from torch_xlstm_ops.runtime.torch_internals.compile import (
     Raw,
     compile_raw,
     compiler_missing,
+    forget_compile_threads,
     reduction_choices,
     supported_options,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "compile_raw",
     "compiler_missing",
     "copy_all",
+    "forget_compile_threads",
     "forward_mode",
     "frame",
     "functional_mode",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -196,3 +197,16 @@ def compiler_missing() -> str | None:
     except (RuntimeError, OSError) as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return None
+
+
+def _keep_threads() -> None:
+    pass
+
+
+@need(_keep_threads, where=("torch._inductor.async_compile.AsyncCompile.pool",),
+      without="a forked child that compiles may wait for threads of its parent, for ever")
+def forget_compile_threads() -> None:
+    """In a forked child, have Inductor start threads of its own: those of the parent are not there."""
+    loaded = sys.modules.get("torch._inductor.async_compile")
+    if loaded is not None:
+        loaded.AsyncCompile.pool.cache_clear()
