@@ -37,6 +37,9 @@ SHOWN = (
           "mLSTM training, 2,048 tokens, bfloat16, idle GPU"),
     Shown("slstm", "cuda", "forward + backward (8, 4, 64)", "sLSTM training, 1,024 tokens, bfloat16"),
     Shown("model", "cuda", "prefill, patched", "transformers model, prompt of 63 tokens, patched"),
+    Shown("model", "cuda.h200", "decode, patched", "transformers model, a token, patched"),
+    Shown("model", "cuda.h200", "decode, patched, not compiled, against eager",
+          "4 blocks of xLSTM-7B, a token, patched"),
 )
 
 

@@ -37,17 +37,20 @@ def _read(name: str) -> Any:
 
 
 def workers() -> str:
-    """Return the table of a prompt read by workers on GPUs."""
-    found = _read("workers/4-h200.json")
+    """Return the tables of a prompt read by workers on GPUs, one for each number of them."""
+    return "\n".join(_workers(count, _read(f"workers/{count}-h200.json")) for count in (2, 4))
+
+
+def _workers(count: int, found: Mapping[str, Any]) -> str:
     rows = []
     for case in found["rows"]:
         if case["phase"] != "speed":
             continue
         seconds, speedup = case["seconds"], case["speedup"]
         rows.append((f"{case['tokens']:,}", f"{seconds['one process']:.3f} s", *(
-            f"{seconds[way]:.3f} s, {speedup[way]:.2f} times as fast" for way in ("4 device", "4 host")
+            f"{seconds[way]:.3f} s, {speedup[way]:.2f} times as fast" for way in (f"{count} device", f"{count} host")
         )))
-    head = ("tokens", "one process", "4 workers, GPU to GPU", "4 workers, through the host")
+    head = ("tokens", "one process", f"{count} workers, GPU to GPU", f"{count} workers, through the host")
     machine = found["machine"]
     about = (f"{found['device']}; {found['date']}, commit {found['commit']}, torch {machine['torch'].split('+')[0]}, "
              f"Ray {machine['ray']}; {found['shape']['layers']} layers as xLSTM-7B's, {found['shape']['dtype']}.\n\n")
