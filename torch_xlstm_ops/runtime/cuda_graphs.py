@@ -125,7 +125,8 @@ class FixedGraph:
         self._key: Hashable = None
         self._calls: int | None = 0  # with this key; None: it cannot be recorded
         self._graph: _Graph | None = None
-        _fixed.add(self)
+        with _fixed_lock:
+            _fixed.add(self)
 
     def replay(self, compute: RawCompute, args: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """Return ``compute(args)`` by a graph, or None where there is none and none is to be recorded."""
