@@ -5,7 +5,7 @@
 
 Every contender is compared with the float64 recurrence before it is timed; one that is missing or wrong is reported
 with the reason. The others take turns call by call, so that other load of the machine affects all of them. On CUDA ours
-also runs without graphs and with the other product by R, to show the effect of each.
+also runs without graphs, with the other product by R, and parallel in time, to show the effect of each.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # 
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 SHAPES = {"cpu": ["4,4,64,256"], "cuda": ["8,4,64,1024", "8,4,128,1024", "8,3,256,1024", "1,4,64,1024"],
           "mps": ["8,4,64,1024"]}
-OURS = "ours"
+OURS, PARALLEL = "ours", "ours parallel in time"
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (B, S, 4, NH, DH), r, b -> h (B, S, NH, DH)
 
@@ -105,7 +105,7 @@ def contenders(device: torch.device) -> dict[str, Contender]:
         some |= {f"flashrnn {name}": Contender(flashrnn(name)) for name in ("cuda", "triton_fused")}
         some["ours without graphs"] = Contender(ours, lambda: operators_with(without))
         some["ours by matmul"] = Contender(ours, lambda: operators_with(by_matmul, fused_bytes=0))
-        some["ours parallel in time"] = Contender(partial(ours, schedule="parallel"))
+        some[PARALLEL] = Contender(partial(ours, schedule="parallel"))
     return {OURS: Contender(ours), **some}
 
 
@@ -200,8 +200,19 @@ def measure(
         "forward_ratio": ratios(forward_ms),
         "forward_backward_ratio": ratios(both_ms),
         "step_us": round(step_us(args, device), 1),
+        "parallel_in_time": reports(usable[PARALLEL], leaves, dh) if PARALLEL in usable else None,
         "no_part": {name: why for name, why in reasons.items() if why},
     }
+
+
+def reports(contender: Contender, leaves: Sequence[Tensor], dh: Tensor) -> dict[str, dict[str, float]]:
+    """Return the rounds, the estimated error and the windows that ran sequentially, forward and backward."""
+    inference(contender, leaves)
+    forward = sequence.parallel.report._asdict()
+    with contender.during():
+        h = contender.forward(*leaves)
+        torch.autograd.grad(h, leaves, dh)
+    return {"forward": forward, "backward": sequence.parallel.report._asdict()}
 
 
 def ratios(medians: dict[str, float]) -> dict[str, float]:
