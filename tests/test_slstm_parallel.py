@@ -116,6 +116,19 @@ def test_as_many_rounds_as_tokens_are_exact():
     assert parallel.report._replace(error=0.0, residual=0.0) == rounds.Report(10, 0.0, 0.0, 1, 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_rounds_that_change_nothing_leave_no_residual(dtype):
+    x, r, b, *state = draw(8, dtype)
+    parallel = solver(caller=compile_call)
+    parallel._known[dtype] = rounds.KnownRounds(10)
+    with torch.no_grad():
+        h, *_ = parallel.forward(x, r, b, state, None, 0.0)
+        assert parallel.report == rounds.Report(10, 0.0, 0.0, 1, 0)
+        parallel.backward(torch.ones_like(h), [torch.ones_like(t) for t in state], x, r, b, state, h, None, 0.0)
+    assert parallel.report == rounds.Report(10, 0.0, 0.0, 1, 0)
+
+
 def test_a_reset_may_be_at_every_token():
     args = draw(9)
     reset = torch.ones(3, 9, dtype=torch.bool)

@@ -13,7 +13,7 @@ from torch_xlstm_ops.maths.products import sum_over_terms
 from torch_xlstm_ops.maths.shapes import state_dtype
 from torch_xlstm_ops.maths.slstm.parallel import backward, backward_scan, forward, scan
 from torch_xlstm_ops.maths.slstm.parallel.axes import axes
-from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
+from torch_xlstm_ops.maths.slstm.parallel.certificate import judge, movement
 from torch_xlstm_ops.runtime import compiler
 
 Call = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -42,6 +42,7 @@ class Kernels(NamedTuple):
     walking: bool  # whether `emit` and `settle` are `emit_across` and `settle_across`
     emit: Call
     settle: Call
+    movement: Call
     judge: Call
     record: Call
     operand_gradients: Callable[[Tensor, Tensor, bool], Tensor]
@@ -49,7 +50,6 @@ class Kernels(NamedTuple):
     group_back: Call
     across_back: Call
     emit_back: Call
-    settle_back: Call
     enter: Call
     leave: Call
     weight_gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -76,7 +76,9 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
     def operand_gradients(dgates: Tensor, r: Tensor, early: bool) -> Tensor:
         return backward.operand_gradients(dgates, r, narrow if early else wide)
 
-    walking, dtype = x.device.type in WALKING, product_dtype(x)
+    walking = x.device.type in WALKING
+    # Only Metal rounds by a cast there and back; elsewhere h is rounded because it is stored.
+    dtype = product_dtype(x) if x.device.type == "mps" else x.dtype
     if walking:
         emit = caller(forward.emit_across, floor=floor, most=GROUP, dtype=dtype)
         settle = caller(forward.settle_across, floor=floor, most=GROUP)
@@ -86,6 +88,7 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
         products=products, operand_gradients=operand_gradients,
         summarize=caller(forward.summarize, floor=floor), group=_group(caller(scan.group, floor=floor)),
         across=_across(caller, floor, x.device.type), walking=walking, emit=emit, settle=settle,
+        movement=caller(movement),
         judge=caller(
             judge, unit=UNIT * torch.finfo(x.dtype).eps, noise=tolerance * NOISE[x.dtype] / TOLERANCE[x.dtype],
             tolerance=tolerance,
@@ -95,7 +98,6 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
         group_back=caller(backward_scan.group_back, floor=floor, masked=masked),
         across_back=caller(backward_scan.across_back, floor=floor, masked=masked),
         emit_back=caller(backward.emit_back, floor=floor, dtype=x.dtype),
-        settle_back=caller(backward.settle_back, floor=floor),
         enter=caller(backward.enter, masked=masked), leave=caller(backward.leave, masked=masked),
         weight_gradients=weight_gradients,
     )

@@ -70,12 +70,12 @@ def forward_window(
         if left > 1:
             h = kernels.emit([*args, *rest])[0]
             continue
-        if h is None:
-            h = torch.zeros_like(x[:, :, :, 0])
-        h, *after, change, size = kernels.settle([*args, cut(h), *rest])
+        before = torch.zeros_like(x[:, :, :, 0]) if h is None else h
+        h, *after = kernels.settle([*args, *rest])
+        change, size = kernels.movement([h, before, *mask, *after[4:]])
         moved.append(change)
     assert h is not None  # as there are two rounds
-    return h, *(t[(length - 1) // x.shape[1]] for t in after), *kernels.judge([moved[1], moved[0], size])
+    return h, *(t[(length - 1) // x.shape[1]] for t in after[:4]), *kernels.judge([moved[1], moved[0], size])
 
 
 def replay_window(
@@ -111,14 +111,11 @@ def backward_window(
         summary = kernels.summarize_back([dh, keep, add, o, c_all, n_all, *before[:2], *asked, *masks])
         after, first = _scan_back(kernels, summary, (dc, dn, w))
         args = [dh, *factors, *before[:2], *after]
-        if left > 1:
-            found = kernels.emit_back([*args, *asked, *masks])
-        else:
-            if not dgates.dim():
-                dgates = torch.zeros_like(x).transpose(3, 4).contiguous()
-            *found, change, size = kernels.settle_back([*args, dgates, *asked, *masks])
+        found = torch.stack(list(kernels.emit_back([*args, *asked, *masks])), 4)
+        if left <= 1:
+            change, size = kernels.movement([found, dgates if dgates.dim() else torch.zeros_like(found)])
             moved.append(change)
-        dgates = torch.stack(list(found), 4)
+        dgates = found
     judged = kernels.judge([moved[1], moved[0], size])
     dm = kernels.leave([*first, c, n])[0]
     dy = kernels.operand_gradients(dgates[:1, :1], r_back, False).flatten(0, 2).transpose(0, 1)

@@ -8,8 +8,9 @@ The gates of a token depend on R y of the token before. Given a guess of every y
     emit        the recurrence within each chunk, which gives every y                    (NC, L, G, NH, DH)
 
 These y are a better guess. The fixed point is the recurrence, for any first guess; after k rounds the first k tokens
-are exact. `settle` is a round that also measures how far y moved, and `certificate.judge` turns two such measurements
-into an estimate of the error. The gradient is the transposed linear system, solved by the same kind of rounds.
+are exact. `certificate.movement` measures how far a round moved y, and `certificate.judge` turns two such measurements
+into an estimate of the error. `settle` is a last round, which also gives the cells after it. The gradient is the
+transposed linear system, solved by the same kind of rounds.
 
 A window is x (NC, L, G, 4, NH, DH), time first, G rows; h (NC, L, G, NH, DH). A mask (NC, L, G), uint8, may mark a
 token as the first of a document (RESET) or as padding (PAD).

@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from torch_xlstm_ops.maths.slstm.parallel.backward import emit_back, enter, leave, record, settle_back
+from torch_xlstm_ops.maths.slstm.parallel.backward import emit_back, enter, leave, record
 from torch_xlstm_ops.maths.slstm.parallel.backward_scan import across_back, group_back, summarize_back
-from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
+from torch_xlstm_ops.maths.slstm.parallel.certificate import judge, movement
 from torch_xlstm_ops.maths.slstm.parallel.forward import emit, emit_across, settle, settle_across, summarize
 from torch_xlstm_ops.maths.slstm.parallel.scan import across, across_apart, group
 
 _WINDOW, _TOKENS, _CHUNKS, _CELLS = ("NC L G 4 NH DH", "4 NH DH", "G NH 4 DH"), "NC L G NH DH", "NC G NH DH", "G NH DH"
 _GROUPS, _SUMMARIES = "NC K G NH DH", "PARTS NC K G NH DH"
 AXES = {
-    summarize: _WINDOW, emit: (*_WINDOW, *[_CHUNKS] * 3), settle: (*_WINDOW, *[_CHUNKS] * 3, _TOKENS),
+    summarize: _WINDOW, emit: (*_WINDOW, *[_CHUNKS] * 3), settle: (*_WINDOW, *[_CHUNKS] * 3),
     judge: (_CHUNKS,) * 3, record: (*_WINDOW, *[_CHUNKS] * 3), summarize_back: (*[_TOKENS] * 6, *[_CHUNKS] * 2),
-    emit_back: (*[_TOKENS] * 8, *[_CHUNKS] * 5), settle_back: (*[_TOKENS] * 8, *[_CHUNKS] * 5, "NC L G NH 4 DH"),
+    emit_back: (*[_TOKENS] * 8, *[_CHUNKS] * 5),
     enter: (_CELLS,) * 5, leave: (_CELLS,) * 5, across: (_SUMMARIES, *[_CHUNKS] * 3),
     across_apart: (_SUMMARIES, *[_CHUNKS] * 3),
 }
@@ -34,6 +34,9 @@ def axes(fn: Callable[..., tuple[Tensor, ...]], args: Sequence[Tensor]) -> tuple
         return _SUMMARIES, *[_CHUNKS] * (len(args) - 1)
     if fn in (emit_across, settle_across):
         return _across_axes(args)
+    if fn is movement:
+        by_number = {3: "NC L G", 4: _CHUNKS, 5: _TOKENS, 6: "NC L G NH 4 DH"}
+        return tuple(by_number[t.dim()] for t in args)
     named = AXES[fn]
     return (*named, *(_OPTIONAL[t.dim()] for t in args[len(named):]))
 

@@ -34,26 +34,6 @@ def emit_back(
     return tuple(torch.stack([t.to(dtype) for t in each], 1) for each in zip(*reversed(found), strict=True))
 
 
-def settle_back(
-    dh: Tensor, keep: Tensor, add: Tensor, z: Tensor, o: Tensor, not_f: Tensor, c: Tensor, n: Tensor, c_before: Tensor,
-    n_before: Tensor, dc: Tensor, dn: Tensor, w: Tensor, dgates: Tensor, *rest: Tensor, floor: float,
-) -> tuple[Tensor, ...]:
-    """Run `emit_back`, and tell how far the gradients moved and their size, as `settle` does.
-
-    dgates: those of the round before, (NC, L, G, NH, 4, DH).
-    """
-    factors = Factors(keep, add, z, o, not_f, c, n)
-    moved = squares = torch.zeros_like(dc)
-    stored = []
-    for t, gates in _gates(dh, factors, (c_before, n_before), (dc, dn, w), rest, floor):
-        stored.append([value.to(dgates.dtype) for value in gates])
-        for gate, value in enumerate(stored[-1]):
-            now, before = value.to(moved.dtype), dgates[:, t, :, :, gate].to(moved.dtype)
-            by = torch.where((now == before) | (now.isnan() & before.isnan()), 0.0, now - before)
-            moved, squares = moved + by * by, squares + torch.where(now.isnan(), 0.0, now * now)
-    return *(torch.stack(each, 1) for each in zip(*reversed(stored), strict=True)), moved, squares
-
-
 def _gates(
     dh: Tensor, factors: Factors, before: Sequence[Tensor], after: Sequence[Tensor], rest: Sequence[Tensor],
     floor: float,

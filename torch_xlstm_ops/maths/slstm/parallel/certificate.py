@@ -1,4 +1,4 @@
-"""An estimate of the error of a window, from how far its last two rounds moved y."""
+"""An estimate of the error of a window, from how far its last two rounds moved y or the gradients of the gates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,27 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.maths.decay import NEG_INF
+from torch_xlstm_ops.maths.shapes import state_dtype
+from torch_xlstm_ops.maths.slstm.parallel.window import PAD
+
+
+def movement(found: Tensor, before: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far a round moved what it found, and the size of that, as sums of squares over each chunk.
+
+    found, before: what the last round stored and what the one before it did, (NC, L, G, NH, DH), or of four gates
+    (NC, L, G, NH, 4, DH). rest, told apart by the number of axes: a mask (NC, L, G), whose padding does not count, and
+    `doubt` as `settle` returns it (NC, G, NH, DH), which is added. Returns (NC, G, NH, DH) each, wide.
+    This is compiled for itself: within the round, Inductor would compare with what is not yet rounded.
+    """
+    wide, by_axes = state_dtype(found.dtype), {t.dim(): t for t in rest}
+    now, then = found.to(wide), before.to(wide)
+    change = torch.where((now == then) | (now.isnan() & then.isnan()), 0.0, now - then)
+    size = torch.where(now.isnan(), 0.0, now)
+    if 3 in by_axes:
+        pad = (by_axes[3] == PAD)[..., None, None]
+        change, size = torch.where(pad, 0.0, change), torch.where(pad, 0.0, size)
+    moved, squares = (t.square().sum((1, 4) if t.dim() == 6 else 1) for t in (change, size))
+    return moved + by_axes[4] if 4 in by_axes else moved, squares
 
 
 def judge(

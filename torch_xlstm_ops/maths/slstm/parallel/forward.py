@@ -65,31 +65,23 @@ def emit(
 
 
 def settle(
-    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, h: Tensor, *rest: Tensor, floor: float
+    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float
 ) -> tuple[Tensor, ...]:
-    """Run `emit`, and tell what a last round has to: return h, and (NC, G, NH, DH), wide, y, c, n, m, change, size.
+    """Run `emit` as a last round; return h in x's dtype, and (NC, G, NH, DH), wide, y, c, n, m after each chunk.
 
-    h: that of the round before. y, c, n, m: after each chunk. change: the sum over the chunk of the squares of what h
-    moved by. size: that of its squares.
+    With a floor also return doubt: infinite for a cell that the summary does not describe, so that no certificate may
+    be given, else 0.
     """
     window, found_h = Window.of(x, b, start, rest), []
-    moved = squares = y = torch.zeros_like(c)
+    doubt = y = torch.zeros_like(c)
     for t, step in enumerate(walk(window, (c, n, m), floor)):
-        stored = step.y.to(x.dtype)
-        found, before = stored.to(moved.dtype), h[:, t].to(moved.dtype)
-        same = (found == before) | (found.isnan() & before.isnan())
-        by = torch.where(same, 0.0, found - before)
-        if floor:  # the summary does not describe such a cell, so no certificate may be given
-            by = torch.where((step.igate == NEG_INF) & ((step.n_before == 0) | (step.keep == 0)), -NEG_INF, by)
-        square = torch.where(found.isnan(), 0.0, found * found)
-        y_new = step.y
+        y_new, doubtful = step.y, (step.igate == NEG_INF) & ((step.n_before == 0) | (step.keep == 0))
         if window.mask is not None:
             pad = is_(window.mask, t, PAD)
-            by, square = torch.where(pad, 0.0, by), torch.where(pad, 0.0, square)
-            y_new = torch.where(pad, y, step.y)
-        moved, squares, y = moved + by * by, squares + square, y_new
-        found_h.append(stored)
-    return torch.stack(found_h, 1), y, step.c, step.n, step.m, moved, squares
+            y_new, doubtful = torch.where(pad, y, step.y), doubtful & ~pad
+        y, doubt = y_new, torch.where(doubtful, -NEG_INF, doubt)
+        found_h.append(step.y.to(x.dtype))
+    return torch.stack(found_h, 1), y, step.c, step.n, step.m, *((doubt,) if floor else ())
 
 
 def emit_across(
@@ -102,29 +94,25 @@ def emit_across(
     x (N, K, L, G, 4, NH, DH); rest, told apart by the number of axes: groups as of `before_chunks` (5), products
     (NH, N, K, L, G, 4, DH), mask (N, K, L, G).
     """
-    args, _ = _by_chunk(x, b, start, (c, n, m), chunks, rest, most, floor)
-    return emit(*args, floor=floor, dtype=dtype)
+    return emit(*_by_chunk(x, b, start, (c, n, m), chunks, rest, most, floor), floor=floor, dtype=dtype)
 
 
 def settle_across(
     x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, chunks: Tensor, *rest: Tensor, floor: float,
     most: int,
 ) -> tuple[Tensor, ...]:
-    """Run `settle` with arguments as of `emit_across`, and h of the round before, (N, K, L, G, NH, DH), among rest."""
-    args, h = _by_chunk(x, b, start, (c, n, m), chunks, rest, most, floor)
-    return settle(*args[:6], *h, *args[6:], floor=floor)
+    """Run `settle` with arguments as of `emit_across`."""
+    return settle(*_by_chunk(x, b, start, (c, n, m), chunks, rest, most, floor), floor=floor)
 
 
 def _by_chunk(
     x: Tensor, b: Tensor, start: Tensor, cells: Cells, chunks: Tensor, rest: Sequence[Tensor], most: int, floor: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the arguments of `emit`, and h if it is there, with one axis for all chunks."""
+) -> list[Tensor]:
+    """Return the arguments of `emit`, with one axis for all chunks."""
     by_axes = {t.dim(): t for t in rest}
     states = before_chunks(chunks, by_axes.get(5), cells, most, floor)
-    mask, h, products = (
-        [by_axes[axes].flatten(at, at + 1)] if axes in by_axes else [] for axes, at in ((4, 0), (6, 0), (7, 1))
-    )
-    return [x.flatten(0, 1), b, start, *states, *products, *mask], h
+    products, mask = ([by_axes[axes].flatten(at, at + 1)] if axes in by_axes else [] for axes, at in ((7, 1), (4, 0)))
+    return [x.flatten(0, 1), b, start, *states, *products, *mask]
 
 
 def products(h: Tensor, r: Tensor, out: torch.dtype) -> Tensor:
