@@ -81,9 +81,9 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
     dtype = product_dtype(x) if x.device.type == "mps" else x.dtype
     if walking:
         emit = caller(forward.emit_across, floor=floor, most=GROUP, dtype=dtype)
-        settle = caller(forward.settle_across, floor=floor, most=GROUP)
+        settle = caller(forward.settle_across, floor=floor, most=GROUP, dtype=dtype)
     else:
-        emit, settle = caller(forward.emit, floor=floor, dtype=dtype), caller(forward.settle, floor=floor)
+        emit, settle = (caller(fn, floor=floor, dtype=dtype) for fn in (forward.emit, forward.settle))
     return Kernels(
         products=products, operand_gradients=operand_gradients,
         summarize=caller(forward.summarize, floor=floor), group=_group(caller(scan.group, floor=floor)),

@@ -75,7 +75,8 @@ def forward_window(
         change, size = kernels.movement([h, before, *mask, *after[4:]])
         moved.append(change)
     assert h is not None  # as there are two rounds
-    return h, *(t[(length - 1) // x.shape[1]] for t in after[:4]), *kernels.judge([moved[1], moved[0], size])
+    last = (length - 1) // x.shape[1]
+    return h.to(x.dtype), *(t[last] for t in after[:4]), *kernels.judge([moved[1], moved[0], size])
 
 
 def replay_window(

@@ -65,9 +65,10 @@ def emit(
 
 
 def settle(
-    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float
+    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Run `emit` as a last round; return h in x's dtype, and (NC, G, NH, DH), wide, y, c, n, m after each chunk.
+    """Run `emit` as a last round; return h, and (NC, G, NH, DH), wide, y, c, n, m after each chunk.
 
     With a floor also return doubt: infinite for a cell that the summary does not describe, so that no certificate may
     be given, else 0.
@@ -80,7 +81,7 @@ def settle(
             pad = is_(window.mask, t, PAD)
             y_new, doubtful = torch.where(pad, y, step.y), doubtful & ~pad
         y, doubt = y_new, torch.where(doubtful, -NEG_INF, doubt)
-        found_h.append(step.y.to(x.dtype))
+        found_h.append(step.y.to(x.dtype).to(dtype))
     return torch.stack(found_h, 1), y, step.c, step.n, step.m, *((doubt,) if floor else ())
 
 
@@ -99,10 +100,10 @@ def emit_across(
 
 def settle_across(
     x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, chunks: Tensor, *rest: Tensor, floor: float,
-    most: int,
+    most: int, dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """Run `settle` with arguments as of `emit_across`."""
-    return settle(*_by_chunk(x, b, start, (c, n, m), chunks, rest, most, floor), floor=floor)
+    return settle(*_by_chunk(x, b, start, (c, n, m), chunks, rest, most, floor), floor=floor, dtype=dtype)
 
 
 def _by_chunk(
