@@ -23,7 +23,7 @@ def movement(found: Tensor, before: Tensor, *rest: Tensor) -> tuple[Tensor, Tens
     change = torch.where((now == then) | (now.isnan() & then.isnan()), 0.0, now - then)
     size = torch.where(now.isnan(), 0.0, now)
     if 3 in by_axes:
-        pad = (by_axes[3] == PAD)[..., None, None]
+        pad = (by_axes[3] == PAD).view(*by_axes[3].shape, *[1] * (now.dim() - 3))
         change, size = torch.where(pad, 0.0, change), torch.where(pad, 0.0, size)
     moved, squares = (t.square().sum((1, 4) if t.dim() == 6 else 1) for t in (change, size))
     return moved + by_axes[4] if 4 in by_axes else moved, squares
