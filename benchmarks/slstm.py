@@ -209,9 +209,7 @@ def reports(contender: Contender, leaves: Sequence[Tensor], dh: Tensor) -> dict[
     """Return the rounds, the estimated error and the windows that ran sequentially, forward and backward."""
     inference(contender, leaves)
     forward = sequence.parallel.report._asdict()
-    with contender.during():
-        h = contender.forward(*leaves)
-        torch.autograd.grad(h, leaves, dh)
+    training(contender, leaves, dh)
     return {"forward": forward, "backward": sequence.parallel.report._asdict()}
 
 

@@ -112,6 +112,7 @@ def _is_plain(x: Tensor) -> bool:
 def _observed(x: Tensor, state: Sequence[Tensor] = ()) -> bool:
     """Return whether a mode, a transform, a tracer or a global module hook observes the computation.
 
-    A mode for our operators sees that of a prompt: a compiled block calls it, where it computes a token's itself.
+    A compiled block calls the operator of a prompt, which a mode for our operators then sees; that of a token is part
+    of the block.
     """
     return torch_internals.watched(operators=bool(state) and x.shape[1] == 1) or torch_internals.global_hooks()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_xlstm_ops.runtime import compile_cache, devices, forks, interrupts, kernel_store, torch_internals
 from torch_xlstm_ops.runtime.bounded_cache import BoundedCache
 from torch_xlstm_ops.runtime.state import on_reset, warn_once
-from torch_xlstm_ops.runtime.uncompiled import SPAWN, advice, cause, uncompiled
+from torch_xlstm_ops.runtime.uncompiled import SPAWN, advice_for, cause, uncompiled
 from torch_xlstm_ops.runtime.uncompiled import PureFunction as PureFunction
 
 RawCallable = torch_internals.Raw
@@ -210,7 +210,7 @@ def _compile(
     found = attempt(compile_cache.unwritable())
     if isinstance(found, OSError):  # such as a full disk
         found = attempt(found)
-    return (uncompiled(fn, found, advice(found)), lambda sizes: True) if isinstance(found, BaseException) else found
+    return (uncompiled(fn, found, advice_for(found)), lambda sizes: True) if isinstance(found, BaseException) else found
 
 
 @contextmanager

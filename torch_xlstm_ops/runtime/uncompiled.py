@@ -34,7 +34,7 @@ def cause(error: BaseException) -> BaseException:
     return cause(inner) if isinstance(inner, BaseException) else error
 
 
-def advice(error: BaseException) -> str:
+def advice_for(error: BaseException) -> str:
     """Return what a user can do about an error of a compilation."""
     if isinstance(error, OSError):
         return ROOM

@@ -176,7 +176,7 @@ def _kind(what: str, x: Tensor, reset: Tensor | None, floor: float) -> tuple[obj
 
 def _tokens(t: Tensor, window: schedule.Window) -> Tensor:
     """Return a window of t (B, S, ...), time first."""
-    return (t[:, window.at] if t.shape[1] != window.length else t).transpose(0, 1)
+    return t[:, window.at].transpose(0, 1)
 
 
 def _chunks(t: Tensor, window: schedule.Window) -> Tensor:

@@ -58,7 +58,7 @@ def emit(
 ) -> tuple[Tensor]:
     """Return h (NC, L, G, NH, DH) by the recurrence within each chunk; c, n, m: before each, (NC, G, NH, DH).
 
-    It is rounded to x's dtype, and returned in a dtype, that of the next product.
+    It is rounded to x's dtype, and returned in a dtype.
     """
     steps = walk(Window.of(x, b, start, rest), (c, n, m), floor)
     return (torch.stack([step.y.to(x.dtype).to(dtype) for step in steps], 1),)
