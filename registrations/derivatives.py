@@ -7,6 +7,7 @@ any order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,18 +105,36 @@ def _recorded(backward: Backward) -> Callable[[Call, Sequence[Any], dict[str, An
             results = call(args, how)
             ctx.save_for_backward(*backward.save(args, results))
             ctx.how, ctx.given = how, [isinstance(t, Tensor) for t in args]
-            ctx.like = [t.detach() for t in results] if is_distributed(results[0]) else []
-            if ctx.like:  # autograd would fill in plain zeros
+            if type(results[0]) is Tensor or is_distributed(results[0]):  # else autograd fills in zeros of the type
                 ctx.set_materialize_grads(False)
+            ctx.results = [t.detach() if is_distributed(t) else (t.shape, t.dtype) for t in results]
             return results
 
         @staticmethod
         def backward(ctx: Any, *given: Any) -> Any:
-            if ctx.like:
-                given = tuple(
-                    torch.zeros_like(t) if g is None else g for g, t in zip(given, ctx.like, strict=True)
-                )
-            found = [*backward.gradients(*given, *ctx.saved_tensors, **ctx.how), None]  # a mask has none
+            saved = ctx.saved_tensors
+            found = [*backward.gradients(*_filled(given, ctx.results, saved[0]), *saved, **ctx.how), None]  # of a mask
             return None, None, *[g if there else None for g, there in zip(found, ctx.given, strict=False)]
 
     return lambda call, args, how: Recorded.apply(call, how, *args)  # type: ignore[no-untyped-call]
+
+
+_ALIGNED = 64  # elements, at a multiple of which each part of a tensor begins: kernels may rely on 16 bytes
+
+
+def _filled(given: Sequence[Tensor | None], results: Sequence[Any], like: Tensor) -> Sequence[Tensor]:
+    """Return gradients of results, with zeros in place of None, which one kernel fills for all of a dtype.
+
+    results: a distributed tensor each, or else the shape and dtype. like: on the device of the zeros.
+    """
+    filled = dict(enumerate(given))
+    missing = [at for at, gradient in filled.items() if gradient is None]
+    if missing and is_distributed(results[0]):
+        filled |= {at: torch.zeros_like(results[at]) for at in missing}
+        missing = []
+    for dtype in {results[at][1] for at in missing}:
+        shapes = {at: results[at][0] for at in missing if results[at][1] == dtype}
+        sizes = [-(-math.prod(shape) // _ALIGNED) * _ALIGNED for shape in shapes.values()]
+        parts = torch.split(like.new_zeros(sum(sizes), dtype=dtype), sizes)
+        filled |= {at: part[:math.prod(shapes[at])].view(shapes[at]) for at, part in zip(shapes, parts, strict=True)}
+    return [filled[at] for at in range(len(given))]  # type: ignore[misc]

@@ -10,7 +10,7 @@ import torch
 from tests import oracle
 from tests.parameters import tail
 from torch_xlstm_ops import config, mlstm_chunkwise, slstm_sequence
-from torch_xlstm_ops.runtime import compiler, state
+from torch_xlstm_ops.runtime import compiler, state, torch_internals
 
 
 def scale(x, y, *, factor):
@@ -139,3 +139,28 @@ def test_relaxed_arithmetic_of_mps_is_refused_with_a_warning(monkeypatch: pytest
     state._told.clear()
     monkeypatch.setenv("PYTORCH_MPS_FAST_MATH", "0")
     compiler._refuse_fast_math(torch.device("mps"))
+
+
+@pytest.mark.parametrize("joined", [3, 5])
+def test_tensors_are_joined_in_place_where_inductor_has_no_option_for_it(monkeypatch, joined):
+    from torch._inductor import config as inductor
+    from torch._inductor import ir, lowering
+
+    def join(x, y):
+        return (torch.stack([torch.exp(x) * k + y for k in range(joined)], 1),)
+
+    known, created, cat = inductor.get_config_copy(), [], torch.ops.aten.cat.default
+    known.pop("max_complex_pointwise_cat_inputs", None)
+    monkeypatch.setattr(inductor.__class__, "get_config_copy", lambda self: known)
+    create = ir.ConcatKernel.create
+    monkeypatch.setattr(ir.ConcatKernel, "create", lambda *args: created.append(len(args[0])) or create(*args))
+    def lower(tensors, dim=0):  # as Inductor does on CUDA with up to 8 tensors
+        return lowering.pointwise_cat(tensors, dim)
+
+    monkeypatch.setitem(lowering.lowerings, cat, lower)
+    args = draw(3, 4)
+    options = {"max_pointwise_cat_inputs": 3}
+    call, _ = torch_internals.compile_raw(join, [["G", "NC", "D"]] * 2, args, {}, options, {})
+    torch.testing.assert_close(call(list(args))[0], join(*args)[0])
+    assert created == [joined] * (joined > 3)
+    assert lowering.lowerings[cat] is lower

@@ -24,7 +24,7 @@ Caller = Callable[..., Call]  # from a function and its keywords
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 4e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
 UNIT = 0.72  # of a rounding step relative to what is rounded, on the average
 NOISE = {torch.float64: 5e-13, torch.float32: 3e-7, torch.bfloat16: 1.0e-3, torch.float16: 1.3e-4}
-UNROLLED = (
+_UNROLLED_ON_MPS = (
     forward.summarize, scan.group, scan.across_apart, forward.emit, forward.settle, forward.emit_across,
     forward.settle_across,
 )
@@ -49,7 +49,7 @@ class Kernels(NamedTuple):
     summarize_back: Call
     group_back: Call
     across_back: Call
-    emit_back: Call
+    emit_back: Callable[[list[Tensor]], Tensor]  # the gradients of the gates, joined
     enter: Call
     leave: Call
     weight_gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -58,11 +58,16 @@ class Kernels(NamedTuple):
 def compile_call(fn: compiler.PureFunction, **static: Any) -> Call:
     """Return what calls `fn` compiled for the arguments that it is given."""
     def call(args: list[Tensor]) -> Sequence[Tensor]:
-        # With a mask one kernel would have more buffers than Metal allows.
-        unrolled = fn in UNROLLED and not any(t.dtype == torch.uint8 for t in args)
-        return compiler.get(fn, axes(fn, args), args, unrolled=unrolled, **static)(args)
+        return compiler.get(fn, axes(fn, args), args, unrolled=_is_unrolled(fn, args), **static)(args)
 
     return call
+
+
+def _is_unrolled(fn: compiler.PureFunction, args: Sequence[Tensor]) -> bool:
+    """Return whether to compile a function as one kernel of many small steps."""
+    if args[0].device.type == "mps":  # where a kernel with a mask too would have more buffers than Metal allows
+        return fn in _UNROLLED_ON_MPS and not any(t.dtype == torch.uint8 for t in args)
+    return fn is not backward.join
 
 
 def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Caller = compile_call) -> Kernels:
@@ -97,7 +102,7 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
         summarize_back=caller(backward_scan.summarize_back, floor=floor),
         group_back=caller(backward_scan.group_back, floor=floor, masked=masked),
         across_back=caller(backward_scan.across_back, floor=floor, masked=masked),
-        emit_back=caller(backward.emit_back, floor=floor, dtype=x.dtype),
+        emit_back=_emit_back(caller, floor, x.dtype),
         enter=caller(backward.enter, masked=masked), leave=caller(backward.leave, masked=masked),
         weight_gradients=weight_gradients,
     )
@@ -126,6 +131,12 @@ def _group(call: Call) -> Callable[[Tensor], Tensor]:
         return out
 
     return run
+
+
+def _emit_back(caller: Caller, floor: float, dtype: torch.dtype) -> Callable[[list[Tensor]], Tensor]:
+    """Return `backward.emit_back` with the gradients of the gates as one tensor, (NC, L, G, NH, 4, DH)."""
+    emit, join = caller(backward.emit_back, floor=floor, dtype=dtype), caller(backward.join)
+    return lambda args: join([*emit(args)])[0]
 
 
 def weight_gradients(dgates: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:

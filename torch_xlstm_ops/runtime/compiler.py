@@ -43,10 +43,15 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
         "assert_indirect_indexing": False,  # an error is read from the device
     },
 }
-UNROLLED: dict[str, dict[str, Any]] = {"mps": {
-    "max_fusion_unique_io_buffers": None, "max_complex_pointwise_cat_inputs": 8, "realize_reads_threshold": 8,
-    "max_fusion_size": 512,  # a step is several nodes, and Inductor's limit of 64 would end the kernel early
-}}
+UNROLLED: dict[str, dict[str, Any]] = {
+    # Write each of more than 3 results that are joined to its place. A kernel that joins 4 to 8 of them would be a
+    # second one, which reads what the steps before the last left.
+    "cuda": {"max_pointwise_cat_inputs": 3, "max_complex_pointwise_cat_inputs": 3},
+    "mps": {
+        "max_fusion_unique_io_buffers": None, "max_complex_pointwise_cat_inputs": 8, "realize_reads_threshold": 8,
+        "max_fusion_size": 512,  # a step is several nodes, and Inductor's limit of 64 would end the kernel early
+    },
+}
 # Decompositions of operators that a compiled function may call: filled by registrations/.
 INLINED: dict[Any, PureFunction] = {}
 

@@ -80,12 +80,12 @@ class Parallel:
 
         def by_rounds(window: schedule.Window, state: _Results, k: int) -> tuple[_Results, Tensor]:
             def compute(ready: Sequence[Tensor]) -> _Results:
-                tokens, r, *rest = ready
+                x, r, *rest = ready
                 laid_out = slstm.weights(r, Product.MATMUL, dense)
-                h, *after = schedule.forward_window(found, k, window.length, _chunks(tokens, window), laid_out, *rest)
+                h, *after = schedule.forward_window(found, k, window.length, _chunks(x, window), laid_out, *rest)
                 return _batch_first(h, window), *(t.clone() for t in after[:4]), torch.stack(after[4:])
 
-            args = [_tokens(x, window), r, b, *state, *_mask(x, reset, window, limits)[:1]]
+            args = [x[:, window.at], r, b, *state, *_mask(x, reset, window, limits)[:1]]
             *results, flags = self._graphs.run(("forward", floor, k, window.length), compute, args)
             return tuple(results), flags
 
@@ -117,10 +117,11 @@ class Parallel:
                     slstm.weights(r, Product.MATMUL, dense), slstm.weights_backward(r, Product.MATMUL, dense), *rest,
                 )
                 dx = dgates[: window.length].permute(1, 0, 3, 2, 4).contiguous()
-                return dx, dr.to(dy.dtype), db, *(t.clone() for t in before), torch.stack([error, residual])
+                weights = [dr.to(r.dtype), db.to(b.dtype)] if len(order) == 1 else [dr.to(dy.dtype), db]
+                return dx, *weights, *(t.clone() for t in before), torch.stack([error, residual])
 
             args = [
-                _tokens(dh, window), *dstate, _tokens(x, window), _tokens(h, window), r, b, *states[window.start],
+                dh[:, window.at], *dstate, x[:, window.at], h[:, window.at], r, b, *states[window.start],
                 *_mask(x, reset, window, limits),
             ]
             *results, flags = self._graphs.run(("backward", floor, k, window.length), compute, args)
@@ -162,7 +163,7 @@ class Parallel:
                 laid_out = slstm.weights(r, Product.MATMUL, product_dtype(x))
                 return schedule.replay_window(found, _chunks(x, window), _chunks(h, window), laid_out, *rest)
 
-            args = [_tokens(x, window), _tokens(h, window), r, b, *cells, *mask]
+            args = [x[:, window.at], h[:, window.at], r, b, *cells, *mask]
             cells = self._graphs.run(("replay", floor, window.length), compute, args)
             cells = (h[:, after.start - 1].contiguous(), *cells)
             states[after.start] = cells
@@ -174,16 +175,12 @@ def _kind(what: str, x: Tensor, reset: Tensor | None, floor: float) -> tuple[obj
     return what, x.device, x.shape[0], x.shape[3:], reset is None, floor
 
 
-def _tokens(t: Tensor, window: schedule.Window) -> Tensor:
-    """Return a window of t (B, S, ...), time first."""
-    return t[:, window.at].transpose(0, 1)
-
-
 def _chunks(t: Tensor, window: schedule.Window) -> Tensor:
-    """Return a window (T, B, ...) in chunks (NC, L, B, ...), the last ones padded by zeros."""
+    """Return a window (B, T, ...) in chunks (NC, L, B, ...), contiguous, the last ones padded by zeros."""
     beyond = window.chunks * CHUNK - window.length
-    padded = F.pad(t, (*(0, 0) * (t.dim() - 1), 0, beyond)) if beyond else t
-    return torch.unflatten(padded, 0, (window.chunks, CHUNK))
+    tokens = t.transpose(0, 1)
+    padded = F.pad(tokens, (*(0, 0) * (t.dim() - 1), 0, beyond)) if beyond else tokens
+    return torch.unflatten(padded.contiguous(), 0, (window.chunks, CHUNK))
 
 
 def _batch_first(t: Tensor, window: schedule.Window) -> Tensor:
@@ -212,5 +209,5 @@ def _part(reset: Tensor | None, window: schedule.Window) -> Tensor | None:
 
 
 def _with_last(dh: Tensor, dy: Tensor) -> Tensor:
-    """Return dh (T, B, NH, DH), wide, with dy added to its last token's."""
-    return torch.cat([dh[:-1].to(dy.dtype), (dh[-1] + dy)[None]])
+    """Return dh (B, T, NH, DH), wide, with dy added to its last token's."""
+    return torch.cat([dh[:, :-1].to(dy.dtype), (dh[:, -1] + dy)[:, None]], 1)

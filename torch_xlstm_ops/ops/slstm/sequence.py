@@ -67,15 +67,15 @@ def run_backward(*tensors: Any, floor: float = 0.0, schedule: str | None = None)
     reset = mask[0] if mask else None
     chosen = _choose(x, schedule)
     with devices.submission(x.device):
-        dstate = [t.clone(memory_format=torch.contiguous_format) for t in given]
         if x.numel() == 0:
-            return *[torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, r, b)], *dstate
+            zeros = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, r, b)]
+            return *zeros, *(t.clone(memory_format=torch.contiguous_format) for t in given)
         state = _initial_state(x, before)
         backward = _backward if chosen is SLSTMSchedule.SEQUENTIAL else parallel.backward
         if not trace.active():
-            return backward(dh, dstate, x, r, b, state, h, reset, floor)
+            return backward(dh, given, x, r, b, state, h, reset, floor)
         with trace.span(OP, schedule=str(chosen), phase="backward", device=x.device) as span:
-            found = backward(dh, dstate, x, r, b, state, h, reset, floor)
+            found = backward(dh, given, x, r, b, state, h, reset, floor)
             _note_rounds(span, chosen)
             return found
 
@@ -136,9 +136,10 @@ def _forward(x: Tensor, r: Tensor, b: Tensor, state: list[Tensor], reset: Tensor
 
 
 def _backward(
-    dh: Tensor, dstate: list[Tensor], x: Tensor, r: Tensor, b: Tensor, state: list[Tensor], h: Tensor,
+    dh: Tensor, given: list[Tensor], x: Tensor, r: Tensor, b: Tensor, state: list[Tensor], h: Tensor,
     reset: Tensor | None, floor: float,
 ) -> Results:
+    dstate = [t.clone(memory_format=torch.contiguous_format) for t in given]
     product, dense = product_of(x, r), product_dtype(x)
     functions = kernels(x, product, reset is not None, floor)
     laid_out = slstm.weights_backward(r, product, block_dtype(x, product))

@@ -6,15 +6,12 @@ or changed (ImportError, AttributeError, TypeError), the function warns once, us
 """
 
 from torch_xlstm_ops.runtime.torch_internals.compile import (
-    PERSISTENT,
     Admits,
     Conditions,
     Raw,
     compile_raw,
     compiler_missing,
     forget_compile_threads,
-    reduction_choices,
-    supported_options,
 )
 from torch_xlstm_ops.runtime.torch_internals.decompositions import (
     functional_mode,
@@ -42,6 +39,12 @@ from torch_xlstm_ops.runtime.torch_internals.dynamo import (
 )
 from torch_xlstm_ops.runtime.torch_internals.generated import Generated, Kernel, put_together, taken_apart
 from torch_xlstm_ops.runtime.torch_internals.inductor_changes import inductor_changes
+from torch_xlstm_ops.runtime.torch_internals.inductor_choices import (
+    PERSISTENT,
+    joined_in_place,
+    reduction_choices,
+    supported_options,
+)
 from torch_xlstm_ops.runtime.torch_internals.modes import (
     OperatorMode,
     forward_mode,
@@ -82,6 +85,7 @@ __all__ = [
     "hooks",
     "inductor_changes",
     "inductor_options",
+    "joined_in_place",
     "keep_as_call",
     "like",
     "next_is_device",

@@ -112,7 +112,7 @@ def backward_window(
         summary = kernels.summarize_back([dh, keep, add, o, c_all, n_all, *before[:2], *asked, *masks])
         after, first = _scan_back(kernels, summary, (dc, dn, w))
         args = [dh, *factors, *before[:2], *after]
-        found = torch.stack(list(kernels.emit_back([*args, *asked, *masks])), 4)
+        found = kernels.emit_back([*args, *asked, *masks])
         if left <= 1:
             change, size = kernels.movement([found, dgates if dgates.dim() else torch.zeros_like(found)])
             moved.append(change)

@@ -147,4 +147,5 @@ def _try(
         state = job.carry(results)
         tried.append(results)
         judged.append(flags)
-    return tried, [(error, residual) for error, residual in torch.stack(judged).tolist()]
+    flags = torch.stack(judged) if len(judged) > 1 else judged[0][None]
+    return tried, [(error, residual) for error, residual in flags.tolist()]

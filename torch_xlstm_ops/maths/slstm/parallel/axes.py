@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from torch_xlstm_ops.maths.slstm.parallel.backward import emit_back, enter, leave, record
+from torch_xlstm_ops.maths.slstm.parallel.backward import emit_back, enter, join, leave, record
 from torch_xlstm_ops.maths.slstm.parallel.backward_scan import across_back, group_back, summarize_back
 from torch_xlstm_ops.maths.slstm.parallel.certificate import judge, movement
 from torch_xlstm_ops.maths.slstm.parallel.forward import emit, emit_across, settle, settle_across, summarize
@@ -17,7 +17,7 @@ _GROUPS, _SUMMARIES = "NC K G NH DH", "PARTS NC K G NH DH"
 AXES = {
     summarize: _WINDOW, emit: (*_WINDOW, *[_CHUNKS] * 3), settle: (*_WINDOW, *[_CHUNKS] * 3),
     judge: (_CHUNKS,) * 3, record: (*_WINDOW, *[_CHUNKS] * 3), summarize_back: (*[_TOKENS] * 6, *[_CHUNKS] * 2),
-    emit_back: (*[_TOKENS] * 8, *[_CHUNKS] * 5),
+    emit_back: (*[_TOKENS] * 8, *[_CHUNKS] * 5), join: (_TOKENS,) * 4,
     enter: (_CELLS,) * 5, leave: (_CELLS,) * 5, across: (_SUMMARIES, *[_CHUNKS] * 3),
     across_apart: (_SUMMARIES, *[_CHUNKS] * 3),
 }

@@ -34,6 +34,11 @@ def emit_back(
     return tuple(torch.stack([t.to(dtype) for t in each], 1) for each in zip(*reversed(found), strict=True))
 
 
+def join(i: Tensor, f: Tensor, z: Tensor, o: Tensor) -> tuple[Tensor]:
+    """Return the gradients of the gates (NC, L, G, NH, DH) as one tensor (NC, L, G, NH, 4, DH)."""
+    return (torch.stack([i, f, z, o], 4),)
+
+
 def _gates(
     dh: Tensor, factors: Factors, before: Sequence[Tensor], after: Sequence[Tensor], rest: Sequence[Tensor],
     floor: float,
