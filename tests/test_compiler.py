@@ -154,12 +154,13 @@ def test_tensors_are_joined_in_place_where_inductor_has_no_option_for_it(monkeyp
     monkeypatch.setattr(inductor.__class__, "get_config_copy", lambda self: known)
     create = ir.ConcatKernel.create
     monkeypatch.setattr(ir.ConcatKernel, "create", lambda *args: created.append(len(args[0])) or create(*args))
+
     def lower(tensors, dim=0):  # as Inductor does on CUDA with up to 8 tensors
         return lowering.pointwise_cat(tensors, dim)
 
     monkeypatch.setitem(lowering.lowerings, cat, lower)
     args = draw(3, 4)
-    options = {"max_pointwise_cat_inputs": 3}
+    options = {"max_pointwise_cat_inputs": 3, "fx_graph_cache": False}
     call, _ = torch_internals.compile_raw(join, [["G", "NC", "D"]] * 2, args, {}, options, {})
     torch.testing.assert_close(call(list(args))[0], join(*args)[0])
     assert created == [joined] * (joined > 3)

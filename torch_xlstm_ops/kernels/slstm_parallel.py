@@ -115,10 +115,10 @@ def _across(caller: Caller, floor: float, device: str) -> Call:
     one, several = (caller(scan.across_apart, floor=floor, ends=ends) for ends in (True, False))
 
     def run(args: list[Tensor]) -> Sequence[Tensor]:
-        if args[0].shape[1] > 1:
+        if args[0].shape[2] > 1:
             return several(args)
         states = one(args)
-        return *(s[:, :-1] for s in states), *(s[:, -1] for s in states)
+        return *(s[:, :, :-1].contiguous() for s in states), *(s[:, :, -1].contiguous() for s in states)
 
     return run
 
@@ -126,7 +126,7 @@ def _across(caller: Caller, floor: float, device: str) -> Call:
 def _group(call: Call) -> Callable[[Tensor], Tensor]:
     """Return `scan.group` with its result as one tensor."""
     def run(summaries: Tensor) -> Tensor:
-        out = summaries.new_empty(summaries[:, :, 0].shape)
+        out = summaries.new_empty(summaries[:, :, :, 0].shape)
         call([summaries, *out.unbind()])
         return out
 
@@ -134,7 +134,7 @@ def _group(call: Call) -> Callable[[Tensor], Tensor]:
 
 
 def _emit_back(caller: Caller, floor: float, dtype: torch.dtype) -> Callable[[list[Tensor]], Tensor]:
-    """Return `backward.emit_back` with the gradients of the gates as one tensor, (NC, L, G, NH, 4, DH)."""
+    """Return `backward.emit_back` with the gradients of the gates as one tensor, (G, NC, L, NH, 4, DH)."""
     emit, join = caller(backward.emit_back, floor=floor, dtype=dtype), caller(backward.join)
     return lambda args: join([*emit(args)])[0]
 
@@ -142,9 +142,9 @@ def _emit_back(caller: Caller, floor: float, dtype: torch.dtype) -> Callable[[li
 def weight_gradients(dgates: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:
     """Return dr (4, NH, DH, DH) and db (4, NH, DH), sums over all tokens.
 
-    dgates: (T, G, NH, 4, DH); h_before: what R was multiplied with, (T, G, NH, DH).
+    dgates: (G, T, NH, 4, DH); h_before: what R was multiplied with, (G, T, NH, DH).
     """
-    T, G, NH, _, DH = dgates.shape
-    left, right = dgates.view(T * G, NH, 4 * DH).permute(1, 2, 0), h_before.reshape(T * G, NH, DH).transpose(0, 1)
+    G, T, NH, _, DH = dgates.shape
+    left, right = dgates.view(G * T, NH, 4 * DH).permute(1, 2, 0), h_before.reshape(G * T, NH, DH).transpose(0, 1)
     dr = sum_over_terms(left, right).view(NH, 4, DH, DH).transpose(0, 1)
     return dr, dgates.sum((0, 1), dtype=state_dtype(dgates.dtype)).transpose(0, 1)

@@ -83,7 +83,7 @@ class Parallel:
                 x, r, *rest = ready
                 laid_out = slstm.weights(r, Product.MATMUL, dense)
                 h, *after = schedule.forward_window(found, k, window.length, _chunks(x, window), laid_out, *rest)
-                return _batch_first(h, window), *(t.clone() for t in after[:4]), torch.stack(after[4:])
+                return _tokens(h, window), *(t.clone() for t in after[:4]), torch.stack(after[4:])
 
             args = [x[:, window.at], r, b, *state, *_mask(x, reset, window, limits)[:1]]
             *results, flags = self._graphs.run(("forward", floor, k, window.length), compute, args)
@@ -116,7 +116,7 @@ class Parallel:
                     found, k, _chunks(_with_last(dh, dy), window), dc, dn, dm, _chunks(x, window), _chunks(h, window),
                     slstm.weights(r, Product.MATMUL, dense), slstm.weights_backward(r, Product.MATMUL, dense), *rest,
                 )
-                dx = dgates[: window.length].permute(1, 0, 3, 2, 4).contiguous()
+                dx = dgates[:, : window.length].transpose(2, 3).contiguous()
                 weights = [dr.to(r.dtype), db.to(b.dtype)] if len(order) == 1 else [dr.to(dy.dtype), db]
                 return dx, *weights, *(t.clone() for t in before), torch.stack([error, residual])
 
@@ -176,16 +176,15 @@ def _kind(what: str, x: Tensor, reset: Tensor | None, floor: float) -> tuple[obj
 
 
 def _chunks(t: Tensor, window: schedule.Window) -> Tensor:
-    """Return a window (B, T, ...) in chunks (NC, L, B, ...), contiguous, the last ones padded by zeros."""
+    """Return a window (B, T, ...) in chunks (B, NC, L, ...), the last ones padded by zeros."""
     beyond = window.chunks * CHUNK - window.length
-    tokens = t.transpose(0, 1)
-    padded = F.pad(tokens, (*(0, 0) * (t.dim() - 1), 0, beyond)) if beyond else tokens
-    return torch.unflatten(padded.contiguous(), 0, (window.chunks, CHUNK))
+    padded = F.pad(t, (*(0, 0) * (t.dim() - 2), 0, beyond)) if beyond else t
+    return torch.unflatten(padded, 1, (window.chunks, CHUNK))
 
 
-def _batch_first(t: Tensor, window: schedule.Window) -> Tensor:
-    """Return what `_chunks` made of a window as (B, T, ...), contiguous."""
-    return t.flatten(0, 1)[: window.length].transpose(0, 1).contiguous()
+def _tokens(t: Tensor, window: schedule.Window) -> Tensor:
+    """Return a window in chunks (B, NC, L, ...) as (B, T, ...), contiguous."""
+    return t.flatten(1, 2)[:, : window.length].contiguous()
 
 
 def _masked(x: Tensor, reset: Tensor | None, limits: rounds.Limits) -> bool:
@@ -195,13 +194,13 @@ def _masked(x: Tensor, reset: Tensor | None, limits: rounds.Limits) -> bool:
 
 
 def _mask(x: Tensor, reset: Tensor | None, window: schedule.Window, limits: rounds.Limits) -> tuple[Tensor, ...]:
-    """Return the masks (NC, L, B) of a window's tokens and of those after each, or none where the call has none."""
+    """Return the masks (B, NC, L) of a window's tokens and of those after each, or none where the call has none."""
     if not _masked(x, reset, limits):
         return ()
-    mask = x.new_full((window.chunks * CHUNK + 1, x.shape[0]), codes.PAD, dtype=torch.uint8)
-    mask[: window.length] = codes.TOKEN if reset is None else reset[:, window.at].t().to(torch.uint8)
-    mask[-1] = codes.TOKEN
-    return tuple(torch.unflatten(part, 0, (window.chunks, CHUNK)) for part in (mask[:-1], mask[1:]))
+    mask = x.new_full((x.shape[0], window.chunks * CHUNK + 1), codes.PAD, dtype=torch.uint8)
+    mask[:, : window.length] = codes.TOKEN if reset is None else reset[:, window.at].to(torch.uint8)
+    mask[:, -1] = codes.TOKEN
+    return tuple(torch.unflatten(part, 1, (window.chunks, CHUNK)) for part in (mask[:, :-1], mask[:, 1:]))
 
 
 def _part(reset: Tensor | None, window: schedule.Window) -> Tensor | None:

@@ -47,14 +47,14 @@ def forward_window(
     kernels: Kernels, rounds: int, length: int, x: Tensor, r: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor,
     m: Tensor, *mask: Tensor,
 ) -> Results:
-    """Return h (NC, L, G, NH, DH), y, c, n, m after `length` tokens, the error's estimate and the residual.
+    """Return h (G, NC, L, NH, DH), y, c, n, m after `length` tokens, the error's estimate and the residual.
 
-    x: (NC, L, G, 4, NH, DH); r: (NH, DH, 4 DH); mask: (NC, L, G), if given. rounds: 2 at least.
+    x: (G, NC, L, 4, NH, DH); r: (NH, DH, 4 DH); mask: (G, NC, L), if given. rounds: 2 at least.
     """
     start = _start(kernels, y.to(x.dtype), r)
-    K = min(x.shape[0], GROUP)
+    K = min(x.shape[1], GROUP)
 
-    def cut(t: Tensor, at: int = 0) -> Tensor:
+    def cut(t: Tensor, at: int = 1) -> Tensor:
         """Give what has chunks an axis for their groups, where the kernel walks over these."""
         return torch.unflatten(t, at, (-1, K)) if kernels.walking else t
 
@@ -66,7 +66,7 @@ def forward_window(
             products = [kernels.products(h, r, left > 1)]
         summary = kernels.summarize([x, b, start, *products, *mask])[0]
         args = [cut(x), b, start, *_before(kernels, summary, (c, n, m))]
-        rest = [*(cut(t, 1) for t in products), *(cut(t) for t in mask)]
+        rest = [*(cut(t, 2) for t in products), *(cut(t) for t in mask)]
         if left > 1:
             h = kernels.emit([*args, *rest])[0]
             continue
@@ -75,15 +75,15 @@ def forward_window(
         change, size = kernels.movement([h, before, *mask, *after[4:]])
         moved.append(change)
     assert h is not None  # as there are two rounds
-    last = (length - 1) // x.shape[1]
-    return h.to(x.dtype), *(t[last] for t in after[:4]), *kernels.judge([moved[1], moved[0], size])
+    last = (length - 1) // x.shape[2]
+    return h.to(x.dtype), *(t[:, last] for t in after[:4]), *kernels.judge([moved[1], moved[0], size])
 
 
 def replay_window(
     kernels: Kernels, x: Tensor, h: Tensor, r: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor, m: Tensor,
     *mask: Tensor,
 ) -> Results:
-    """Return c, n, m after a window whose h (NC, L, G, NH, DH) are known; y: what R is multiplied with at first."""
+    """Return c, n, m after a window whose h (G, NC, L, NH, DH) are known; y: what R is multiplied with at first."""
     summary = kernels.summarize([x, b, _start(kernels, y, r), kernels.products(h, r, False), *mask])[0]
     return tuple(_scan(kernels, summary, (c, n, m))[1])
 
@@ -92,9 +92,9 @@ def backward_window(
     kernels: Kernels, rounds: int, dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, x: Tensor, h: Tensor,
     r: Tensor, r_back: Tensor, b: Tensor, y: Tensor, c: Tensor, n: Tensor, m: Tensor, *masks: Tensor,
 ) -> Results:
-    """Return dgates (T, G, NH, 4, DH), dr, db, the gradients of y, c, n, m before, the error's estimate, the residual.
+    """Return dgates (G, T, NH, 4, DH), dr, db, the gradients of y, c, n, m before, the error's estimate, the residual.
 
-    dh: (NC, L, G, NH, DH), wide, with what comes after asks of the last y. y: what R is multiplied with at first.
+    dh: (G, NC, L, NH, DH), wide, with what comes after asks of the last y. y: what R is multiplied with at first.
     masks: of each token and of that after it.
     """
     mask = masks[:1]
@@ -119,12 +119,12 @@ def backward_window(
         dgates = found
     judged = kernels.judge([moved[1], moved[0], size])
     dm = kernels.leave([*first, c, n])[0]
-    dy = kernels.operand_gradients(dgates[:1, :1], r_back, False).flatten(0, 2).transpose(0, 1)
-    h_before = torch.cat([y[None], h.flatten(0, 1)[:-1]])
-    dgates = dgates.flatten(0, 1)
+    dy = kernels.operand_gradients(dgates[:, :1, :1], r_back, False).flatten(1, 3).transpose(0, 1)
+    h_before = torch.cat([y[:, None], h.flatten(1, 2)[:, :-1]], 1)
+    dgates = dgates.flatten(1, 2)
     if masks:
-        reset = mask[0].flatten(0, 1) == RESET
-        dy = torch.where(reset[0, :, None, None], 0.0, dy)
+        reset = mask[0].flatten(1, 2) == RESET
+        dy = torch.where(reset[:, 0, None, None], 0.0, dy)
         # Tokens whose gradient is 0 add nothing to those of R, though what R was multiplied with may be NaN.
         idle = (dgates == 0).all(-1).all(-1).all(-1)
         h_before = torch.where((idle | reset)[..., None, None], 0.0, h_before)
@@ -134,15 +134,15 @@ def backward_window(
 
 def _start(kernels: Kernels, y: Tensor, r: Tensor) -> Tensor:
     """Return R y (G, NH, 4, DH) of what R is multiplied with at first, (G, NH, DH)."""
-    return kernels.products(y[None, None], r, False).flatten(0, 2).transpose(0, 1).contiguous()
+    return kernels.products(y[:, None, None], r, False).flatten(1, 3).transpose(0, 1).contiguous()
 
 
 def _before(kernels: Kernels, summary: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
     """Return what `emit` and `settle` take of the cells before each chunk: the cells, or what these walk over."""
     if not kernels.walking:
         return [*_scan(kernels, summary, given)[0]]
-    NC = summary.shape[1]
-    chunks, first = torch.unflatten(summary, 1, (-1, min(NC, GROUP))), [s[None] for s in given]
+    NC = summary.shape[2]
+    chunks, first = torch.unflatten(summary, 2, (-1, min(NC, GROUP))), [s[:, None] for s in given]
     if NC <= GROUP:
         return [*first, chunks]
     groups = kernels.group(chunks)
@@ -152,30 +152,30 @@ def _before(kernels: Kernels, summary: Tensor, given: Sequence[Tensor]) -> list[
 
 
 def _scan(kernels: Kernels, summary: Tensor, given: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Return c, n, m before each chunk, (NC, G, NH, DH), and after the last, from those given before the first.
+    """Return c, n, m before each chunk, (G, NC, NH, DH), and after the last, from those given before the first.
 
-    summary: of the chunks, (4 or 6, NC, G, NH, DH). More than GROUP chunks are taken in groups.
+    summary: of the chunks, (4 or 6, G, NC, NH, DH). More than GROUP chunks are taken in groups.
     """
-    NC = summary.shape[1]
+    NC = summary.shape[2]
     if NC <= GROUP:
-        *each, c, n, m = kernels.across([summary[:, None], *(s[None] for s in given)])
-        return [s[0] for s in each], [c[0], n[0], m[0]]
-    chunks = torch.unflatten(summary, 1, (-1, GROUP))
+        *each, c, n, m = kernels.across([summary[:, :, None], *(s[:, None] for s in given)])
+        return [s[:, 0] for s in each], [c[:, 0], n[:, 0], m[:, 0]]
+    chunks = torch.unflatten(summary, 2, (-1, GROUP))
     ends, end = _scan(kernels, kernels.group(chunks), given)
-    return [s.flatten(0, 1) for s in kernels.across([chunks, *ends])[:3]], end
+    return [s.flatten(1, 2) for s in kernels.across([chunks, *ends])[:3]], end
 
 
 def _scan_back(
     kernels: Kernels, summary: Sequence[Tensor], given: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Return dc, dn, w after each chunk, (NC, G, NH, DH), and before the first, from those given after the last.
+    """Return dc, dn, w after each chunk, (G, NC, NH, DH), and before the first, from those given after the last.
 
-    summary: of the chunks, (NC, G, NH, DH) each. More than GROUP chunks are taken in groups.
+    summary: of the chunks, (G, NC, NH, DH) each. More than GROUP chunks are taken in groups.
     """
-    NC = summary[0].shape[0]
+    NC = summary[0].shape[1]
     if NC <= GROUP:
-        *each, dc, dn, w = kernels.across_back([*(s[None] for s in summary), *(s[None] for s in given)])
-        return [s[0] for s in each], [dc[0], dn[0], w[0]]
-    split = [torch.unflatten(s, 0, (-1, GROUP)) for s in summary]
+        *each, dc, dn, w = kernels.across_back([*(s[:, None] for s in summary), *(s[:, None] for s in given)])
+        return [s[:, 0] for s in each], [dc[:, 0], dn[:, 0], w[:, 0]]
+    split = [torch.unflatten(s, 1, (-1, GROUP)) for s in summary]
     ends, end = _scan_back(kernels, kernels.group_back([*split]), given)
-    return [s.flatten(0, 1) for s in kernels.across_back([*split, *ends])[:3]], end
+    return [s.flatten(1, 2) for s in kernels.across_back([*split, *ends])[:3]], end

@@ -15,27 +15,27 @@ from torch_xlstm_ops.maths.slstm.parallel.window import Window, walk
 def record(
     x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float
 ) -> tuple[Tensor, ...]:
-    """Return the factors of every token; c, n, m are those before each chunk, (NC, G, NH, DH)."""
+    """Return the factors of every token; c, n, m are those before each chunk, (G, NC, NH, DH)."""
     found = [
         Factors(step.keep, step.add, step.z, step.o, torch.sigmoid(-step.fgate), step.c, step.n)
         for step in walk(Window.of(x, b, start, rest), (c, n, m), floor)
     ]
-    return tuple(torch.stack(each, 1) for each in zip(*found, strict=True))
+    return tuple(torch.stack(each, 2) for each in zip(*found, strict=True))
 
 
 def emit_back(
     dh: Tensor, keep: Tensor, add: Tensor, z: Tensor, o: Tensor, not_f: Tensor, c: Tensor, n: Tensor, c_before: Tensor,
     n_before: Tensor, dc: Tensor, dn: Tensor, w: Tensor, *rest: Tensor, floor: float, dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of the gates i f z o, (NC, L, G, NH, DH) each, in a dtype; dc, dn, w: from after each chunk.
+    """Return the gradients of the gates i f z o, (G, NC, L, NH, DH) each, in a dtype; dc, dn, w: from after each chunk.
     """
     factors = Factors(keep, add, z, o, not_f, c, n)
     found = [gates for _, gates in _gates(dh, factors, (c_before, n_before), (dc, dn, w), rest, floor)]
-    return tuple(torch.stack([t.to(dtype) for t in each], 1) for each in zip(*reversed(found), strict=True))
+    return tuple(torch.stack([t.to(dtype) for t in each], 2) for each in zip(*reversed(found), strict=True))
 
 
 def join(i: Tensor, f: Tensor, z: Tensor, o: Tensor) -> tuple[Tensor]:
-    """Return the gradients of the gates (NC, L, G, NH, DH) as one tensor (NC, L, G, NH, 4, DH)."""
+    """Return the gradients of the gates (G, NC, L, NH, DH) as one tensor (G, NC, L, NH, 4, DH)."""
     return (torch.stack([i, f, z, o], 4),)
 
 
@@ -43,7 +43,7 @@ def _gates(
     dh: Tensor, factors: Factors, before: Sequence[Tensor], after: Sequence[Tensor], rest: Sequence[Tensor],
     floor: float,
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield each token, the last first, with the gradients of its gates i f z o, (NC, G, NH, DH) each."""
+    """Yield each token, the last first, with the gradients of its gates i f z o, (G, NC, NH, DH) each."""
     dc, dn, w = after
     for token in backwards(dh, factors, before[0], before[1], rest, floor):
         f, dy = token.f, token.dy
@@ -70,13 +70,13 @@ def _gates(
 def operand_gradients(dgates: Tensor, r: Tensor, out: torch.dtype) -> Tensor:
     """Return what R y asks of the gradient of y for every token at once, in a dtype.
 
-    dgates: (NC, L, G, NH, 4, DH); r: (NH, 4 DH, DH), as `slstm.weights_backward` lays it out.
-    Returns (NH, NC, L, G, DH).
+    dgates: (G, NC, L, NH, 4, DH); r: (NH, 4 DH, DH), as `slstm.weights_backward` lays it out.
+    Returns (NH, G, NC, L, DH).
     """
-    NC, L, G, NH, _, DH = dgates.shape
-    operand = dgates.view(NC * L * G, NH, 4 * DH).transpose(0, 1).to(r.dtype)
+    G, NC, L, NH, _, DH = dgates.shape
+    operand = dgates.reshape(G * NC * L, NH, 4 * DH).transpose(0, 1).to(r.dtype)
     found = torch.bmm(operand, r) if r.dtype == out else torch.bmm(operand, r, out_dtype=out)
-    return found.view(NH, NC, L, G, DH)
+    return found.view(NH, G, NC, L, DH)
 
 
 def enter(dc: Tensor, dn: Tensor, dm: Tensor, c: Tensor, n: Tensor, *, masked: bool) -> tuple[Tensor]:

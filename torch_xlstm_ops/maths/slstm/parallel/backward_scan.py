@@ -14,14 +14,14 @@ def summarize_back(
     dh: Tensor, keep: Tensor, add: Tensor, o: Tensor, c: Tensor, n: Tensor, c_before: Tensor, n_before: Tensor,
     *rest: Tensor, floor: float,
 ) -> tuple[Tensor, ...]:
-    """Reduce each chunk to what it does to the gradients that come from after it, all (NC, G, NH, DH).
+    """Reduce each chunk to what it does to the gradients that come from after it, all (G, NC, NH, DH).
 
     dc' = keep dc + sc, dn' = keep_n dn + sn, w' = keep_w w + from_n dn + sw. Returns keep, sc, sn, keep_w, and with a
     floor keep_n, from_n, sw. Where the chunk has a reset, keep is CUT.
     """
     factors, masked = Factors(keep, add, keep, o, keep, c, n), has_masks(rest)
-    sc = sn = sw = from_n = torch.zeros_like(c[:, 0])
-    kept = kept_n = kept_w = torch.ones_like(c[:, 0])
+    sc = sn = sw = from_n = torch.zeros_like(c_before)
+    kept = kept_n = kept_w = torch.ones_like(c_before)
     for token in backwards(dh, factors, c_before, n_before, rest, floor):
         f = token.f
         to_c, to_n, to_w = from_y(token)
@@ -42,11 +42,11 @@ def summarize_back(
 
 
 def group_back(*parts: Tensor, floor: float, masked: bool) -> tuple[Tensor, ...]:
-    """Reduce the summaries of K chunks each, (N, K, G, NH, DH), to summaries of them together, (N, G, NH, DH)."""
-    last = parts[0].shape[1] - 1
-    whole = [part[:, last] for part in parts]
+    """Reduce the summaries of K chunks each, (G, N, K, NH, DH), to summaries of them together, (G, N, NH, DH)."""
+    last = parts[0].shape[2] - 1
+    whole = [part[:, :, last] for part in parts]
     for k in reversed(range(last)):
-        this = [part[:, k] for part in parts]
+        this = [part[:, :, k] for part in parts]
         keep_n = this[4] if floor else this[0]
         found = [
             this[0] * whole[0], times(this[0], whole[1], masked) + this[1],
@@ -73,20 +73,20 @@ def _unless(cut: Tensor, keep: Tensor, *factors: Tensor) -> list[Tensor]:
 
 
 def across_back(*tensors: Tensor, floor: float, masked: bool) -> tuple[Tensor, ...]:
-    """Return dc, dn, w as they come from after each of K chunks, (N, K, G, NH, DH), and from the first, (N, G, NH, DH).
+    """Return dc, dn, w as they come from after each of K chunks, (G, N, K, NH, DH), and from the first, (G, N, NH, DH).
 
-    tensors: the summaries of `summarize_back` or `group_back`, (N, K, G, NH, DH); dc, dn, w after, (N, G, NH, DH).
+    tensors: the summaries of `summarize_back` or `group_back`, (G, N, K, NH, DH); dc, dn, w after, (G, N, NH, DH).
     """
     keep, sc, sn, keep_w, *rest = tensors[:-3]
     dc, dn, w = tensors[-3:]
     states = []
-    for k in reversed(range(keep.shape[1])):
+    for k in reversed(range(keep.shape[2])):
         states.append((dc, dn, w))
         if masked:
-            dc, dn, w = (torch.where(keep[:, k] == CUT, 0.0, s) for s in (dc, dn, w))
-        w = times(keep_w[:, k], w, masked)
+            dc, dn, w = (torch.where(keep[:, :, k] == CUT, 0.0, s) for s in (dc, dn, w))
+        w = times(keep_w[:, :, k], w, masked)
         if floor:
-            w = w + times(rest[1][:, k], dn, masked) + rest[2][:, k]
-        dc = times(keep[:, k], dc, masked) + sc[:, k]
-        dn = times(rest[0][:, k] if floor else keep[:, k], dn, masked) + sn[:, k]
-    return *(torch.stack(each, 1) for each in zip(*reversed(states), strict=True)), dc, dn, w
+            w = w + times(rest[1][:, :, k], dn, masked) + rest[2][:, :, k]
+        dc = times(keep[:, :, k], dc, masked) + sc[:, :, k]
+        dn = times(rest[0][:, :, k] if floor else keep[:, :, k], dn, masked) + sn[:, :, k]
+    return *(torch.stack(each, 2) for each in zip(*reversed(states), strict=True)), dc, dn, w

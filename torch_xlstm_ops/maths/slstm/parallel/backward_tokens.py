@@ -7,8 +7,8 @@ of the gates, a better guess.
 The cells after a token contribute dc, dn, and w, the part of the gradient of m that c and n do not account for:
 dm = dc c + dn n + w. Without a floor only the gradient of the final m makes a w.
 
-`Factors` are those of `backward.record`, (NC, L, G, NH, DH), wide. Optional arguments of a round, told apart by their
-number of axes, are the gradients of each token's operand of R, (NH, NC, L, G, DH), and two masks: of each token, and of
+`Factors` are those of `backward.record`, (G, NC, L, NH, DH), wide. Optional arguments of a round, told apart by their
+number of axes, are the gradients of each token's operand of R, (NH, G, NC, L, DH), and two masks: of each token, and of
 the token after it. With masks, a gradient of 0 stays 0 though the cell may hold NaN.
 """
 
@@ -58,14 +58,14 @@ def backwards(
 ) -> Iterator[Token]:
     """Go through the tokens of every chunk, the last first."""
     masks = [t for t in rest if t.dim() == 3]
-    for t in reversed(range(dh.shape[1])):
-        dy, pad, reset = dh[:, t], None, None
+    for t in reversed(range(dh.shape[2])):
+        dy, pad, reset = dh[:, :, t], None, None
         if len(rest) > len(masks):
             dy = dy + _asked(rest[0], t, masks).to(dh.dtype)
         if masks:
             pad, reset = is_(masks[0], t, PAD), is_(masks[0], t, RESET)
-        f = Factors(*(factor[:, t] for factor in factors))
-        before = (factors.c[:, t - 1], factors.n[:, t - 1]) if t else (c_before, n_before)
+        f = Factors(*(factor[:, :, t] for factor in factors))
+        before = (factors.c[:, :, t - 1], factors.n[:, :, t - 1]) if t else (c_before, n_before)
         if reset is not None and pad is not None:
             dy = torch.where(pad, 0.0, dy)
             before = torch.where(reset, 0.0, before[0]), torch.where(reset, 0.0, before[1])
@@ -80,12 +80,12 @@ def backwards(
 
 
 def _asked(products: Tensor, t: int, masks: Sequence[Tensor]) -> Tensor:
-    """Return what the tokens after each chunk's token t ask of its y, (NC, G, NH, DH)."""
-    if t < products.shape[2] - 1:
-        asked = products[:, :, t + 1].permute(1, 2, 0, 3)
+    """Return what the tokens after each chunk's token t ask of its y, (G, NC, NH, DH)."""
+    if t < products.shape[3] - 1:
+        asked = products[:, :, :, t + 1].permute(1, 2, 0, 3)
     else:
-        starts = products[:, 1:, 0].permute(1, 2, 0, 3)
-        asked = torch.cat([starts, torch.zeros_like(products[:, 0, 0].transpose(0, 1)[None])])
+        starts = products[:, :, 1:, 0].permute(1, 2, 0, 3)
+        asked = torch.cat([starts, torch.zeros_like(products[:, :, 0, 0].transpose(0, 1)[:, None])], 1)
     return torch.where(is_(masks[1], t, RESET), 0.0, asked) if masks else asked
 
 

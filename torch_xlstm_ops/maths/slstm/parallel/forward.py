@@ -15,7 +15,7 @@ CLOSED = -1e32  # the least logarithm of a forget gate: it forgets LEAST too, an
 
 
 def summarize(x: Tensor, b: Tensor, start: Tensor, *rest: Tensor, floor: float) -> tuple[Tensor]:
-    """Reduce each chunk to decay, M, dc, dn, and with a floor least and beyond: (4 or 6, NC, G, NH, DH).
+    """Reduce each chunk to decay, M, dc, dn, and with a floor least and beyond: (4 or 6, G, NC, NH, DH).
 
         m' = max(decay + m, M)        c' = exp(decay + m - m') c + exp(M - m') dc
         n' = exp(decay + m - m') n + exp(M - m') dn, at least exp(M - m') least,
@@ -26,7 +26,7 @@ def summarize(x: Tensor, b: Tensor, start: Tensor, *rest: Tensor, floor: float) 
     decay, M, dc, dn, least, beyond = _token_summary(window.gates(0), floor)
     if mask is not None:
         decay = torch.where(is_(mask, 0, RESET), NEG_INF, decay)
-    for t in range(1, x.shape[1]):
+    for t in range(1, x.shape[2]):
         g = window.gates(t)
         log_f = g.log_f.clamp(min=CLOSED)
         M_new = torch.maximum(M + log_f, g.igate).clamp(min=LEAST)
@@ -56,19 +56,19 @@ def emit(
     x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor]:
-    """Return h (NC, L, G, NH, DH) by the recurrence within each chunk; c, n, m: before each, (NC, G, NH, DH).
+    """Return h (G, NC, L, NH, DH) by the recurrence within each chunk; c, n, m: before each, (G, NC, NH, DH).
 
     It is rounded to x's dtype, and returned in a dtype.
     """
     steps = walk(Window.of(x, b, start, rest), (c, n, m), floor)
-    return (torch.stack([step.y.to(x.dtype).to(dtype) for step in steps], 1),)
+    return (torch.stack([step.y.to(x.dtype).to(dtype) for step in steps], 2),)
 
 
 def settle(
     x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Run `emit` as a last round; return h, and (NC, G, NH, DH), wide, y, c, n, m after each chunk.
+    """Run `emit` as a last round; return h, and (G, NC, NH, DH), wide, y, c, n, m after each chunk.
 
     With a floor also return doubt: infinite for a cell that the summary does not describe, so that no certificate may
     be given, else 0.
@@ -82,7 +82,7 @@ def settle(
             y_new, doubtful = torch.where(pad, y, step.y), doubtful & ~pad
         y, doubt = y_new, torch.where(doubtful, -NEG_INF, doubt)
         found_h.append(step.y.to(x.dtype).to(dtype))
-    return torch.stack(found_h, 1), y, step.c, step.n, step.m, *((doubt,) if floor else ())
+    return torch.stack(found_h, 2), y, step.c, step.n, step.m, *((doubt,) if floor else ())
 
 
 def emit_across(
@@ -92,8 +92,8 @@ def emit_across(
     """Run `emit` from summaries of the chunks, where that saves the launches of a scan.
 
     c, n, m, chunks, most: as of `before_chunks`. A chunk has an axis for its group, N, and one for its place in it, K:
-    x (N, K, L, G, 4, NH, DH); rest, told apart by the number of axes: groups as of `before_chunks` (5), products
-    (NH, N, K, L, G, 4, DH), mask (N, K, L, G).
+    x (G, N, K, L, 4, NH, DH); rest, told apart by the number of axes: groups as of `before_chunks` (5), products
+    (NH, G, N, K, L, 4, DH), mask (G, N, K, L).
     """
     return emit(*_by_chunk(x, b, start, (c, n, m), chunks, rest, most, floor), floor=floor, dtype=dtype)
 
@@ -112,16 +112,16 @@ def _by_chunk(
     """Return the arguments of `emit`, with one axis for all chunks."""
     by_axes = {t.dim(): t for t in rest}
     states = before_chunks(chunks, by_axes.get(5), cells, most, floor)
-    products, mask = ([by_axes[axes].flatten(at, at + 1)] if axes in by_axes else [] for axes, at in ((7, 1), (4, 0)))
-    return [x.flatten(0, 1), b, start, *states, *products, *mask]
+    products, mask = ([by_axes[axes].flatten(at, at + 1)] if axes in by_axes else [] for axes, at in ((7, 2), (4, 1)))
+    return [x.flatten(1, 2), b, start, *states, *products, *mask]
 
 
 def products(h: Tensor, r: Tensor, out: torch.dtype) -> Tensor:
     """Return R h for every token at once, in a dtype.
 
-    h: (NC, L, G, NH, DH); r: (NH, DH, 4 DH), as `slstm.weights` lays it out. Returns (NH, NC, L, G, 4, DH).
+    h: (G, NC, L, NH, DH); r: (NH, DH, 4 DH), as `slstm.weights` lays it out. Returns (NH, G, NC, L, 4, DH).
     """
-    NC, L, G, NH, DH = h.shape
-    operand = h.view(NC * L * G, NH, DH).transpose(0, 1).to(r.dtype)
+    G, NC, L, NH, DH = h.shape
+    operand = h.view(G * NC * L, NH, DH).transpose(0, 1).to(r.dtype)
     found = torch.bmm(operand, r) if r.dtype == out else torch.bmm(operand, r, out_dtype=out)
-    return found.view(NH, NC, L, G, 4, DH)
+    return found.view(NH, G, NC, L, 4, DH)

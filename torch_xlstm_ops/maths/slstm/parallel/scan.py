@@ -14,13 +14,13 @@ Cells = tuple[Tensor, Tensor, Tensor]  # c, n, m
 
 
 def group(summaries: Tensor, *out: Tensor, floor: float) -> tuple[()]:
-    """Reduce the summaries of K chunks each, (4 or 6, N, K, G, NH, DH), to those of them together.
+    """Reduce the summaries of K chunks each, (4 or 6, G, N, K, NH, DH), to those of them together.
 
-    out: where to write each part, (N, G, NH, DH). A result that joins the parts could be computed four times.
+    out: where to write each part, (G, N, NH, DH). A result that joins the parts could be computed four times.
     """
-    whole = [*summaries[:, :, 0].unbind()]
-    for k in range(1, summaries.shape[2]):
-        before, this = whole, summaries[:, :, k].unbind()
+    whole = [*summaries[:, :, :, 0].unbind()]
+    for k in range(1, summaries.shape[3]):
+        before, this = whole, summaries[:, :, :, k].unbind()
         carried = before[1] + this[0]
         M_new = torch.maximum(carried, this[1])
         keep, add = torch.exp(carried - M_new), torch.exp(this[1] - M_new)
@@ -36,50 +36,50 @@ def group(summaries: Tensor, *out: Tensor, floor: float) -> tuple[()]:
 
 
 def across(summaries: Tensor, c: Tensor, n: Tensor, m: Tensor, *, floor: float) -> tuple[Tensor, ...]:
-    """Return c, n, m before each of K chunks, (N, K, G, NH, DH), and after the last, (N, G, NH, DH).
+    """Return c, n, m before each of K chunks, (G, N, K, NH, DH), and after the last, (G, N, NH, DH).
 
-    summaries: of `summarize` or `group`, (4 or 6, N, K, G, NH, DH); c, n, m before the first chunk, (N, G, NH, DH).
+    summaries: of `summarize` or `group`, (4 or 6, G, N, K, NH, DH); c, n, m before the first chunk, (G, N, NH, DH).
     """
     states, cells = [], (c, n, m)
-    for k in range(summaries.shape[2]):
+    for k in range(summaries.shape[3]):
         states.append(cells)
-        cells = _advance(cells, summaries[:, :, k], floor)
-    return *(torch.stack(each, 1) for each in zip(*states, strict=True)), *cells
+        cells = _advance(cells, summaries[:, :, :, k], floor)
+    return *(torch.stack(each, 2) for each in zip(*states, strict=True)), *cells
 
 
 def across_apart(summaries: Tensor, c: Tensor, n: Tensor, m: Tensor, *, floor: float, ends: bool) -> tuple[Tensor, ...]:
-    """Return c, n, m before each of K chunks, and with `ends` after the last too: (N, K or K + 1, G, NH, DH).
+    """Return c, n, m before each of K chunks, and with `ends` after the last too: (G, N, K or K + 1, NH, DH).
 
     Arguments as of `across`. Each chunk walks by itself over those before it: three results, where `across` has three
     for each chunk, more than a Metal kernel can write.
     """
-    before = summaries.shape[2] - (not ends)
-    place = torch.arange(before + 1, device=c.device)[:, None, None, None]
-    parts = (summaries[:, :, k, None] for k in range(before))
-    return _walk((c[:, None], n[:, None], m[:, None]), parts, place, floor)
+    before = summaries.shape[3] - (not ends)
+    place = torch.arange(before + 1, device=c.device)[:, None, None]
+    parts = (summaries[:, :, :, k, None] for k in range(before))
+    return _walk((c[:, :, None], n[:, :, None], m[:, :, None]), parts, place, floor)
 
 
 def before_chunks(chunks: Tensor, groups: Tensor | None, cells: Cells, most: int, floor: float) -> Cells:
-    """Return c, n, m before each chunk, (N K, G, NH, DH); each chunk walks by itself over what is before it.
+    """Return c, n, m before each chunk, (G, N K, NH, DH); each chunk walks by itself over what is before it.
 
-    chunks: the summaries of `summarize`, (4 or 6, N, K, G, NH, DH). cells: before each group, (N, G, NH, DH); if groups
-    are given, before the first, (1, G, NH, DH). groups: those of `group`, (4 or 6, N, G, NH, DH), at most `most`.
+    chunks: the summaries of `summarize`, (4 or 6, G, N, K, NH, DH). cells: before each group, (G, N, NH, DH); if groups
+    are given, before the first, (G, 1, NH, DH). groups: those of `group`, (4 or 6, G, N, NH, DH), at most `most`.
     """
-    N, K = chunks.shape[1:3]
-    place = torch.arange(N * K, device=chunks.device)[:, None, None, None]
+    N, K = chunks.shape[2:4]
+    place = torch.arange(N * K, device=chunks.device)[:, None, None]
     if groups is None:
         c, n, m = (_for_each_chunk(t, K) for t in cells)
     else:
         # Where there is no group g, no chunk is after it.
-        each = (groups[:, _least(g, N - 1), None] for g in range(most - 1))
+        each = (groups[:, :, _least(g, N - 1), None] for g in range(most - 1))
         c, n, m = _walk(cells, each, place // K, floor)
-    parts = (_for_each_chunk(chunks[:, :, k], K) for k in range(K - 1))
+    parts = (_for_each_chunk(chunks[:, :, :, k], K) for k in range(K - 1))
     return _walk((c, n, m), parts, place % K, floor)
 
 
 def _for_each_chunk(t: Tensor, K: int) -> Tensor:
-    """Repeat what is of a group, (..., N, G, NH, DH), for its K chunks: (..., N K, G, NH, DH)."""
-    return t.unsqueeze(-4).expand(*t.shape[:-3], K, *t.shape[-3:]).flatten(-5, -4)
+    """Repeat what is of a group, (..., N, NH, DH), for its K chunks: (..., N K, NH, DH)."""
+    return t.unsqueeze(-3).expand(*t.shape[:-2], K, *t.shape[-2:]).flatten(-4, -3)
 
 
 def _least(a: int, b: int) -> int:
@@ -97,7 +97,7 @@ def _walk(cells: Cells, parts: Iterable[Tensor], place: Tensor, floor: float) ->
 
 
 def _advance(cells: Cells, summary: Tensor, floor: float) -> Cells:
-    """Return c, n, m after a chunk, given its summary, (4 or 6, N, ...)."""
+    """Return c, n, m after a chunk, given its summary, (4 or 6, G, N, ...)."""
     (c, n, m), (decay, M, dc, dn, *least_and_beyond) = cells, summary.unbind()
     c, m = torch.where(n == 0, 0.0, c), torch.where(n == 0, LEAST, m)
     carried = decay + m

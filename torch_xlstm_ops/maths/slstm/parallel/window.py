@@ -18,7 +18,7 @@ TOKEN, RESET, PAD = 0, 1, 2  # codes of a mask: a token, one that starts afresh,
 
 
 class Gates(NamedTuple):
-    """The gates of one token of each chunk, (NC, G, NH, DH), wide."""
+    """The gates of one token of each chunk, (G, NC, NH, DH), wide."""
 
     igate: Tensor
     log_f: Tensor
@@ -33,7 +33,7 @@ class Window(NamedTuple):
     x: Tensor
     b: Tensor
     start: Tensor  # R y before the first token, (G, NH, 4, DH); without products, the guess of R y of every token
-    products: Tensor | None  # R y of each token, (NH, NC, L, G, 4, DH)
+    products: Tensor | None  # R y of each token, (NH, G, NC, L, 4, DH)
     mask: Tensor | None
 
     @classmethod
@@ -45,17 +45,17 @@ class Window(NamedTuple):
     def gates(self, t: int) -> Gates:
         """Return the gates of token t of every chunk; a PAD neither forgets nor adds."""
         wide = state_dtype(self.x.dtype)
-        start = self.start.transpose(1, 2).to(wide)[None]  # (1, G, 4, NH, DH)
+        start = self.start.transpose(1, 2).to(wide)[:, None]  # (G, 1, 4, NH, DH)
         if self.products is None:
             product = start
         elif t:
-            product = self.products[:, :, t - 1].permute(1, 2, 3, 0, 4).to(wide)
+            product = self.products[:, :, :, t - 1].permute(1, 2, 3, 0, 4).to(wide)
         else:
-            ends = self.products[:, :-1, -1].permute(1, 2, 3, 0, 4).to(wide)
-            product = torch.cat([start, ends])
+            ends = self.products[:, :, :-1, -1].permute(1, 2, 3, 0, 4).to(wide)
+            product = torch.cat([start, ends], 1)
         if self.mask is not None:
             product = torch.where(is_(self.mask, t, RESET)[..., None], 0.0, product)
-        igate, fgate, z, o = (self.x[:, t].to(wide) + self.b.to(wide) + product).unbind(2)
+        igate, fgate, z, o = (self.x[:, :, t].to(wide) + self.b.to(wide) + product).unbind(2)
         if self.mask is not None:
             pad = is_(self.mask, t, PAD)
             igate, fgate = torch.where(pad, NEG_INF, igate), torch.where(pad, -NEG_INF, fgate)
@@ -85,7 +85,7 @@ class Step(NamedTuple):
 def walk(window: Window, states: Sequence[Tensor], floor: float) -> Iterator[Step]:
     """Run the recurrence's own cells through the tokens of every chunk."""
     c, n, m = states
-    for t in range(window.x.shape[1]):
+    for t in range(window.x.shape[2]):
         if window.mask is not None:
             c, n, m = (torch.where(is_(window.mask, t, RESET), 0.0, s) for s in (c, n, m))
         g = window.gates(t)
@@ -97,4 +97,4 @@ def walk(window: Window, states: Sequence[Tensor], floor: float) -> Iterator[Ste
 
 def is_(mask: Tensor, t: int, code: int) -> Tensor:
     """Return where token t of a chunk is of a kind, to be broadcast over heads and channels."""
-    return (mask[:, t] == code)[:, :, None, None]
+    return (mask[:, :, t] == code)[:, :, None, None]
