@@ -82,6 +82,11 @@ def _slstm(result: Result) -> Iterator[Row]:
             peer = "" if best is None else f"{medians[best]:.3f} ms, {best}"
             ratio = None if best is None else round(ours / medians[best], 3)
             yield Row(what, f"{ours:.3f} ms", peer, ratio, no_part=case["no_part"])
+            parallel = case[f"{phase}_ms"].get("ours parallel in time")
+            if parallel is not None:
+                ratio = None if best is None else round(parallel / medians[best], 3)
+                rounds = case["parallel_in_time"]["forward" if phase == "forward" else "backward"]["rounds"]
+                yield Row(f"{what}, schedule parallel", f"{parallel:.3f} ms, {rounds} rounds", peer, ratio)
         yield Row(f"step (1, {NH}, {DH}), {case['dtype']}", f"{case['step_us']} us", "", None)
 
 
@@ -196,7 +201,11 @@ SUITES: dict[str, list[Part]] = {
         _mlstm_part("prefill", [*_PUBLISHED, *_ALONE], "1,4,64,64,256"),
         Part("mlstm", {"cpu": ["prefill", *_BF16]}, ["--shapes", "1,4,64,64,256", "--seconds", "1"], _mlstm),
     ],
-    "mlstm_train": [_mlstm_part("train", [*_TRAINED, *_ALONE], "1,4,64,64,256")],
+    "mlstm_train": [
+        _mlstm_part("train", [*_TRAINED, *_ALONE], "1,4,64,64,256"),
+        *(Part("mlstm", {"cuda": ["train", "--dtype", dtype, "--seconds", "4", *_LEFT_OUT, "--shapes", *_TRAINED]},
+               ["--shapes", "1,4,64,64,256", "--seconds", "1"], _mlstm) for dtype in ("float16", "float32")),
+    ],
     "mlstm_step": [
         _mlstm_part("step", _STEPPED, "1,4,64,64,1"),
         Part("mlstm", {"cuda": ["called", "captured", *_ON_CUDA]}, ["--shapes", "1,4,64,64,1", "--seconds", "1"],
@@ -218,7 +227,7 @@ SUITES: dict[str, list[Part]] = {
              _compile, curves.waits),
     ],
     "training": [
-        Part("train_step", {"cpu": [], "cuda": ["--preset", "7b", "--kernel", "xl_chunk", "--seconds", "10"]},
+        Part("train_step", {"cpu": [], "cuda": ["--preset", "7b", "--kernel", "limit_chunk", "--seconds", "10"]},
              ["--hidden", "64", "--layers", "1", "--prompt", "64", "--seconds", "1", "--without", "backend xlstm",
               "transformers, compiled"], _training),
         Part("loss_curve", {"cpu": [], "cuda": []}, ["--steps", "10", "--batch", "1", "--length", "64"], _losses,

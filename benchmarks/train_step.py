@@ -1,7 +1,7 @@
 """Time a whole training step of a transformers xLSTM: forward pass, loss, backward pass and AdamW.
 
     python -m benchmarks.train_step --json result.json      # CPU, float32, hidden 256, 4 layers
-    python -m benchmarks.train_step --preset 7b --device cuda --kernel xl_chunk --json result.json
+    python -m benchmarks.train_step --preset 7b --device cuda --kernel limit_chunk --json result.json
 
 The preset `7b` is xLSTM-7B's shape with 4 blocks, in bfloat16. Contenders are the model as it is (`--kernel` names the
 kernel of mlstm_kernels that it runs), the patched model, and both under torch.compile; each once with and once without
