@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_xlstm_ops.runtime import compile_cache, devices, forks, interrupts, kernel_store, torch_internals
 from torch_xlstm_ops.runtime.bounded_cache import BoundedCache
 from torch_xlstm_ops.runtime.state import on_reset, warn_once
-from torch_xlstm_ops.runtime.uncompiled import SPAWN, advice_for, cause, uncompiled
+from torch_xlstm_ops.runtime.uncompiled import SPAWN, Uncompiled, advice_for, cause, uncompiled
 from torch_xlstm_ops.runtime.uncompiled import PureFunction as PureFunction
 
 RawCallable = torch_internals.Raw
@@ -176,10 +176,10 @@ def _obtain(
     if store is None or wanted is None:
         return _compile(fn, axes, args, free, how)
     found: tuple[RawCallable, _Admits] | None = store.find(wanted)
-    if found is None:
-        found = _compile(fn, axes, args, free, how)
-        store.keep(wanted, *found)
-    return found
+    if found is not None:
+        return found
+    call, admits = _compile(fn, axes, args, free, how)
+    return call if isinstance(call, Uncompiled) else store.keep(wanted, call, admits), admits
 
 
 def _traced_at(free: frozenset[str]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from torch_xlstm_ops.runtime.kernel_store import identity, package, trust
 from torch_xlstm_ops.runtime.kernel_store.package import Damaged, Package
 from torch_xlstm_ops.runtime.kernel_store.store import Store
 
-_NAME = re.compile(r"([0-9a-f]{40})/(manifest|[0-9]{1,4}\.so)")
+_NAME = re.compile(r"([0-9a-f]{40})/(manifest|[0-9]{1,4}\.(?:so|cubin))")
 
 
 class Imported(NamedTuple):
@@ -62,7 +62,7 @@ def read(store: Store, path: Path) -> Imported:
 
 def difference(kept: Package) -> str | None:
     """Return in which property this machine or installation differs from a package's, or None."""
-    for name, value in identity.here().items():
+    for name, value in identity.here(identity.device_of(kept.properties)).items():
         if kept.properties.get(name) != value:
             return f"{name} must be {kept.properties.get(name)!r}, got {value!r} here"
     return None

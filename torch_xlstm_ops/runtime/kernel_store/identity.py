@@ -5,13 +5,16 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +34,9 @@ _PROCESSOR = ("vendor_id", "cpu family", "model", "model name", "stepping", "fla
               "CPU architecture", "CPU variant", "CPU part")
 _VARIABLES = ("TORCHINDUCTOR_", "TORCH_COMPILE", "ATEN_CPU_CAPABILITY")
 _IRRELEVANT = ("TORCHINDUCTOR_CACHE_DIR",)
+_GPU = re.compile(r"cuda:([0-9]{1,3})")
+_TRITON = ("DISABLE_LLVM_OPT", "DISABLE_PTXAS_OPT", "PTXAS_OPTIONS")
+_DISTRIBUTIONS = ("triton", "pytorch-triton")  # that have Triton
 
 
 class Request(NamedTuple):
@@ -46,8 +52,10 @@ class Request(NamedTuple):
 
 def unsupported(device: torch.device) -> str | None:
     """Return why kernels for a device are not kept, or None if they are."""
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         return f"kernels for {device.type} are kept by Inductor alone"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "kernels for GPUs are kept on NVIDIA's alone"
     if not sys.platform.startswith("linux"):
         return f"kernels are kept on Linux alone, not on {sys.platform}"
     return None
@@ -66,10 +74,10 @@ def request(
     if function is None or changes is None or unsupported(args[0].device) or not _software():
         return None
     found = {
-        **_software(), **_machine(), "function": function, "inlined": repr(around),
+        **here(args[0].device), "function": function, "inlined": repr(around),
         "arguments": "; ".join(_argument(names, t, free) for names, t in zip(axes, args, strict=True)),
         "free": repr(sorted(free.items())), "options": repr(sorted(options.items())),
-        "settings": repr((_settings(), changes)),
+        "settings": repr((_settings(args[0].device), changes)),
     }
     return Request(found)
 
@@ -100,10 +108,11 @@ def _value(value: object) -> str | None:
     return repr(value) if value is None or type(value) in (bool, int, float, str, torch.dtype) else None
 
 
-def _settings() -> list[tuple[str, str]]:
-    """Return what else of the process Inductor and torch read when they compile."""
+def _settings(device: torch.device) -> list[tuple[str, str]]:
+    """Return what else of the process Inductor, torch and Triton read when they compile."""
     variables = [(name, value) for name, value in sorted(os.environ.items())
-                 if name.startswith(_VARIABLES) and name not in _IRRELEVANT]
+                 if (name.startswith(_VARIABLES) and name not in _IRRELEVANT)
+                 or (device.type == "cuda" and _is_of_triton(name, value))]
     return [
         *variables, ("matmul precision", torch.get_float32_matmul_precision()),
         ("deterministic", str(torch.are_deterministic_algorithms_enabled())),
@@ -111,11 +120,19 @@ def _settings() -> list[tuple[str, str]]:
     ]
 
 
+def _is_of_triton(name: str, value: str) -> bool:
+    """Return whether a variable decides code of Triton; Inductor itself sets some, to folders and programs of torch."""
+    if name.startswith("TRITON_PTXAS"):
+        return not value.startswith(str(Path(torch.__file__).parent))
+    return name in _TRITON or (name.startswith("TRITON_") and not name.endswith(("_DIR", "_HOME", "_PATH")))
+
+
 @on_reset
 def forget() -> None:
     """Read the source and the machine again at the next request."""
     _software.cache_clear()
     _machine.cache_clear()
+    _gpu.cache_clear()
 
 
 @functools.cache
@@ -146,9 +163,41 @@ def _machine() -> Mapping[str, str]:
     }
 
 
-def here() -> Mapping[str, str]:
-    """Return the properties of this installation and this machine."""
+@functools.cache
+def _gpu(index: int) -> Mapping[str, str]:
+    """Return what decides machine code for a GPU; no GPU has the properties of one that is not there."""
+    properties = {
+        "system": f"{sys.platform} {platform.machine()}", "cuda": str(torch.version.cuda), "triton": _triton(),
+        "device": f"cuda:{index}", "gpu": "none",
+    }
+    if index < torch.cuda.device_count():
+        about = torch.cuda.get_device_properties(index)
+        properties["gpu"] = (f"{about.name}, capability {about.major}.{about.minor}, "
+                             f"{about.multi_processor_count} multiprocessors")
+    return properties
+
+
+def _triton() -> str:
+    for name in _DISTRIBUTIONS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "none"
+
+
+def here(device: torch.device | None = None) -> Mapping[str, str]:
+    """Return the properties of this installation, and of this machine as far as they decide code for a device.
+
+    device: default the CPU.
+    """
+    if device is not None and device.type == "cuda":
+        return {**_software(), **_gpu(device.index or 0)}
     return {**_software(), **_machine()}
+
+
+def device_of(properties: Mapping[str, str]) -> torch.device:
+    """Return the device that a kernel was compiled for."""
+    match = _GPU.fullmatch(str(properties.get("device")))
+    return torch.device("cpu") if match is None else torch.device("cuda", int(match[1]))
 
 
 def compiler() -> str | None:

@@ -34,7 +34,8 @@ class Package(NamedTuple):
     compiler: str | None  # None: imported, and used whatever compiler is here
     source: str  # Python, defines `call`
     conditions: str  # a Python expression of the free axes' names
-    kernels: Mapping[str, Mapping[str, str]]  # by the name in `source`: file, sha256, module, function
+    # By the name in `source`: file, sha256, module, function; for a GPU device (its index) and shared (bytes) too.
+    kernels: Mapping[str, Mapping[str, Any]]
 
 
 def write(folder: Path, package: Package, contents: Mapping[str, bytes]) -> bool:
@@ -82,9 +83,15 @@ def parse(content: bytes) -> Package:
         found = Package(**bounded_read.parse_json(body))
         for kernel in found.kernels.values():
             kernel["file"], kernel["sha256"], kernel["module"], kernel["function"]
+            if {type(value) for value in _on_gpu(kernel).values()} - {int}:
+                raise TypeError(f"{kernel['function']} must have whole numbers")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"its manifest cannot be read: {error}") from error
     return found
+
+
+def _on_gpu(kernel: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"device": kernel["device"], "shared": kernel["shared"]} if "device" in kernel else {}
 
 
 def read(folder: Path) -> Package:
@@ -132,13 +139,14 @@ def _content(path: Path, most: int) -> bytes:
 def load(folder: Path, package: Package) -> torch_internals.Raw | None:
     """Return the callable of a package that `check_kernels` accepted. Raises Damaged if a kernel cannot be loaded."""
     kernels = {
-        name: torch_internals.Kernel(str(folder / kernel["file"]), kernel["module"], kernel["function"])
+        name: torch_internals.Kernel(str(folder / kernel["file"]), kernel["module"], kernel["function"],
+                                     **_on_gpu(kernel))
         for name, kernel in package.kernels.items()
     }
     generated = torch_internals.Generated(package.source, kernels)
     try:
         return torch_internals.put_together(generated, f"xlstm_ops_kernel_{folder.name}")
-    except (ImportError, SyntaxError, NameError) as error:
+    except (ImportError, SyntaxError, NameError, RuntimeError) as error:
         raise Damaged(f"it cannot be loaded: {error}") from error
 
 
@@ -149,8 +157,9 @@ def pack(generated: torch_internals.Generated, properties: Mapping[str, str], co
     kernels: dict[str, Any] = {}
     for at, (name, kernel) in enumerate(generated.kernels.items()):
         content = bounded_read.read_bytes(kernel.path, MAX_KERNEL)
-        file = f"{at}.so"
+        on_gpu = {} if kernel.device is None else {"device": kernel.device, "shared": kernel.shared}
+        file = f"{at}.cubin" if on_gpu else f"{at}.so"
         contents[file] = content
         kernels[name] = {"file": file, "sha256": hashlib.sha256(content).hexdigest(), "module": kernel.module,
-                         "function": kernel.function}
+                         "function": kernel.function, **on_gpu}
     return Package(properties, compiler, generated.source, conditions, kernels), contents

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch_xlstm_ops.runtime import torch_internals
 from torch_xlstm_ops.runtime.files import PARTIAL
 from torch_xlstm_ops.runtime.kernel_store import conditions, identity, package, trust
+from torch_xlstm_ops.runtime.kernel_store.after_call import AfterCall
 from torch_xlstm_ops.runtime.kernel_store.background import background
 from torch_xlstm_ops.runtime.kernel_store.identity import Request
 from torch_xlstm_ops.runtime.kernel_store.package import Damaged, Package
@@ -82,9 +83,20 @@ class Store:
             os.utime(folder / package.MANIFEST)
         return None if call is None else Found(call, admits)
 
-    def keep(self, request: Request, call: torch_internals.Raw, admits: torch_internals.Admits) -> None:
-        """Keep a compiled function for other processes, if it can be; no call waits for that, see `background`."""
-        background.later(functools.partial(self._pack, request, call, admits, identity.compiler()))
+    def keep(
+        self, request: Request, call: torch_internals.Raw, admits: torch_internals.Admits
+    ) -> torch_internals.Raw:
+        """Keep a compiled function for other processes, if it can be; no call waits for that, see `background`.
+
+        Returns the function to call instead: for a GPU, its first call is what lets it be kept.
+        """
+        on_gpu = identity.device_of(request.properties).type == "cuda"
+        compiler = None if on_gpu else identity.compiler()
+        job = functools.partial(background.later, functools.partial(self._pack, request, call, admits, compiler))
+        if on_gpu:
+            return AfterCall(call, job)
+        job()
+        return call
 
     def _pack(
         self, request: Request, call: torch_internals.Raw, admits: torch_internals.Admits, compiler: str | None

@@ -1,7 +1,8 @@
-"""Take the code that Inductor generated for the CPU apart, and put it together again without importing Inductor.
+"""Take the code that Inductor generated for the CPU or CUDA apart, and put it together without importing Inductor.
 
 Inductor generates Python that allocates buffers and calls kernels, and one extension module for each kernel, or one for
-the whole function (``cpp_wrapper``). Both need nothing of Inductor when they run; only its generated imports do.
+the whole function (``cpp_wrapper``); for CUDA, machine code by Triton. They need nothing of Inductor when they run;
+only its generated imports do.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torch_xlstm_ops.runtime.torch_internals import generated_cuda
 from torch_xlstm_ops.runtime.torch_internals.compile import Raw
 from torch_xlstm_ops.runtime.torch_internals.need import need
 
@@ -26,7 +28,8 @@ _ENTRY = "call"
 # Kernels read a tensor's address by this function of torch, which the process names in its environment.
 _ADDRESS_VARIABLE = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 _EXTERN = "extern_kernels"  # operators of torch that write into a buffer
-_EXTERN_NAMES = ("addmm", "baddbmm", "bmm", "mm")
+# Functions of torch, by their names there.
+_EXTERN_NAMES = {"addmm": "addmm", "baddbmm": "baddbmm", "bmm": "bmm", "bmm_dtype": "bmm", "mm": "mm", "mm_dtype": "mm"}
 # What the Python may use of torch.
 _NAMES = {
     "torch": "torch",
@@ -42,11 +45,13 @@ _NAMES = {
 
 
 class Kernel(NamedTuple):
-    """A function of an extension module."""
+    """A function of an extension module, or of machine code for a GPU."""
 
-    path: str  # of the module's file
-    module: str  # the name that its initialisation has
+    path: str  # of the file
+    module: str  # the name that an extension module's initialisation has
     function: str
+    device: int | None = None  # the index of the GPU; None: it is of an extension module
+    shared: int = 0  # bytes of memory that a block of a GPU shares
 
 
 class Generated(NamedTuple):
@@ -63,31 +68,72 @@ def _never(call: Raw) -> Generated | None:
 @need(_never, where=("torch._C._dynamo.guards._empty_strided_cpu", "torch._C._dynamo.guards._reinterpret_tensor"),
       without="kernels are not kept for other processes")
 def taken_apart(call: Raw) -> Generated | None:
-    """Return the parts of what `compile_raw` returned for the CPU, or None if they need more than torch."""
-    space = getattr(getattr(call, "__func__", call), "__globals__", {})
-    if space.get(_ENTRY) != call or not str(space.get("__file__")).endswith(".py"):
+    """Return the parts of what `compile_raw` returned for the CPU or CUDA, or None if they need more than torch.
+
+    For CUDA also None before its first call has chosen among kernels.
+    """
+    check = generated_cuda.checked(call)
+    if check is None:
+        return None
+    space = getattr(getattr(check.call, "__func__", check.call), "__globals__", {})
+    if space.get(_ENTRY) != check.call or not str(space.get("__file__")).endswith(".py"):
         return None
     tree = ast.parse(Path(space["__file__"]).read_text(encoding="utf-8"))
+    parts = _parts(space, tree)
+    if parts is None or not (parts.kernels or parts.launches):
+        return None
+    direct = generated_cuda.Direct(parts.launches)
+    module = direct.visit(ast.Module([node for node in tree.body if node in parts.kept], []))
+    sources = [*(launch.source for launch in parts.launches.values()), ast.unparse(ast.fix_missing_locations(module)),
+               generated_cuda.realigned(check)]
+    if not direct.plain or not _is_plain(module):
+        return None
+    launched = {generated_cuda.loaded(name): Kernel(one.path, "", one.function, one.device, one.shared)
+                for name, one in parts.launches.items()}
+    return Generated("\n\n".join(filter(None, sources)), {**parts.kernels, **launched})
+
+
+class _Parts(NamedTuple):
+    """What `call` uses of a generated module."""
+
+    kept: list[ast.stmt]
+    kernels: dict[str, Kernel]
+    launches: dict[str, generated_cuda.Launch]
+
+
+def _parts(space: Mapping[str, Any], tree: ast.Module) -> _Parts | None:
     defined = {name: node for node in tree.body for name in _defines(node)}
-    kept, kernels, wanted, seen = [], {}, [_ENTRY], set[str]()
+    kept, kernels, launches, wanted, seen = [], {}, {}, [_ENTRY], set[str]()
     while wanted:
         name = wanted.pop()
-        if name in seen or name not in defined:  # a local variable, or a builtin
+        if name in seen or (name not in defined and name not in space):  # a local variable, or a builtin
             continue
         seen.add(name)
+        if name not in space or name not in defined:  # such as a constant, which Inductor adds to the module
+            return None
         kernel = _kernel(space[name])
         if kernel is not None:
             kernels[name] = kernel
-        elif name not in _NAMES and name not in (_EXTERN, "inf", "nan", "math"):
+        elif generated_cuda.is_triton(space[name]):
+            launch = generated_cuda.triton_kernel(space[name], name)
+            if launch is None:
+                return None
+            launches[name] = launch
+        elif name not in _NAMES and name not in generated_cuda.NAMES and name not in (_EXTERN, "inf", "nan", "math"):
             node = defined[name]
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)) or _is_filled(node, space[name]):
                 return None
             kept.append(node)
             wanted += _reads(node)
         elif not _same(name, space[name], tree):
             return None
-    module = ast.Module([node for node in tree.body if node in kept], [])
-    return Generated(ast.unparse(module), kernels) if kernels and _is_plain(module) else None
+    return _Parts(kept, kernels, launches)
+
+
+def _is_filled(node: ast.stmt, value: object) -> bool:
+    """Return whether a name has another value than the constant, such as None, that the Python gives it."""
+    return (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            and type(node.value.value) is not type(value))
 
 
 def _defines(node: ast.stmt) -> list[str]:
@@ -116,10 +162,10 @@ def _kernel(value: object) -> Kernel | None:
 def _same(name: str, value: object, tree: ast.Module) -> bool:
     """Return whether a name means here what it means in the generated module."""
     if name != _EXTERN:
-        return _names()[name] is value
+        return _names().get(name) is value
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name) and node.value.id == _EXTERN}
-    return all(name in _EXTERN_NAMES and getattr(value, name) is getattr(torch, name) for name in used)
+    return all(name in _EXTERN_NAMES and getattr(value, name) is getattr(torch, _EXTERN_NAMES[name]) for name in used)
 
 
 def _is_plain(module: ast.Module) -> bool:
@@ -134,8 +180,8 @@ def _is_plain(module: ast.Module) -> bool:
 def _names() -> dict[str, Any]:
     """Return what the Python may use, by name."""
     found: dict[str, Any] = {name: reduce(getattr, path.split(".")[1:], torch) for name, path in _NAMES.items()}
-    extern = SimpleNamespace(**{name: getattr(torch, name) for name in _EXTERN_NAMES})
-    return {**found, _EXTERN: extern, "inf": math.inf, "nan": math.nan, "math": math}
+    extern = SimpleNamespace(**{name: getattr(torch, real) for name, real in _EXTERN_NAMES.items()})
+    return {**found, **generated_cuda.names(), _EXTERN: extern, "inf": math.inf, "nan": math.nan, "math": math}
 
 
 def _cannot(generated: Generated, name: str) -> Raw | None:
@@ -149,13 +195,16 @@ def put_together(generated: Generated, name: str) -> Raw | None:
 
     name: a valid name of a module, different for different kernels.
 
-    Raises ImportError if a kernel cannot be loaded.
+    Raises ImportError, or RuntimeError for a GPU, if a kernel cannot be loaded.
     """
     address = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
     space: dict[str, Any] = {"__builtins__": builtins, "__name__": name, **_names()}
     os.environ[_ADDRESS_VARIABLE] = str(address)  # as Inductor, which another thread may run, does and leaves it
     for at, (used, kernel) in enumerate(generated.kernels.items()):
-        space[used] = _load(kernel, f"{name}_{at}")
+        space[used] = _load(kernel, f"{name}_{at}") if kernel.device is None else generated_cuda.load(
+            kernel.path, kernel.function, kernel.device, kernel.shared)
+        if space[used] is None:
+            return None
     exec(compile(generated.source, f"<{name}>", "exec"), space)
     call: Raw = space[_ENTRY]
     return call
