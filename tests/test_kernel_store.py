@@ -384,7 +384,7 @@ def test_an_archive_for_another_machine_says_which_property_differs(
     archive.write(store, file)
     file.chmod(0o600)
     here = {**identity.here(), "vectors": "another"}
-    monkeypatch.setattr(identity, "here", lambda: here)
+    monkeypatch.setattr(identity, "here", lambda device=None: here)
     ((reason,), added) = [*archive.read(store, file).unfit.values()], archive.read(store, file).added
     assert reason.startswith("vectors must be ")
     assert reason.endswith("got 'another' here")
