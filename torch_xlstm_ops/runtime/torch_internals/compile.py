@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -55,10 +56,10 @@ def compile_raw(
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    env = ShapeEnv()
+    env = shape_env()
     symbols, sizes = _symbols(env, free, axes)
+    env.axes = symbols, sizes
 
     def example(names: Sequence[str], t: Tensor) -> Tensor:
         shape = [sizes.get(axis, size) for axis, size in zip(names, t.shape, strict=True)]
@@ -129,10 +130,53 @@ def _read_sizes(graph: fx.GraphModule, axes: Axes, symbols: Mapping[str, Any]) -
         for dim, axis in reversed([*enumerate(names)]) if axis in symbols
     }
     with graph.graph.inserting_after(inputs[-1]):
-        for node, dim in places.values():
-            read = graph.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+        for axis, (node, dim) in places.items():
+            # Their names tell these graphs, in Inductor's cache, from those of versions that lost conditions there.
+            read = graph.graph.create_node("call_function", torch.ops.aten.sym_size.int, (node, dim),
+                                           name=f"size_of_{axis}")
             read.meta["val"] = node.meta["val"].shape[dim]
     graph.recompile()
+
+
+def _plain_env() -> Any:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return ShapeEnv()
+
+
+@need(_plain_env, where=(
+        "torch.fx.experimental.symbolic_shapes.SYMPY_INTERP",
+        "torch.fx.experimental.symbolic_shapes.ShapeEnv.produce_guards_expression",
+        "torch.fx.experimental.symbolic_shapes.ShapeEnv.evaluate_guards_expression",
+    ),
+      without="a CUDA kernel from Inductor's cache may accept sizes that its 32-bit indices cannot address")
+def shape_env() -> Any:
+    """Return an environment of symbols whose conditions Inductor's cache keeps, and applies when it finds a function.
+
+    Inductor adds conditions while it generates code, such as that 32-bit indices suffice. Its cache keeps those on
+    symbols that are arguments. Ours are sizes of arguments: it would drop the conditions.
+
+    The attribute `axes` has the symbols and the symbolic sizes, by axis.
+    """
+    return _env_class()()
+
+
+@functools.cache
+def _env_class() -> Any:
+    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv
+
+    class Env(ShapeEnv):
+        axes: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+
+        def produce_guards_expression(self, placeholders: Any, **how: Any) -> str:
+            return Conditions(self.axes[0], {guard.expr for guard in self.guards}).written()
+
+        def evaluate_guards_expression(self, code: str, args: Any) -> bool:
+            hints = {axis: size.node.hint for axis, size in self.axes[1].items()}
+            # The second evaluation adds the conditions to this environment, if they hold.
+            return all(bool(eval(code, SYMPY_INTERP, dict(values))) for values in (hints, self.axes[1]))
+
+    return Env
 
 
 def _unknown_compiler() -> str | None:

@@ -143,7 +143,7 @@ def _understood(launcher: Any, kernel: Any, result: Any) -> bool:
     numbers = kernel.num_warps, kernel.shared
     return (
         getattr(launcher, "_is_static", False) is True
-        and type(kernel).__name__ in ("StaticallyLaunchedCudaKernel", "StaticallyLaunchedTritonKernel")
+        and type(kernel).__name__ == "StaticallyLaunchedCudaKernel"
         and not any(value for name, value in vars(kernel).items() if name not in _ATTRIBUTES)
         and all(type(number) is int for number in numbers) and type(kernel.arg_tys) is str
         and result.compile_meta.get("device_type", "cuda") == "cuda"
