@@ -131,7 +131,9 @@ torch_internals.functional_mode()
 torch_internals.copy_all([torch.zeros(2)], [torch.ones(2)])
 torch_internals.prepares_graph(torch.device("cpu"))
 torch_internals.traced(lambda: (), []), torch_internals.hooks(model), torch_internals.global_hooks()
-# Nothing was kept, so nothing loads a kept kernel.
+NEEDS["shape_env"]()
+# Nothing was kept, so nothing loads a kept kernel, and nothing was compiled for a GPU.
+assert NEEDS["triton_kernel"](None, "") is None
 assert torch_internals.put_together(torch_internals.Generated("", {}), "kernel") is None
 unused = [name for name in gone if NEEDS[name].moved is None]
 assert not unused, unused
