@@ -88,12 +88,12 @@ def execute(parsed: argparse.Namespace) -> int:
 
 
 def _list(store: Store, parsed: argparse.Namespace) -> int:
-    rows = [("kernel", "function", "arguments", "threads", "bytes", "used")]
+    rows = [("kernel", "function", "arguments", "threads or GPU", "bytes", "used")]
     for entry in reversed(store.entries()):
         try:
             about = store.read(entry.key).properties
             function = about["function"].partition(" ")[0].rpartition(".")[2]
-            what = (function, about["arguments"], warming.threads(about["options"]))
+            what = (function, about["arguments"], about.get("device") or warming.threads(about["options"]))
         except (Damaged, Untrusted, OSError) as error:
             what = (str(error), "", "")
         rows.append((entry.key[:12], *what, str(entry.size), amounts.ago(entry.used)))
