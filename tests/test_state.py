@@ -55,7 +55,7 @@ EXEMPT = {
     "runtime.import_hook:_awaited": "registrations with packages that are not imported yet",
     "runtime.import_hook:_finder": "registrations with packages that are not imported yet",
     "runtime.state:_resets": "the list of registered functions",
-    "runtime.torch_internals.compile:_env_class": PURE,
+    "runtime.torch_internals.conditions:_env_class": PURE,
     "runtime.torch_internals.inductor_choices:_choices": PURE,
     "runtime.torch_internals.dispatch:_autocast_keys": PURE,
     "runtime.torch_internals.dispatch:_next_is_device": PURE,

@@ -7,12 +7,12 @@ or changed (ImportError, AttributeError, TypeError), the function warns once, us
 
 from torch_xlstm_ops.runtime.torch_internals.compile import (
     Admits,
-    Conditions,
     Raw,
     compile_raw,
     compiler_missing,
     forget_compile_threads,
 )
+from torch_xlstm_ops.runtime.torch_internals.conditions import Conditions
 from torch_xlstm_ops.runtime.torch_internals.decompositions import (
     functional_mode,
     keep_as_call,
