@@ -25,7 +25,7 @@ _LOG = 20  # a larger ratio of the extremes takes a log axis
 
 def quantity(text: str) -> tuple[float, str]:
     """Return the number at the beginning of a cell, and its unit: milliseconds, seconds, MiB or microjoules."""
-    number, unit = text.split(", ")[0].split()
+    number, unit = text.split(", ")[0].split()[:2]
     value = float(number)
     return (value / 1e3, "ms") if unit == "us" else (value, unit)
 
