@@ -8,6 +8,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from tests.operator_cases import CASES, ops
 from tests.oracle import weigh
+from torch_xlstm_ops.registrations.derivatives import _filled
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_chunks")
 every_operator = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
@@ -135,3 +136,15 @@ def test_bad_arguments_are_told_under_transforms_too():
     q, *rest = CASES["mlstm_chunkwise"].args()
     with pytest.raises(ValueError, match=r"k must be \(B, NH, S, DHQK\)"):
         torch.func.jvp(lambda q: ops.mlstm_chunkwise(q[:, :, :2], *rest)[0], (q,), (q,))
+
+
+def test_gradients_that_nobody_asked_for_are_zeros_at_aligned_addresses():
+    shapes = [((2, 3), torch.float32), ((5, 7), torch.float64), ((3,), torch.float64), ((), torch.float32)]
+    h, results = torch.randn(2, 3), [(torch.Size(shape), dtype) for shape, dtype in shapes]
+    found = _filled([h, None, None, None], results, h)
+    assert found[0] is h
+    for zeros, (shape, dtype) in zip(found[1:], results[1:], strict=True):
+        torch.testing.assert_close(zeros, torch.zeros(shape, dtype=dtype))
+        assert zeros.data_ptr() % 16 == 0 and zeros.is_contiguous()
+    found[1].fill_(1)
+    assert (found[2] == 0).all()
