@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch_xlstm_ops.registrations.derivatives import _filled
 
 from tests.operator_cases import CASES, ops
 from tests.oracle import weigh
-from torch_xlstm_ops.registrations.derivatives import _filled
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_chunks")
 every_operator = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
@@ -145,6 +145,7 @@ def test_gradients_that_nobody_asked_for_are_zeros_at_aligned_addresses():
     assert found[0] is h
     for zeros, (shape, dtype) in zip(found[1:], results[1:], strict=True):
         torch.testing.assert_close(zeros, torch.zeros(shape, dtype=dtype))
-        assert zeros.data_ptr() % 16 == 0 and zeros.is_contiguous()
+        assert zeros.data_ptr() % 16 == 0
+        assert zeros.is_contiguous()
     found[1].fill_(1)
     assert (found[2] == 0).all()

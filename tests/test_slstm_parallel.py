@@ -106,6 +106,13 @@ def test_rounds_are_the_recurrence_in_each_dtype(dtype, S):
     assert_close(found, exact(args), TOLERANCE[dtype])
 
 
+def test_results_are_tensors_of_their_own():
+    x, *others = draw(16)
+    (h, *_), _ = run([x[:1].clone(), others[0], others[1], *(t[:1].clone() for t in others[2:])])
+    assert not h._is_view()
+    h.mul_(2)
+
+
 def test_as_many_rounds_as_tokens_are_exact():
     x, r, b, *state = args = [t.double() for t in scaled(draw(8), gain=8.0)]
     parallel = solver()

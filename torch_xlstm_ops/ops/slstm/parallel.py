@@ -16,6 +16,7 @@ from torch_xlstm_ops.kernels.slstm_parallel import TOLERANCE, Caller, Kernels, c
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.slstm import Product
 from torch_xlstm_ops.maths.slstm.parallel import window as codes
+from torch_xlstm_ops.ops.operator import without_view
 from torch_xlstm_ops.runtime import compiler
 from torch_xlstm_ops.runtime.cuda_graphs import CudaGraphs
 from torch_xlstm_ops.schedules.slstm import parallel as schedule
@@ -95,7 +96,7 @@ class Parallel:
         job = rounds.Job(_kind("forward", x, reset, floor), tolerance, limits, by_rounds, lambda f: f[1:], sequential)
         order = schedule.windows(x.shape[1], CHUNK, limits.window)
         parts, self._reports.last = rounds.solve(job, self._known[x.dtype], order, tuple(state))
-        h = torch.cat([h for h, *_ in parts], 1) if len(parts) > 1 else parts[0][0]
+        h = torch.cat([h for h, *_ in parts], 1) if len(parts) > 1 else without_view(parts[0][0])
         return h, *parts[-1][1:]
 
     def backward(
@@ -139,6 +140,7 @@ class Parallel:
         parts, self._reports.last = rounds.solve(job, self._known[x.dtype], order[::-1], tuple(dstate))
         if len(parts) == 1:
             dx, dr, db, *before = parts[0]
+            dx = without_view(dx)
         else:
             dr, db = (torch.stack([part[i].to(dstate[0].dtype) for part in parts]).sum(0) for i in (1, 2))
             dx, before = torch.cat([part[0] for part in reversed(parts)], 1), [*parts[-1][3:]]
