@@ -93,8 +93,7 @@ def _panels(found: Kept) -> Iterator[Panel]:
 
 
 def _measured(found: Kept) -> Iterator[tuple[Part, Kept]]:
-    """Yield the parts of a stored result that were measured, and what they found; it may be older than the last parts.
-    """
+    """Yield the parts of a stored result that were measured, and what they found; later parts may be newer than it."""
     for part, kept in zip(on(found["suite"], found["device"]), found["parts"], strict=False):
         if "result" in kept:
             yield part, kept["result"]

@@ -77,16 +77,15 @@ def _slstm(result: Result) -> Iterator[Row]:
         for phase in ("forward", "forward_backward"):
             medians = {name: ms for name, ms in case[f"{phase}_ms"].items() if not name.startswith("ours")}
             best = min(medians, key=medians.__getitem__, default=None)
-            ours = case[f"{phase}_ms"]["ours"]
             what = f"{phase.replace('_', ' + ')} ({B}, {NH}, {DH}), S {S:,}, {case['dtype']}"
             peer = "" if best is None else f"{medians[best]:.3f} ms, {best}"
-            ratio = None if best is None else round(ours / medians[best], 3)
-            yield Row(what, f"{ours:.3f} ms", peer, ratio, no_part=case["no_part"])
-            parallel = case[f"{phase}_ms"].get("ours parallel in time")
-            if parallel is not None:
-                ratio = None if best is None else round(parallel / medians[best], 3)
-                rounds = case["parallel_in_time"]["forward" if phase == "forward" else "backward"]["rounds"]
-                yield Row(f"{what}, schedule parallel", f"{parallel:.3f} ms, {rounds} rounds", peer, ratio)
+            found = {what: (case[f"{phase}_ms"]["ours"], "")}
+            if case.get("parallel_in_time"):
+                rounds = case["parallel_in_time"][phase.rpartition("_")[2]]["rounds"]
+                found[f"{what}, schedule parallel"] = case[f"{phase}_ms"]["ours parallel in time"], f", {rounds} rounds"
+            for name, (ms, note) in found.items():
+                ratio = None if best is None else round(ms / medians[best], 3)
+                yield Row(name, f"{ms:.3f} ms{note}", peer, ratio, no_part=case["no_part"])
         yield Row(f"step (1, {NH}, {DH}), {case['dtype']}", f"{case['step_us']} us", "", None)
 
 

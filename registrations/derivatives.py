@@ -113,7 +113,8 @@ def _recorded(backward: Backward) -> Callable[[Call, Sequence[Any], dict[str, An
         @staticmethod
         def backward(ctx: Any, *given: Any) -> Any:
             saved = ctx.saved_tensors
-            found = [*backward.gradients(*_filled(given, ctx.results, saved[0]), *saved, **ctx.how), None]  # of a mask
+            gradients = backward.gradients(*_filled(given, ctx.results, saved[0]), *saved, **ctx.how)
+            found = [*gradients, None]  # a mask has none
             return None, None, *[g if there else None for g, there in zip(found, ctx.given, strict=False)]
 
     return lambda call, args, how: Recorded.apply(call, how, *args)  # type: ignore[no-untyped-call]
@@ -127,14 +128,14 @@ def _filled(given: Sequence[Tensor | None], results: Sequence[Any], like: Tensor
 
     results: a distributed tensor each, or else the shape and dtype. like: on the device of the zeros.
     """
-    filled = dict(enumerate(given))
-    missing = [at for at, gradient in filled.items() if gradient is None]
-    if missing and is_distributed(results[0]):
-        filled |= {at: torch.zeros_like(results[at]) for at in missing}
-        missing = []
-    for dtype in {results[at][1] for at in missing}:
-        shapes = {at: results[at][0] for at in missing if results[at][1] == dtype}
-        sizes = [-(-math.prod(shape) // _ALIGNED) * _ALIGNED for shape in shapes.values()]
-        parts = torch.split(like.new_zeros(sum(sizes), dtype=dtype), sizes)
-        filled |= {at: part[:math.prod(shapes[at])].view(shapes[at]) for at, part in zip(shapes, parts, strict=True)}
-    return [filled[at] for at in range(len(given))]  # type: ignore[misc]
+    missing = {at: results[at] for at, gradient in enumerate(given) if gradient is None}
+    zeros: dict[int, Tensor] = {}
+    if is_distributed(results[0]):
+        zeros = {at: torch.zeros_like(t) for at, t in missing.items()}
+    else:
+        for dtype in {dtype for _, dtype in missing.values()}:
+            shapes = {at: shape for at, (shape, of_dtype) in missing.items() if of_dtype == dtype}
+            sizes = [-(-math.prod(shape) // _ALIGNED) * _ALIGNED for shape in shapes.values()]
+            parts = torch.split(like.new_zeros(sum(sizes), dtype=dtype), sizes)
+            zeros |= {at: part[:math.prod(shapes[at])].view(shapes[at]) for at, part in zip(shapes, parts, strict=True)}
+    return [zeros[at] if gradient is None else gradient for at, gradient in enumerate(given)]

@@ -6,6 +6,7 @@ The two kernels that it knows add one to a tensor, and copy a matrix; all tensor
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def install(put: Set, *, modules: bool = False) -> Launcher:
     launcher = Launcher(modules=modules)
     put(torch._C, "_StaticCudaLauncher", launcher)
     put(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM)
-    guards = torch._C._dynamo.guards  # type: ignore[attr-defined]
+    guards = importlib.import_module("torch._C._dynamo.guards")
     put(guards, "_empty_strided_cuda", guards._empty_strided_cpu)
     for name in ("device", "_DeviceGuard"):
         put(torch.cuda, name, lambda index: contextlib.nullcontext())

@@ -211,3 +211,8 @@ def test_joules_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     if energy.missing(torch.device("cpu")):
         assert timing.joules({"a": call}, torch.device("cpu"), 0.1) == ({}, energy.missing(torch.device("cpu")))
+
+
+def test_a_quantity_is_a_number_and_its_unit():
+    assert plots.quantity("27.5 uJ a token") == (27.5, "uJ")
+    assert plots.quantity("250 us") == (0.25, "ms")

@@ -67,7 +67,7 @@ def _is_unrolled(fn: compiler.PureFunction, args: Sequence[Tensor]) -> bool:
     """Return whether to compile a function as one kernel of many small steps."""
     if args[0].device.type == "mps":  # where a kernel with a mask too would have more buffers than Metal allows
         return fn in _UNROLLED_ON_MPS and not any(t.dtype == torch.uint8 for t in args)
-    return fn is not backward.join
+    return fn is not backward.join  # whose tensors come from elsewhere: written in place, each would be a kernel
 
 
 def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Caller = compile_call) -> Kernels:
@@ -117,7 +117,7 @@ def _across(caller: Caller, floor: float, device: str) -> Call:
     def run(args: list[Tensor]) -> Sequence[Tensor]:
         if args[0].shape[2] > 1:
             return several(args)
-        states = one(args)
+        states = one(args)  # one tensor each; compiled functions take contiguous ones
         return *(s[:, :, :-1].contiguous() for s in states), *(s[:, :, -1].contiguous() for s in states)
 
     return run

@@ -118,6 +118,7 @@ class Parallel:
                     slstm.weights(r, Product.MATMUL, dense), slstm.weights_backward(r, Product.MATMUL, dense), *rest,
                 )
                 dx = dgates[:, : window.length].transpose(2, 3).contiguous()
+                # The gradients of one window are those of the call: a graph may cast them too.
                 weights = [dr.to(r.dtype), db.to(b.dtype)] if len(order) == 1 else [dr.to(dy.dtype), db]
                 return dx, *weights, *(t.clone() for t in before), torch.stack([error, residual])
 

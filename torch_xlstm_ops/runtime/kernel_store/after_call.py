@@ -10,7 +10,7 @@ from torch_xlstm_ops.runtime import torch_internals
 
 
 class AfterCall:
-    """Calls a compiled function, and another one once, after the first call that succeeded.
+    """Calls a compiled function, and another one after the first call that succeeded.
 
     The work that follows must not use the device: the call may be part of a CUDA graph that is recorded.
     """
@@ -23,7 +23,8 @@ class AfterCall:
 
     def __call__(self, args: list[Tensor]) -> Sequence[Tensor]:
         results = self._call(args)
-        if self._then is not None:
-            then, self._then = self._then, None
+        then = self._then
+        if then is not None:  # two threads may both get here: to keep a function twice does no harm
+            self._then = None
             then()
         return results

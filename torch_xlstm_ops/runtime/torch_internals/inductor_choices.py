@@ -35,7 +35,7 @@ def _as_inductor_joins(most: int | None) -> AbstractContextManager[object]:
 
 @need(_as_inductor_joins, where=(
         "torch._inductor.lowering.lowerings", "torch._inductor.ir.ConcatKernel.create",
-        "torch._inductor.ir.TensorBox", "torch._inductor.lowering._validate_dim",
+        "torch._inductor.ir.TensorBox",
     ),
       without="a chunk of the sLSTM parallel in time is two CUDA kernels instead of one")
 def joined_in_place(most: int | None) -> AbstractContextManager[object]:
@@ -53,8 +53,7 @@ def joined_in_place(most: int | None) -> AbstractContextManager[object]:
     def join(tensors: Sequence[Any], dim: int = 0) -> Any:
         if len(tensors) <= most:
             return lowered(tensors, dim)
-        place = lowering._validate_dim(tensors[0], dim, 0)  # type: ignore[no-untyped-call]
-        return ir.TensorBox(ir.ConcatKernel.create(tensors, place))
+        return ir.TensorBox(ir.ConcatKernel.create(tensors, dim % len(tensors[0].get_size())))
 
     return _instead(lowering.lowerings, cat, join)
 
