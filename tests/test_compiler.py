@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests import oracle
 from tests.parameters import tail
@@ -141,27 +142,73 @@ def test_relaxed_arithmetic_of_mps_is_refused_with_a_warning(monkeypatch: pytest
     compiler._refuse_fast_math(torch.device("mps"))
 
 
-@pytest.mark.parametrize("joined", [3, 5])
-def test_tensors_are_joined_in_place_where_inductor_has_no_option_for_it(monkeypatch, joined):
-    from torch._inductor import config as inductor
-    from torch._inductor import ir, lowering
+def steps(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Return results of several steps, joined once and twice, and the last one; each step reads those before it."""
+    rows, pairs = [], []
+    shifted = torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], 1)
+    for k in range(x.shape[2]):
+        y = torch.where(mask == k, 0.0, torch.sigmoid(y) * x[:, :, k] + torch.exp(-y.abs()) + shifted)
+        rows.append(y.unsqueeze(2))
+        pairs.append(torch.cat([(y + k).unsqueeze(2), (2 * y).unsqueeze(2)], 2).unsqueeze(0))
+    return torch.cat(rows, 2), torch.cat(pairs, 0), y
 
-    def join(x, y):
-        return (torch.stack([torch.exp(x) * k + y for k in range(joined)], 1),)
 
-    known, created, cat = inductor.get_config_copy(), [], torch.ops.aten.cat.default
-    known.pop("max_complex_pointwise_cat_inputs", None)
-    monkeypatch.setattr(inductor.__class__, "get_config_copy", lambda self: known)
-    create = ir.ConcatKernel.create
-    monkeypatch.setattr(ir.ConcatKernel, "create", lambda *args: created.append(len(args[0])) or create(*args))
+STEPS = ["G NC K D", "G NC D", "G NC D"]
 
-    def lower(tensors, dim=0):  # as Inductor does on CUDA with up to 8 tensors
-        return lowering.pointwise_cat(tensors, dim)
 
-    monkeypatch.setitem(lowering.lowerings, cat, lower)
-    args = draw(3, 4)
-    options = {"max_pointwise_cat_inputs": 3, "fx_graph_cache": False}
-    call, _ = torch_internals.compile_raw(join, [["G", "NC", "D"]] * 2, args, {}, options, {})
-    torch.testing.assert_close(call(list(args))[0], join(*args)[0])
-    assert created == [joined] * (joined > 3)
-    assert lowering.lowerings[cat] is lower
+def drawn_steps() -> list[Tensor]:
+    return [torch.randn(3, 5, 6, 4), torch.randn(3, 5, 4), torch.randint(9, (3, 5, 4))]
+
+
+@pytest.mark.parametrize("free", [compiler.FREE_AXES, {}], ids=["symbolic", "fixed"])
+def test_unrolled_steps_are_one_kernel(free: dict[str, int]) -> None:
+    from torch._inductor import metrics
+
+    args, before = drawn_steps(), metrics.generated_kernel_count
+    options = {"fx_graph_cache": False}
+    call, _ = torch_internals.compile_raw(steps, [a.split() for a in STEPS], args, free, options, {}, unrolled=True)
+    assert metrics.generated_kernel_count == before + 1
+    for found, wanted in zip(call(list(args)), steps(*args), strict=True):
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, wanted)
+
+
+def test_steps_that_inductor_refuses_compile_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = torch_internals.NEEDS["steps_as_one_kernel"]
+    monkeypatch.setattr(need, "moved", None)
+    monkeypatch.setattr(need, "run", need)
+
+    def changed(self: object, *args: object) -> None:
+        raise TypeError("store_output takes other arguments")
+
+    refused = torch_internals.inductor_steps._stores()
+    monkeypatch.setattr(torch_internals.inductor_steps, "_stores", lambda: refused)
+    monkeypatch.setattr(refused, "store_output", changed)
+    args = drawn_steps()
+    with pytest.warns(RuntimeWarning, match="takes other arguments.*: functions of the sLSTM .* take longer"):
+        call, _ = torch_internals.compile_raw(
+            steps, [a.split() for a in STEPS], args, {}, {"fx_graph_cache": False}, {}, unrolled=True
+        )
+    for found, wanted in zip(call(list(args)), steps(*args), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_other_threads_compile_as_usual_beside_unrolled_steps() -> None:
+    from torch._inductor import graph, ir, lowering
+
+    def changed() -> list[object]:
+        return [graph.GraphLowering.run_node, ir.StorageBox.mark_reuse, lowering.lowerings[torch.ops.aten.cat.default]]
+
+    args, before, found = drawn_steps(), changed(), []
+
+    def compile_here() -> None:
+        found.extend(torch.compile(steps, options={"fx_graph_cache": False})(*args))
+
+    with torch_internals.steps_as_one_kernel():
+        thread = threading.Thread(target=compile_here)
+        thread.start()
+        thread.join(120)
+    assert not thread.is_alive()
+    assert changed() == before
+    for one, wanted in zip(found, steps(*args), strict=True):
+        torch.testing.assert_close(one, wanted)

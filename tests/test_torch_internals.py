@@ -125,7 +125,7 @@ with torch._subclasses.FakeTensorMode() as mode:
 with torch_internals.OperatorMode(lambda op, args, kwargs: op(*args, **kwargs)):
     mlstm_step(*token)
 torch_internals.reduction_choices(), torch_internals.compiler_missing(), torch_internals.user_stack()
-torch_internals.joined_in_place(3)
+torch_internals.steps_as_one_kernel()
 torch_internals.forget_compile_threads()
 torch_internals.functional_mode()
 torch_internals.copy_all([torch.zeros(2)], [torch.ones(2)])

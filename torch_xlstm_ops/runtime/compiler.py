@@ -43,22 +43,17 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
         "assert_indirect_indexing": False,  # an error is read from the device
     },
 }
-UNROLLED: dict[str, dict[str, Any]] = {
-    # Write each of more than 3 results that are joined to its place. A kernel that joins 4 to 8 of them would be a
-    # second one, which reads what the steps before the last left.
-    "cuda": {"max_pointwise_cat_inputs": 3, "max_complex_pointwise_cat_inputs": 3},
-    "mps": {
-        "max_fusion_unique_io_buffers": None, "max_complex_pointwise_cat_inputs": 8, "realize_reads_threshold": 8,
-        "max_fusion_size": 512,  # a step is several nodes, and Inductor's limit of 64 would end the kernel early
-    },
-}
+# For unrolled functions on CUDA: at small sizes Inductor gives a thread two elements, and more need too many registers.
+UNROLLED_AXES = {**FREE_AXES, "G": 3, "NC": 5, "NG": 2}
+UNROLLED: dict[str, Any] = {"triton.autotune_pointwise": False}
 # Decompositions of operators that a compiled function may call: filled by registrations/.
 INLINED: dict[Any, PureFunction] = {}
 
 
 def get(
     fn: PureFunction, axes: Sequence[str], args: Sequence[Tensor], *, release_gil: bool = False,
-    threads: int | None = None, join_in_place: bool = False, unrolled: bool = False, **static: Any,
+    threads: int | None = None, join_in_place: bool = False, unrolled: bool = False, only_ready: bool = False,
+    **static: Any,
 ) -> RawCallable:
     """Return a compiled ``fn(*args, **static)``, to be called with one list of contiguous tensors.
 
@@ -67,7 +62,8 @@ def get(
     release_gil: generate a C++ wrapper, which takes longer to compile and runs without the GIL (CPU).
     threads: the exact number that a CPU kernel uses; default what the calling thread may use now.
     join_in_place: read what `torch.cat` joins where it is, in the kernel that uses it, and do not copy it first.
-    unrolled: `fn` writes out many small steps one after another, which shall be one kernel; it has few arguments.
+    unrolled: `fn` writes out many small steps one after another, as `torch_internals.steps_as_one_kernel` allows.
+    only_ready: raise NotReady instead of compiling what is neither in memory nor in the kernel store.
     """
     how = _How(release_gil, threads or torch.get_num_threads(), join_in_place, unrolled)
     key = (fn, how, args[0].device, *static.values(), *[t.shape for t in args], *[t.dtype for t in args])
@@ -76,9 +72,13 @@ def get(
         forks.note_kernels()
         family = _family(fn, axes, args, how, static)
         with family.lock:  # one of the threads that race for a first call compiles, the others wait
-            call = _callables.get(key) or family.find(args)
+            call = _callables.get(key) or family.find(args, only_ready)
         _callables.keep(key, call)
     return call
+
+
+class NotReady(Exception):
+    """A function would have to be compiled."""
 
 
 @on_reset
@@ -114,7 +114,12 @@ class _How(NamedTuple):
         cpu = {"cpp.threads": self.threads} if device.type == "cpu" else {}
         return {"size_asserts": False, **cpu, **(RELEASE_GIL if self.release_gil else {}),
                 **({"force_pointwise_cat": True} if self.join_in_place else {}), **DEVICE_OPTIONS.get(device.type, {}),
-                **(UNROLLED.get(device.type, {}) if self.unrolled else {})}
+                **(UNROLLED if self.unrolled and device.type == "cuda" else {})}
+
+    def traced_at(self, free: frozenset[str], device: torch.device) -> dict[str, int]:
+        """Return the sizes to trace free axes at."""
+        sizes = UNROLLED_AXES if self.unrolled and device.type == "cuda" else FREE_AXES
+        return {axis: size for axis, size in sizes.items() if axis in free}
 
 
 class _Family:
@@ -125,14 +130,14 @@ class _Family:
         self.lock = forks.new_lock()
         self.general: tuple[RawCallable, _Admits] | None = None
 
-    def find(self, args: Sequence[Tensor]) -> RawCallable:
+    def find(self, args: Sequence[Tensor], only_ready: bool) -> RawCallable:
         if self.general is None:
-            self.general = _obtain(self.fn, self.axes, args, frozenset(FREE_AXES), self.how)
+            self.general = _obtain(self.fn, self.axes, args, frozenset(FREE_AXES), self.how, only_ready)
         call, admits = self.general
         sizes = {a: s for names, t in zip(self.axes, args, strict=True) for a, s in zip(names, t.shape, strict=True)}
         if admits(sizes):
             return call
-        return _obtain(self.fn, self.axes, args, frozenset(), self.how)[0]
+        return _obtain(self.fn, self.axes, args, frozenset(), self.how, only_ready)[0]
 
 
 _Key = tuple[Any, ...]
@@ -164,26 +169,25 @@ def _split(axes: str) -> tuple[str, ...]:
 
 
 def _obtain(
-    fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], how: _How
+    fn: PureFunction, axes: Sequence[Sequence[str]], args: Sequence[Tensor], free: frozenset[str], how: _How,
+    only_ready: bool,
 ) -> tuple[RawCallable, _Admits]:
     """Return what an earlier process compiled and kept; else compile, and keep it for later ones."""
     global _obtained
+    store, device = kernel_store.chosen(), args[0].device
+    options = {**how.options(device), "unrolled": how.unrolled}
+    traced_at = how.traced_at(free, device)
+    wanted = None if store is None else kernel_store.request(fn, axes, args, traced_at, options, INLINED)
+    found: tuple[RawCallable, _Admits] | None = None if store is None or wanted is None else store.find(wanted)
+    if found is None and only_ready:
+        raise NotReady
     _obtained += 1
-    store = kernel_store.chosen()
-    wanted = None if store is None else kernel_store.request(
-        fn, axes, args, _traced_at(free), how.options(args[0].device), INLINED
-    )
-    if store is None or wanted is None:
-        return _compile(fn, axes, args, free, how)
-    found: tuple[RawCallable, _Admits] | None = store.find(wanted)
     if found is not None:
         return found
+    if store is None or wanted is None:
+        return _compile(fn, axes, args, free, how)
     call, admits = _compile(fn, axes, args, free, how)
     return call if isinstance(call, Uncompiled) else store.keep(wanted, call, admits), admits
-
-
-def _traced_at(free: frozenset[str]) -> dict[str, int]:
-    return {axis: size for axis, size in FREE_AXES.items() if axis in free}
 
 
 def _compile(
@@ -192,11 +196,11 @@ def _compile(
     """Compile `fn` for tensors like `args` with the axes in `free` symbolic, independent of the caller's modes."""
     device = args[0].device
     _refuse_fast_math(device)
-    sizes = _traced_at(free)
+    sizes = how.traced_at(free, device)
 
     def compile_here() -> tuple[RawCallable, _Admits]:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return torch_internals.compile_raw(fn, axes, args, sizes, how.options(device), INLINED)
+            return torch_internals.compile_raw(fn, axes, args, sizes, how.options(device), INLINED, how.unrolled)
 
     def attempt(unwritable: OSError | None) -> tuple[RawCallable, _Admits] | BaseException:
         global _has_compiled

@@ -41,10 +41,10 @@ from torch_xlstm_ops.runtime.torch_internals.generated import Generated, Kernel,
 from torch_xlstm_ops.runtime.torch_internals.inductor_changes import inductor_changes
 from torch_xlstm_ops.runtime.torch_internals.inductor_choices import (
     PERSISTENT,
-    joined_in_place,
     reduction_choices,
     supported_options,
 )
+from torch_xlstm_ops.runtime.torch_internals.inductor_steps import steps_as_one_kernel
 from torch_xlstm_ops.runtime.torch_internals.modes import (
     OperatorMode,
     forward_mode,
@@ -85,7 +85,6 @@ __all__ = [
     "hooks",
     "inductor_changes",
     "inductor_options",
-    "joined_in_place",
     "keep_as_call",
     "like",
     "next_is_device",
@@ -97,6 +96,7 @@ __all__ = [
     "reduction_choices",
     "register_decomposition",
     "status",
+    "steps_as_one_kernel",
     "supported_options",
     "taken_apart",
     "traced",

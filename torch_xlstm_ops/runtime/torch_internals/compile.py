@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +12,11 @@ from torch import Tensor, fx
 
 from torch_xlstm_ops.runtime.torch_internals.conditions import Axes, Conditions, shape_env, symbols_of
 from torch_xlstm_ops.runtime.torch_internals.inductor_choices import (
-    MOST_JOINED,
-    joined_in_place,
     reduction_choices,
     supported_options,
 )
-from torch_xlstm_ops.runtime.torch_internals.need import need
+from torch_xlstm_ops.runtime.torch_internals.inductor_steps import steps_as_one_kernel
+from torch_xlstm_ops.runtime.torch_internals.need import MOVED, need
 
 Raw = Callable[[list[Tensor]], Sequence[Tensor]]
 Admits = Callable[[dict[str, int]], bool]  # whether a callable is valid for these sizes of the free axes
@@ -24,7 +24,7 @@ Admits = Callable[[dict[str, int]], bool]  # whether a callable is valid for the
 
 def _guarded(
     fn: Callable[..., Any], axes: Axes, args: Sequence[Tensor], free: Mapping[str, int], options: Mapping[str, Any],
-    table: Mapping[Any, Any],
+    table: Mapping[Any, Any], unrolled: bool = False,
 ) -> tuple[Raw, Admits]:
     call = torch.compile(fn, fullgraph=True, dynamic=bool(free), options=supported_options(options))
     return lambda given: call(*given), lambda sizes: True
@@ -40,12 +40,12 @@ def _guarded(
       without="kernels are called through torch.compile, about 40 microseconds slower a call")
 def compile_raw(
     fn: Callable[..., Any], axes: Axes, args: Sequence[Tensor], free: Mapping[str, int], options: Mapping[str, Any],
-    table: Mapping[Any, Any],
+    table: Mapping[Any, Any], unrolled: bool = False,
 ) -> tuple[Raw, Admits]:
     """Compile a pure function to a callable without guards; return it, and a test for sizes of its free axes.
 
     axes: the names of each argument's axes. free: the axes that stay symbolic, with the size to trace them at.
-    options: of Inductor. table: decompositions in addition to Inductor's.
+    options: of Inductor. table: decompositions in addition to Inductor's. unrolled: see `steps_as_one_kernel`.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch._guards import TracingContext, tracing
@@ -71,13 +71,25 @@ def compile_raw(
         with enable_python_dispatcher():  # torch 2.11's own `matmul` in C++ refuses symbolic sizes
             graph = trace(*examples)
         _read_sizes(graph, axes, symbols)
-    with (
-        config.patch(supported_options(options)), V.set_choices_handler(reduction_choices()),
-        tracing(TracingContext(mode)), joined_in_place(options.get(MOST_JOINED)),
-    ):
-        code = compile_fx_inner(graph, examples, cpp_wrapper="cpp_wrapper" in options)
-        call: Raw = code.current_callable  # type: ignore[attr-defined]
+    try:
+        with (
+            config.patch(supported_options(options)), V.set_choices_handler(reduction_choices()),
+            tracing(TracingContext(mode)), steps_as_one_kernel() if unrolled else nullcontext(),
+        ):
+            code = compile_fx_inner(graph, examples, cpp_wrapper="cpp_wrapper" in options)
+    except Exception as error:
+        if not unrolled or not _has_moved(error):
+            raise
+        steps_as_one_kernel.give_up(error)
+        return compile_raw(fn, axes, args, free, options, table)
+    call: Raw = code.current_callable  # type: ignore[attr-defined]
     return call, Conditions(symbols, {guard.expr for guard in env.guards})
+
+
+def _has_moved(error: Exception) -> bool:
+    """Return whether Inductor failed at what a function of ours gave it, rather than at a compiler or a disk."""
+    within = getattr(error, "inner_exception", error)
+    return isinstance(within, (*MOVED, AssertionError)) or type(within).__name__ == "LoweringException"
 
 
 def _read_sizes(graph: fx.GraphModule, axes: Axes, symbols: Mapping[str, Any]) -> None:

@@ -1,13 +1,10 @@
-"""What Inductor decides: its options, and two of its heuristics that are changed while a function is compiled."""
+"""What Inductor decides: its options, and a heuristic that is changed while a function is compiled."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from torch_xlstm_ops.runtime.torch_internals.need import need
 
@@ -24,47 +21,6 @@ def supported_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
     known = config.get_config_copy()
     return {name: value for name, value in options.items() if name in known}
-
-
-MOST_JOINED = "max_pointwise_cat_inputs"  # which rules simple tensors alone before torch 2.13
-
-
-def _as_inductor_joins(most: int | None) -> AbstractContextManager[object]:
-    return nullcontext()
-
-
-@need(_as_inductor_joins, where=(
-        "torch._inductor.lowering.lowerings", "torch._inductor.ir.ConcatKernel.create",
-        "torch._inductor.ir.TensorBox",
-    ),
-      without="a chunk of the sLSTM parallel in time is two CUDA kernels instead of one")
-def joined_in_place(most: int | None) -> AbstractContextManager[object]:
-    """Have Inductor join more than `most` tensors by writing each to its place, where it has no option for that.
-
-    All tensors must have the same dtype.
-    """
-    from torch._inductor import config, ir, lowering
-
-    if most is None or "max_complex_pointwise_cat_inputs" in config.get_config_copy():
-        return nullcontext()
-    cat = torch.ops.aten.cat.default
-    lowered = lowering.lowerings[cat]
-
-    def join(tensors: Sequence[Any], dim: int = 0) -> Any:
-        if len(tensors) <= most:
-            return lowered(tensors, dim)
-        return ir.TensorBox(ir.ConcatKernel.create(tensors, dim % len(tensors[0].get_size())))
-
-    return _instead(lowering.lowerings, cat, join)
-
-
-@contextmanager
-def _instead(table: MutableMapping[Any, Any], key: Any, value: Any) -> Iterator[None]:
-    before, table[key] = table[key], value
-    try:
-        yield
-    finally:
-        table[key] = before
 
 
 PERSISTENT = 256  # elements of a row that a CUDA kernel keeps in registers, such as the tokens of a chunk

@@ -37,7 +37,7 @@ class Need(Generic[_P, _R]):
             try:
                 found = self.native(*args, **kwargs)
             except MOVED as error:
-                self._warn(error)
+                self.give_up(error)
             else:
                 self.called, self.run = True, self.native
                 return found
@@ -48,7 +48,8 @@ class Need(Generic[_P, _R]):
         """Return the first line of the docstring."""
         return (inspect.getdoc(self.native) or "").split("\n")[0]
 
-    def _warn(self, error: BaseException) -> None:
+    def give_up(self, error: BaseException) -> None:
+        """Warn, and call `fallback` from now on."""
         self.moved, self.run = f"{type(error).__name__}: {error}", self.fallback
         warnings.warn(
             f"torch {torch.__version__} has moved one of {', '.join(self.where)} ({self.moved}): {self.without}",
