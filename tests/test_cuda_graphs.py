@@ -90,6 +90,41 @@ def test_graphs_record_what_comes_twice_and_replay_it_after(cuda_without_cuda):
     assert not graphs._graphs
 
 
+def test_arguments_at_the_same_places_are_read_there(cuda_without_cuda):
+    graphs, calls = CudaGraphs(capacity=2), []
+    x, others = torch.ones(3).as_subclass(OnCuda), [torch.ones(3).as_subclass(OnCuda) for _ in range(3)]
+    counts = []
+    for t in (x, *others, x, x, x, x, *others):
+        graphs.run("a", computing(calls), [t])
+        counts.append(len(calls))
+    # One call without a graph, one that records it, and one that records another with the tensor that came often.
+    assert counts == [1, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3]
+    (in_place,) = graphs._in_place._graphs.values()
+    assert in_place.inputs == []
+    graphs.clear()
+    assert not graphs._in_place._graphs
+    assert not graphs._in_place._calls
+
+
+def test_graphs_in_place_are_few_and_need_contiguous_arguments(cuda_without_cuda):
+    graphs, calls, columns = CudaGraphs(capacity=1), [], torch.ones(3, 2).as_subclass(OnCuda)[:, 0]
+    for _ in range(10):
+        graphs.run("columns", computing(calls), [columns])
+    assert len(calls) == 2
+    assert not graphs._in_place._graphs
+    tensors = [torch.ones(3).as_subclass(OnCuda) for _ in range(10)]
+    for t in tensors:
+        for _ in range(8):
+            graphs.run("a", computing(calls), [t])
+    assert len(calls) == 2 + 2 + 10
+    assert len(graphs._in_place._graphs) == cuda_graphs._PLACES
+    few = CudaGraphs(most_bytes=30)  # two results of 12 bytes
+    for t in tensors[:4]:
+        for _ in range(8):
+            few.run("a", computing(calls), [t])
+    assert len(few._in_place._graphs) == 2
+
+
 def test_graphs_are_recorded_after_the_first_calls(cuda_without_cuda):
     graphs, calls, x = CudaGraphs(first_calls=3), [], torch.ones(3).as_subclass(OnCuda)
     for _ in range(6):

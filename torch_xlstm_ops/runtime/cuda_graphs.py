@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-from torch_xlstm_ops.runtime import forks, torch_internals
+from torch_xlstm_ops.runtime import cuda_graph, forks, torch_internals
 from torch_xlstm_ops.runtime.bounded_cache import BoundedCache
-from torch_xlstm_ops.runtime.state import warn_once
+from torch_xlstm_ops.runtime.cuda_graph import Graph, RawCompute, may_replay, pool_of
 
 Compute = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
-RawCompute = Callable[[list[Tensor]], Sequence[Tensor]]
 _SEEN = 256  # kinds of call whose number is known
+_PLACES, _CALLS_IN_PLACE = 4, 4  # graphs of arguments in place for each other one, and calls before one is recorded
 _SHARE = 256  # of the device's memory, one part of which the arguments of a graph may take
-
-
-class _Graph(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    stream: torch.cuda.Stream
-    inputs: list[Tensor]
-    outputs: tuple[Tensor, ...]
 
 
 class CudaGraphs:
@@ -32,7 +24,8 @@ class CudaGraphs:
 
     A graph reads and writes memory of its own: arguments are copied in and results out, on the caller's stream, so
     nothing that a caller holds is ever overwritten. A stream has its own graphs, as two streams may run at once. The
-    graphs of a stream share the memory of their intermediate results, as only one of them runs at a time.
+    graphs of a stream share the memory of their intermediate results, as only one of them runs at a time. Where
+    arguments are at the same places in memory again and again, another graph reads them there.
 
     capacity: most graphs kept, the oldest used leaves first; 0 records none. most_bytes: of arguments, for one graph.
     first_calls: how often a computation runs without a graph: recording one takes longer than it saves in few calls.
@@ -44,7 +37,8 @@ class CudaGraphs:
         allowed: Callable[[], bool] = lambda: True,
     ) -> None:
         self.capacity, self.most_bytes, self.first_calls, self.allowed = capacity, most_bytes, first_calls, allowed
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._in_place = _InPlace(_PLACES * capacity, most_bytes)
         self._seen: BoundedCache[Hashable, int | None] = BoundedCache(_SEEN)  # calls so far; None: cannot be recorded
         self._lock = forks.new_lock()
 
@@ -59,7 +53,7 @@ class CudaGraphs:
     def replay(self, what: Hashable, compute: Compute, args: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """Return ``compute(args)`` by a graph, or None where there is none and none is to be recorded."""
         device = args[0].device
-        if self.capacity == 0 or not _may_replay(device, self.allowed):
+        if self.capacity == 0 or not may_replay(device, self.allowed):
             return None
         with torch.cuda.device(device), self._lock:
             stream = torch.cuda.current_stream(device)
@@ -72,12 +66,14 @@ class CudaGraphs:
             if graph is None:
                 return None
             self._graphs.move_to_end(key)
-            return _replayed(graph, args)
+            in_place = self._in_place.find(key, graph, compute, args)
+            return cuda_graph.replay(graph, args) if in_place is None else cuda_graph.replay(in_place, ())
 
     def clear(self) -> None:
         """Forget every graph and free its memory."""
         with self._lock:
             self._trim(0)
+            self._in_place.clear()
             self._seen.clear()
 
     def _comes_again(self, key: Hashable, device: torch.device, args: Sequence[Tensor]) -> bool:
@@ -94,9 +90,9 @@ class CudaGraphs:
 
     def _record(
         self, key: Hashable, stream: torch.cuda.Stream, compute: Compute, args: Sequence[Tensor]
-    ) -> _Graph | None:
+    ) -> Graph | None:
         self._trim(self.capacity - 1)
-        graph = _recorded(compute, args, (), stream, _pool_of(self._graphs.values(), stream))
+        graph = cuda_graph.record(compute, args, (), stream, pool_of(self._graphs.values(), stream))
         if graph is None:
             self._seen[key] = None
             return None
@@ -108,6 +104,53 @@ class CudaGraphs:
         while len(self._graphs) > most:
             _, graph = self._graphs.popitem(last=False)
             graph.stream.synchronize()
+
+
+class _InPlace:
+    """Graphs that read their arguments where they are. All of a stream's use the memory of its other graphs.
+
+    most: graphs kept, the oldest used leaves first; most_bytes: of the results of all.
+    """
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self.most, self.most_bytes = most, most_bytes
+        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._calls: BoundedCache[Hashable, int] = BoundedCache(_SEEN)
+
+    def find(self, key: Hashable, copying: Graph, compute: Compute, args: Sequence[Tensor]) -> Graph | None:
+        """Return a graph for arguments at these places, or None where they have not been there often.
+
+        copying: the graph with copies of the arguments.
+        """
+        places = (key, *[t.data_ptr() for t in args])
+        graph = self._graphs.get(places)
+        if graph is None:
+            calls = self._calls[places] = self._calls.keep(places, 0) + 1
+            bound = copying.output_bytes <= self.most_bytes and all(t.is_contiguous() for t in args)
+            if calls != _CALLS_IN_PLACE or not bound or torch_internals.prepares_graph(args[0].device):
+                return None
+            graph = cuda_graph.record(compute, (), args, copying.stream, copying.graph.pool())
+            if graph is None:
+                return None
+            self._graphs[places] = graph
+            self._trim()
+        self._graphs.move_to_end(places)
+        return graph
+
+    def clear(self) -> None:
+        """Forget every graph and free its memory."""
+        while self._graphs:
+            self._drop()
+        self._calls.clear()
+
+    def _trim(self) -> None:
+        while len(self._graphs) > self.most or sum(g.output_bytes for g in self._graphs.values()) > self.most_bytes:
+            self._drop()
+
+    def _drop(self) -> None:
+        places, graph = self._graphs.popitem(last=False)
+        self._calls.pop(places, None)
+        graph.stream.synchronize()
 
 
 class FixedGraph:
@@ -124,14 +167,14 @@ class FixedGraph:
         self.first_calls, self.allowed = first_calls, allowed
         self._key: Hashable = None
         self._calls: int | None = 0  # with this key; None: it cannot be recorded
-        self._graph: _Graph | None = None
+        self._graph: Graph | None = None
         with _fixed_lock:
             _fixed.add(self)
 
     def replay(self, compute: RawCompute, args: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """Return ``compute(args)`` by a graph, or None where there is none and none is to be recorded."""
         device = args[0].device
-        if not _may_replay(device, self.allowed):
+        if not may_replay(device, self.allowed):
             return None
         x, *fixed = args
         with torch.cuda.device(device), _fixed_lock:
@@ -140,9 +183,9 @@ class FixedGraph:
             if key != self._key:
                 self._forget(key)
             if self._graph is None and self._is_time(device):
-                pool = _pool_of([one._graph for one in _fixed if one._graph is not None], stream)
-                self._graph, self._calls = _recorded(compute, [x], fixed, stream, pool), None
-            return None if self._graph is None else _replayed(self._graph, [x])
+                pool = pool_of([one._graph for one in _fixed if one._graph is not None], stream)
+                self._graph, self._calls = cuda_graph.record(compute, [x], fixed, stream, pool), None
+            return None if self._graph is None else cuda_graph.replay(self._graph, [x])
 
     def _is_time(self, device: torch.device) -> bool:
         """Count a call without a graph; return whether to record one."""
@@ -159,39 +202,3 @@ class FixedGraph:
 
 _fixed: weakref.WeakSet[FixedGraph] = weakref.WeakSet()
 _fixed_lock = forks.new_lock()  # the graphs of a stream share memory, which holds results until they are copied out
-
-
-def _may_replay(device: torch.device, allowed: Callable[[], bool]) -> bool:
-    return device.type == "cuda" and allowed() and not torch.cuda.is_current_stream_capturing()
-
-
-def _pool_of(graphs: Iterable[_Graph], stream: torch.cuda.Stream) -> Any:
-    """Return the memory that the graphs of a stream share, or None; it lives as long as one of them."""
-    return next((other.graph.pool() for other in graphs if other.stream == stream), None)
-
-
-def _recorded(
-    compute: RawCompute, moving: Sequence[Tensor], fixed: Sequence[Tensor], stream: torch.cuda.Stream, pool: Any
-) -> _Graph | None:
-    """Return a graph of ``compute([*moving, *fixed])``, or None and warn where it cannot be recorded.
-
-    moving: arguments that the graph has copies of. fixed: those that it uses where they are. pool: of memory, if any.
-    """
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written to outside
-            inputs = [t.clone(memory_format=torch.contiguous_format) for t in moving]
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                outputs = compute([*inputs, *fixed])
-    except RuntimeError as error:
-        warn_once(f"a call runs without a CUDA graph here, and slower: {error}")
-        return None
-    return _Graph(graph, stream, inputs, tuple(outputs))
-
-
-def _replayed(graph: _Graph, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    torch_internals.copy_all(graph.inputs, args)
-    graph.graph.replay()
-    results = tuple(torch.empty_like(t) for t in graph.outputs)
-    torch_internals.copy_all(results, graph.outputs)
-    return results
