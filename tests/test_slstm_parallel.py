@@ -17,8 +17,8 @@ from torch_xlstm_ops.kernels import slstm_parallel as kernels
 from torch_xlstm_ops.kernels.slstm_parallel import compile_call
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.slstm.parallel.certificate import judge
+from torch_xlstm_ops.ops.slstm import layout, sequence
 from torch_xlstm_ops.ops.slstm import parallel as operators
-from torch_xlstm_ops.ops.slstm import sequence
 from torch_xlstm_ops.schedules.slstm import parallel as windows
 from torch_xlstm_ops.schedules.slstm import rounds
 
@@ -46,7 +46,7 @@ def sequential_backward(dh, dstate, x, r, b, state, h, reset, floor):
 @pytest.fixture(autouse=True, params=[pytest.param(False, id="scan"), pytest.param(True, id="walk")])
 def short_chunks(monkeypatch, request):
     """Have short chunks, few in a group, whose cells come of a scan, or of a walk in the kernel that needs them."""
-    monkeypatch.setattr(operators, "CHUNK", CHUNK)
+    monkeypatch.setattr(layout, "CHUNK", CHUNK)
     for module in (kernels, windows):
         monkeypatch.setattr(module, "GROUP", GROUP)
     monkeypatch.setattr(kernels, "WALKING", {"cpu"} if request.param else set())
@@ -80,7 +80,7 @@ def scaled(args, gain=1.0, inputs=1.0, forget=0.0):
     state=st.sampled_from(["carried", "fresh", "mixed"]), masked=st.booleans(),
 )
 def test_rounds_and_their_gradient_are_the_recurrence(S, seed, floor, state, masked):
-    operators.CHUNK = CHUNK
+    layout.CHUNK = CHUNK
     x, r, b, *before = args = [t.double() for t in draw(S, seed=seed, state=state)]
     reset = draw_reset(S, seed=seed) if masked else None
     parallel = solver()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_xlstm_ops.kernels.slstm import product_dtype
 from torch_xlstm_ops.maths.products import sum_over_terms
 from torch_xlstm_ops.maths.shapes import state_dtype
+from torch_xlstm_ops.maths.slstm.cell import bmm_in_dtype
 from torch_xlstm_ops.maths.slstm.parallel import backward, backward_scan, forward, scan
 from torch_xlstm_ops.maths.slstm.parallel.axes import axes
 from torch_xlstm_ops.maths.slstm.parallel.certificate import judge, movement
@@ -24,10 +25,7 @@ Caller = Callable[..., Call]  # from a function and its keywords
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 4e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
 UNIT = 0.72  # of a rounding step relative to what is rounded, on the average
 NOISE = {torch.float64: 5e-13, torch.float32: 3e-7, torch.bfloat16: 1.0e-3, torch.float16: 1.3e-4}
-_UNROLLED_ON_MPS = (
-    forward.summarize, scan.group, scan.across_apart, forward.emit, forward.settle, forward.emit_across,
-    forward.settle_across,
-)
+_SUMS = (movement, judge)  # the only functions that are not elementwise
 GROUP = 16  # chunks that one thread walks over
 WALKING = {"mps"}  # where `emit` walks over summaries by itself, which saves launches
 
@@ -37,7 +35,7 @@ class Kernels(NamedTuple):
 
     products: Callable[[Tensor, Tensor, bool], Tensor]  # h, r, whether an early round
     summarize: Call
-    group: Callable[[Tensor], Tensor]  # summaries of chunks to those of groups
+    group: Call
     across: Call
     walking: bool  # whether `emit` and `settle` are `emit_across` and `settle_across`
     emit: Call
@@ -49,7 +47,7 @@ class Kernels(NamedTuple):
     summarize_back: Call
     group_back: Call
     across_back: Call
-    emit_back: Callable[[list[Tensor]], Tensor]  # the gradients of the gates, joined
+    emit_back: Call
     enter: Call
     leave: Call
     weight_gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -58,16 +56,14 @@ class Kernels(NamedTuple):
 def compile_call(fn: compiler.PureFunction, **static: Any) -> Call:
     """Return what calls `fn` compiled for the arguments that it is given."""
     def call(args: list[Tensor]) -> Sequence[Tensor]:
-        return compiler.get(fn, axes(fn, args), args, unrolled=_is_unrolled(fn, args), **static)(args)
+        return compiler.get(fn, axes(fn, args), args, unrolled=fn not in _SUMS, **static)(args)
 
     return call
 
 
-def _is_unrolled(fn: compiler.PureFunction, args: Sequence[Tensor]) -> bool:
-    """Return whether to compile a function as one kernel of many small steps."""
-    if args[0].device.type == "mps":  # where a kernel with a mask too would have more buffers than Metal allows
-        return fn in _UNROLLED_ON_MPS and not any(t.dtype == torch.uint8 for t in args)
-    return fn is not backward.join  # whose tensors come from elsewhere: written in place, each would be a kernel
+def ready_call(fn: compiler.PureFunction, **static: Any) -> Call:
+    """Return what calls `fn` as `compile_call` does, or raises `compiler.NotReady` where that would compile it."""
+    return compile_call(fn, only_ready=True, **static)
 
 
 def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Caller = compile_call) -> Kernels:
@@ -91,8 +87,8 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
         emit, settle = (caller(fn, floor=floor, dtype=dtype) for fn in (forward.emit, forward.settle))
     return Kernels(
         products=products, operand_gradients=operand_gradients,
-        summarize=caller(forward.summarize, floor=floor), group=_group(caller(scan.group, floor=floor)),
-        across=_across(caller, floor, x.device.type), walking=walking, emit=emit, settle=settle,
+        summarize=caller(forward.summarize, floor=floor), group=caller(scan.group, floor=floor),
+        across=caller(scan.across, floor=floor), walking=walking, emit=emit, settle=settle,
         movement=caller(movement),
         judge=caller(
             judge, unit=UNIT * torch.finfo(x.dtype).eps, noise=tolerance * NOISE[x.dtype] / TOLERANCE[x.dtype],
@@ -102,41 +98,10 @@ def kernels(x: Tensor, masked: bool, floor: float, tolerance: float, caller: Cal
         summarize_back=caller(backward_scan.summarize_back, floor=floor),
         group_back=caller(backward_scan.group_back, floor=floor, masked=masked),
         across_back=caller(backward_scan.across_back, floor=floor, masked=masked),
-        emit_back=_emit_back(caller, floor, x.dtype),
+        emit_back=caller(backward.emit_back, floor=floor, dtype=x.dtype),
         enter=caller(backward.enter, masked=masked), leave=caller(backward.leave, masked=masked),
         weight_gradients=weight_gradients,
     )
-
-
-def _across(caller: Caller, floor: float, device: str) -> Call:
-    """Return `scan.across`; on MPS without the states after several groups, which nobody asks for."""
-    if device != "mps":
-        return caller(scan.across, floor=floor)
-    one, several = (caller(scan.across_apart, floor=floor, ends=ends) for ends in (True, False))
-
-    def run(args: list[Tensor]) -> Sequence[Tensor]:
-        if args[0].shape[2] > 1:
-            return several(args)
-        states = one(args)  # one tensor each; compiled functions take contiguous ones
-        return *(s[:, :, :-1].contiguous() for s in states), *(s[:, :, -1].contiguous() for s in states)
-
-    return run
-
-
-def _group(call: Call) -> Callable[[Tensor], Tensor]:
-    """Return `scan.group` with its result as one tensor."""
-    def run(summaries: Tensor) -> Tensor:
-        out = summaries.new_empty(summaries[:, :, :, 0].shape)
-        call([summaries, *out.unbind()])
-        return out
-
-    return run
-
-
-def _emit_back(caller: Caller, floor: float, dtype: torch.dtype) -> Callable[[list[Tensor]], Tensor]:
-    """Return `backward.emit_back` with the gradients of the gates as one tensor, (G, NC, L, NH, 4, DH)."""
-    emit, join = caller(backward.emit_back, floor=floor, dtype=dtype), caller(backward.join)
-    return lambda args: join([*emit(args)])[0]
 
 
 def weight_gradients(dgates: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,4 +112,9 @@ def weight_gradients(dgates: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:
     G, T, NH, _, DH = dgates.shape
     left, right = dgates.view(G * T, NH, 4 * DH).permute(1, 2, 0), h_before.reshape(G * T, NH, DH).transpose(0, 1)
     dr = sum_over_terms(left, right).view(NH, 4, DH, DH).transpose(0, 1)
-    return dr, dgates.sum((0, 1), dtype=state_dtype(dgates.dtype)).transpose(0, 1)
+    if dgates.device.type == "cuda":  # where a product is faster than a sum over the first axes
+        ones, rows = dgates.new_ones(1, 1, G * T), dgates.view(1, G * T, NH * 4 * DH)
+        db = bmm_in_dtype(ones, rows, state_dtype(dgates.dtype)).view(NH, 4, DH)
+    else:
+        db = dgates.sum((0, 1), dtype=state_dtype(dgates.dtype))
+    return dr, db.transpose(0, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,7 +50,7 @@ def forward_window(
 
     x: (G, NC, L, 4, NH, DH); r: (NH, DH, 4 DH); mask: (G, NC, L), if given. rounds: 2 at least.
     """
-    start = _start(kernels, y.to(x.dtype), r)
+    start, cells = _start(kernels, y.to(x.dtype), r), torch.stack([c, n, m])
     K = min(x.shape[1], GROUP)
 
     def cut(t: Tensor, at: int = 1) -> Tensor:
@@ -65,18 +64,18 @@ def forward_window(
         if h is not None:
             products = [kernels.products(h, r, left > 1)]
         summary = kernels.summarize([x, b, start, *products, *mask])[0]
-        args = [cut(x), b, start, *_before(kernels, summary, (c, n, m))]
+        args = [cut(x), b, start, *_before(kernels, summary, cells)]
         rest = [*(cut(t, 2) for t in products), *(cut(t) for t in mask)]
         if left > 1:
             h = kernels.emit([*args, *rest])[0]
             continue
         before = torch.zeros_like(x[:, :, :, 0]) if h is None else h
-        h, *after = kernels.settle([*args, *rest])
+        h, after = kernels.settle([*args, *rest])
         change, size = kernels.movement([h, before, *mask, *after[4:]])
         moved.append(change)
     assert h is not None  # as there are two rounds
     last = (length - 1) // x.shape[2]
-    return h.to(x.dtype), *(t[:, last] for t in after[:4]), *kernels.judge([moved[1], moved[0], size])
+    return h.to(x.dtype), *after[:4, :, last].contiguous(), *kernels.judge([moved[1], moved[0], size])
 
 
 def replay_window(
@@ -85,7 +84,7 @@ def replay_window(
 ) -> Results:
     """Return c, n, m after a window whose h (G, NC, L, NH, DH) are known; y: what R is multiplied with at first."""
     summary = kernels.summarize([x, b, _start(kernels, y, r), kernels.products(h, r, False), *mask])[0]
-    return tuple(_scan(kernels, summary, (c, n, m))[1])
+    return _scan(kernels, summary, torch.stack([c, n, m]))[1].unbind()
 
 
 def backward_window(
@@ -100,27 +99,27 @@ def backward_window(
     mask = masks[:1]
     window = [x, b, _start(kernels, y, r)]
     products = [kernels.products(h, r, False), *mask]
-    before, last = _scan(kernels, kernels.summarize([*window, *products])[0], (c, n, m))
-    keep, add, _, o, _, c_all, n_all = factors = kernels.record([*window, *before, *products])
-    w = kernels.enter([dc, dn, dm, last[0], last[1]])[0]
+    before, last = _scan(kernels, kernels.summarize([*window, *products])[0], torch.stack([c, n, m]))
+    factors = kernels.record([*window, before, *products])[0]
+    beyond = kernels.enter([dc, dn, dm, last])[0]
 
     asked: list[Tensor] = []
     dgates, moved = x.new_zeros(()), []
     for left in reversed(range(rounds)):
         if left < rounds - 1:
             asked = [kernels.operand_gradients(dgates, r_back, left > 1)]
-        summary = kernels.summarize_back([dh, keep, add, o, c_all, n_all, *before[:2], *asked, *masks])
-        after, first = _scan_back(kernels, summary, (dc, dn, w))
-        args = [dh, *factors, *before[:2], *after]
-        found = kernels.emit_back([*args, *asked, *masks])
+        summary = kernels.summarize_back([dh, factors, before, *asked, *masks])[0]
+        after, first = _scan_back(kernels, summary, beyond)
+        found = kernels.emit_back([dh, factors, before, after, *asked, *masks])[0]
         if left <= 1:
             change, size = kernels.movement([found, dgates if dgates.dim() else torch.zeros_like(found)])
             moved.append(change)
         dgates = found
     judged = kernels.judge([moved[1], moved[0], size])
-    dm = kernels.leave([*first, c, n])[0]
+    dcells = kernels.leave([first, c, n])[0]
     dy = kernels.operand_gradients(dgates[:, :1, :1], r_back, False).flatten(1, 3).transpose(0, 1)
-    h_before = torch.cat([y[:, None], h.flatten(1, 2)[:, :-1]], 1)
+    h_before = torch.empty_like(h.flatten(1, 2))  # `torch.cat` takes longer on CUDA
+    h_before[:, 0], h_before[:, 1:] = y, h.flatten(1, 2)[:, :-1]
     dgates = dgates.flatten(1, 2)
     if masks:
         reset = mask[0].flatten(1, 2) == RESET
@@ -129,7 +128,7 @@ def backward_window(
         idle = (dgates == 0).all(-1).all(-1).all(-1)
         h_before = torch.where((idle | reset)[..., None, None], 0.0, h_before)
     dr, db = kernels.weight_gradients(dgates, h_before)
-    return dgates, dr, db, dy.to(dc.dtype), *first[:2], dm, *judged
+    return dgates, dr, db, dy.to(dc.dtype), *dcells, *judged
 
 
 def _start(kernels: Kernels, y: Tensor, r: Tensor) -> Tensor:
@@ -137,45 +136,43 @@ def _start(kernels: Kernels, y: Tensor, r: Tensor) -> Tensor:
     return kernels.products(y[:, None, None], r, False).flatten(1, 3).transpose(0, 1).contiguous()
 
 
-def _before(kernels: Kernels, summary: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
+def _before(kernels: Kernels, summary: Tensor, given: Tensor) -> list[Tensor]:
     """Return what `emit` and `settle` take of the cells before each chunk: the cells, or what these walk over."""
     if not kernels.walking:
-        return [*_scan(kernels, summary, given)[0]]
+        return [_scan(kernels, summary, given)[0]]
     NC = summary.shape[2]
-    chunks, first = torch.unflatten(summary, 2, (-1, min(NC, GROUP))), [s[:, None] for s in given]
+    chunks = torch.unflatten(summary, 2, (-1, min(NC, GROUP)))
     if NC <= GROUP:
-        return [*first, chunks]
-    groups = kernels.group(chunks)
+        return [given[:, :, None], chunks]
+    groups = kernels.group([chunks])[0]
     if NC <= GROUP * GROUP:
-        return [*first, chunks, groups]
-    return [*_scan(kernels, groups, given)[0], chunks]
+        return [given[:, :, None], chunks, groups]
+    return [_scan(kernels, groups, given)[0], chunks]
 
 
-def _scan(kernels: Kernels, summary: Tensor, given: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Return c, n, m before each chunk, (G, NC, NH, DH), and after the last, from those given before the first.
+def _scan(kernels: Kernels, summary: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Return c, n, m before each chunk, (3, G, NC, NH, DH), and after the last, from those given before the first.
 
-    summary: of the chunks, (4 or 6, G, NC, NH, DH). More than GROUP chunks are taken in groups.
+    summary: of the chunks, (4 or 6, G, NC, NH, DH). given: (3, G, NH, DH). More than GROUP chunks are taken in groups.
     """
     NC = summary.shape[2]
     if NC <= GROUP:
-        *each, c, n, m = kernels.across([summary[:, :, None], *(s[:, None] for s in given)])
-        return [s[:, 0] for s in each], [c[:, 0], n[:, 0], m[:, 0]]
+        before, after = kernels.across([summary[:, :, None], given[:, :, None]])
+        return before[:, :, 0], after[:, :, 0]
     chunks = torch.unflatten(summary, 2, (-1, GROUP))
-    ends, end = _scan(kernels, kernels.group(chunks), given)
-    return [s.flatten(1, 2) for s in kernels.across([chunks, *ends])[:3]], end
+    ends, end = _scan(kernels, kernels.group([chunks])[0], given)
+    return kernels.across([chunks, ends])[0].flatten(2, 3), end
 
 
-def _scan_back(
-    kernels: Kernels, summary: Sequence[Tensor], given: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Return dc, dn, w after each chunk, (G, NC, NH, DH), and before the first, from those given after the last.
+def _scan_back(kernels: Kernels, summary: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dc, dn, w after each chunk, (3, G, NC, NH, DH), and before the first, from those given after the last.
 
-    summary: of the chunks, (G, NC, NH, DH) each. More than GROUP chunks are taken in groups.
+    summary: of the chunks, (4 or 7, G, NC, NH, DH). given: (3, G, NH, DH). More than GROUP chunks are taken in groups.
     """
-    NC = summary[0].shape[1]
+    NC = summary.shape[2]
     if NC <= GROUP:
-        *each, dc, dn, w = kernels.across_back([*(s[:, None] for s in summary), *(s[:, None] for s in given)])
-        return [s[:, 0] for s in each], [dc[:, 0], dn[:, 0], w[:, 0]]
-    split = [torch.unflatten(s, 1, (-1, GROUP)) for s in summary]
-    ends, end = _scan_back(kernels, kernels.group_back([*split]), given)
-    return [s.flatten(1, 2) for s in kernels.across_back([*split, *ends])[:3]], end
+        after, first = kernels.across_back([summary[:, :, None], given[:, :, None]])
+        return after[:, :, 0], first[:, :, 0]
+    chunks = torch.unflatten(summary, 2, (-1, GROUP))
+    ends, end = _scan_back(kernels, kernels.group_back([chunks])[0], given)
+    return kernels.across_back([chunks, ends])[0].flatten(2, 3), end

@@ -9,43 +9,37 @@ from torch import Tensor
 
 from torch_xlstm_ops.maths.slstm.cell import one_if_zero
 from torch_xlstm_ops.maths.slstm.parallel.backward_tokens import Factors, backwards, from_y, has_masks, times
-from torch_xlstm_ops.maths.slstm.parallel.window import Window, walk
+from torch_xlstm_ops.maths.slstm.parallel.window import Window, join, walk
 
 
 def record(
-    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float
-) -> tuple[Tensor, ...]:
-    """Return the factors of every token; c, n, m are those before each chunk, (G, NC, NH, DH)."""
+    x: Tensor, b: Tensor, start: Tensor, cells: Tensor, *rest: Tensor, floor: float
+) -> tuple[Tensor]:
+    """Return the `Factors` of every token, (7, G, NC, L, NH, DH); cells: before each chunk, (3, G, NC, NH, DH)."""
     found = [
         Factors(step.keep, step.add, step.z, step.o, torch.sigmoid(-step.fgate), step.c, step.n)
-        for step in walk(Window.of(x, b, start, rest), (c, n, m), floor)
+        for step in walk(Window.of(x, b, start, rest), cells.unbind(), floor)
     ]
-    return tuple(torch.stack(each, 2) for each in zip(*found, strict=True))
+    return (join([join(each, 2) for each in zip(*found, strict=True)], 0),)
 
 
 def emit_back(
-    dh: Tensor, keep: Tensor, add: Tensor, z: Tensor, o: Tensor, not_f: Tensor, c: Tensor, n: Tensor, c_before: Tensor,
-    n_before: Tensor, dc: Tensor, dn: Tensor, w: Tensor, *rest: Tensor, floor: float, dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """Return the gradients of the gates i f z o, (G, NC, L, NH, DH) each, in a dtype; dc, dn, w: from after each chunk.
+    dh: Tensor, factors: Tensor, cells: Tensor, after: Tensor, *rest: Tensor, floor: float, dtype: torch.dtype
+) -> tuple[Tensor]:
+    """Return the gradients of the gates i f z o, (G, NC, L, NH, 4, DH), in a dtype.
+
+    cells: c, n, m before each chunk, after: the gradients dc, dn, w that come from after it, (3, G, NC, NH, DH).
     """
-    factors = Factors(keep, add, z, o, not_f, c, n)
-    found = [gates for _, gates in _gates(dh, factors, (c_before, n_before), (dc, dn, w), rest, floor)]
-    return tuple(torch.stack([t.to(dtype) for t in each], 2) for each in zip(*reversed(found), strict=True))
-
-
-def join(i: Tensor, f: Tensor, z: Tensor, o: Tensor) -> tuple[Tensor]:
-    """Return the gradients of the gates (G, NC, L, NH, DH) as one tensor (G, NC, L, NH, 4, DH)."""
-    return (torch.stack([i, f, z, o], 4),)
+    found = [gates for _, gates in _gates(dh, Factors(*factors.unbind()), cells, after.unbind(), rest, floor)]
+    return (join([join([t.to(dtype) for t in gates], 3) for gates in reversed(found)], 2),)
 
 
 def _gates(
-    dh: Tensor, factors: Factors, before: Sequence[Tensor], after: Sequence[Tensor], rest: Sequence[Tensor],
-    floor: float,
+    dh: Tensor, factors: Factors, cells: Tensor, after: Sequence[Tensor], rest: Sequence[Tensor], floor: float
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Yield each token, the last first, with the gradients of its gates i f z o, (G, NC, NH, DH) each."""
     dc, dn, w = after
-    for token in backwards(dh, factors, before[0], before[1], rest, floor):
+    for token in backwards(dh, factors, cells, rest, floor):
         f, dy = token.f, token.dy
         idle = (dy == 0) & (dc == 0) & (dn == 0) & (w == 0)
         to_c, to_n, to_w = from_y(token)
@@ -79,11 +73,16 @@ def operand_gradients(dgates: Tensor, r: Tensor, out: torch.dtype) -> Tensor:
     return found.view(NH, G, NC, L, DH)
 
 
-def enter(dc: Tensor, dn: Tensor, dm: Tensor, c: Tensor, n: Tensor, *, masked: bool) -> tuple[Tensor]:
-    """Return w after the last cell, whose gradients are dc, dn, dm, and its state c, n."""
-    return (dm - times(c, dc, masked) - times(n, dn, masked),)
+def enter(dc: Tensor, dn: Tensor, dm: Tensor, cells: Tensor, *, masked: bool) -> tuple[Tensor]:
+    """Return dc, dn, w, (3, G, NH, DH), after the last cell, whose gradients are dc, dn, dm, and its state c, n, m."""
+    c, n, _ = cells.unbind()
+    return (join([dc, dn, dm - times(c, dc, masked) - times(n, dn, masked)], 0),)
 
 
-def leave(dc: Tensor, dn: Tensor, w: Tensor, c: Tensor, n: Tensor, *, masked: bool) -> tuple[Tensor]:
-    """Return dm before the first cell, whose state is c, n; where it is fresh, m means nothing."""
-    return (torch.where(n == 0, 0.0, w + times(c, dc, masked) + times(n, dn, masked)),)
+def leave(gradients: Tensor, c: Tensor, n: Tensor, *, masked: bool) -> tuple[Tensor]:
+    """Return dc, dn, dm before the first cell, (3, G, NH, DH), whose state is c, n; where it is fresh, dm is 0.
+
+    gradients: dc, dn, w, (3, G, NH, DH).
+    """
+    dc, dn, w = gradients.unbind()
+    return (join([dc, dn, torch.where(n == 0, 0.0, w + times(c, dc, masked) + times(n, dn, masked))], 0),)

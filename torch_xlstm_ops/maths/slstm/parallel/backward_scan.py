@@ -6,23 +6,21 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.maths.slstm.parallel.backward_tokens import Factors, backwards, from_y, has_masks, times
+from torch_xlstm_ops.maths.slstm.parallel.window import join
 
 CUT = -1.0  # as keep of a chunk: a reset in it keeps what comes from after it, NaN too, from what is before
 
 
-def summarize_back(
-    dh: Tensor, keep: Tensor, add: Tensor, o: Tensor, c: Tensor, n: Tensor, c_before: Tensor, n_before: Tensor,
-    *rest: Tensor, floor: float,
-) -> tuple[Tensor, ...]:
-    """Reduce each chunk to what it does to the gradients that come from after it, all (G, NC, NH, DH).
+def summarize_back(dh: Tensor, factors: Tensor, cells: Tensor, *rest: Tensor, floor: float) -> tuple[Tensor]:
+    """Reduce each chunk to what it does to the gradients that come from after it, (4 or 7, G, NC, NH, DH).
 
     dc' = keep dc + sc, dn' = keep_n dn + sn, w' = keep_w w + from_n dn + sw. Returns keep, sc, sn, keep_w, and with a
     floor keep_n, from_n, sw. Where the chunk has a reset, keep is CUT.
     """
-    factors, masked = Factors(keep, add, keep, o, keep, c, n), has_masks(rest)
-    sc = sn = sw = from_n = torch.zeros_like(c_before)
-    kept = kept_n = kept_w = torch.ones_like(c_before)
-    for token in backwards(dh, factors, c_before, n_before, rest, floor):
+    masked = has_masks(rest)
+    sc = sn = sw = from_n = torch.zeros_like(cells[0])
+    kept = kept_n = kept_w = torch.ones_like(cells[0])
+    for token in backwards(dh, Factors(*factors.unbind()), cells, rest, floor):
         f = token.f
         to_c, to_n, to_w = from_y(token)
         if token.share is not None and token.unfloored is not None:
@@ -38,15 +36,15 @@ def summarize_back(
         if token.reset is not None:
             sc, sn, sw = (torch.where(token.reset, 0.0, s) for s in (sc, sn, sw))
             kept, kept_n, kept_w, from_n = _unless(token.reset | (before == CUT), kept, kept_n, kept_w, from_n)
-    return (kept, sc, sn, kept_w, kept_n, from_n, sw) if floor else (kept, sc, sn, kept_w)
+    return (join([kept, sc, sn, kept_w, *([kept_n, from_n, sw] if floor else [])], 0),)
 
 
-def group_back(*parts: Tensor, floor: float, masked: bool) -> tuple[Tensor, ...]:
-    """Reduce the summaries of K chunks each, (G, N, K, NH, DH), to summaries of them together, (G, N, NH, DH)."""
-    last = parts[0].shape[2] - 1
-    whole = [part[:, :, last] for part in parts]
+def group_back(summaries: Tensor, *, floor: float, masked: bool) -> tuple[Tensor]:
+    """Reduce the summaries of K chunks each, (4 or 7, G, N, K, NH, DH), to those of them together (G, N, NH, DH)."""
+    last = summaries.shape[3] - 1
+    whole = [*summaries[:, :, :, last].unbind()]
     for k in reversed(range(last)):
-        this = [part[:, :, k] for part in parts]
+        this = summaries[:, :, :, k].unbind()
         keep_n = this[4] if floor else this[0]
         found = [
             this[0] * whole[0], times(this[0], whole[1], masked) + this[1],
@@ -64,7 +62,7 @@ def group_back(*parts: Tensor, floor: float, masked: bool) -> tuple[Tensor, ...]
             for i, factor in zip(factors, kept, strict=True):
                 found[i] = factor
         whole = found
-    return tuple(whole)
+    return (join(whole, 0),)
 
 
 def _unless(cut: Tensor, keep: Tensor, *factors: Tensor) -> list[Tensor]:
@@ -72,13 +70,13 @@ def _unless(cut: Tensor, keep: Tensor, *factors: Tensor) -> list[Tensor]:
     return [torch.where(cut, CUT, keep), *(torch.where(cut, 0.0, factor) for factor in factors)]
 
 
-def across_back(*tensors: Tensor, floor: float, masked: bool) -> tuple[Tensor, ...]:
-    """Return dc, dn, w as they come from after each of K chunks, (G, N, K, NH, DH), and from the first, (G, N, NH, DH).
+def across_back(summaries: Tensor, after: Tensor, *, floor: float, masked: bool) -> tuple[Tensor, Tensor]:
+    """Return dc, dn, w from after each of K chunks, (3, G, N, K, NH, DH), and from the first on, (3, G, N, NH, DH).
 
-    tensors: the summaries of `summarize_back` or `group_back`, (G, N, K, NH, DH); dc, dn, w after, (G, N, NH, DH).
+    summaries: of `summarize_back` or `group_back`, (4 or 7, G, N, K, NH, DH). after: dc, dn, w from after the last.
     """
-    keep, sc, sn, keep_w, *rest = tensors[:-3]
-    dc, dn, w = tensors[-3:]
+    keep, sc, sn, keep_w, *rest = summaries.unbind()
+    dc, dn, w = after.unbind()
     states = []
     for k in reversed(range(keep.shape[2])):
         states.append((dc, dn, w))
@@ -89,4 +87,4 @@ def across_back(*tensors: Tensor, floor: float, masked: bool) -> tuple[Tensor, .
             w = w + times(rest[1][:, :, k], dn, masked) + rest[2][:, :, k]
         dc = times(keep[:, :, k], dc, masked) + sc[:, :, k]
         dn = times(rest[0][:, :, k] if floor else keep[:, :, k], dn, masked) + sn[:, :, k]
-    return *(torch.stack(each, 2) for each in zip(*reversed(states), strict=True)), dc, dn, w
+    return join([join(each, 2) for each in zip(*reversed(states), strict=True)], 0), join([dc, dn, w], 0)

@@ -7,9 +7,9 @@ of the gates, a better guess.
 The cells after a token contribute dc, dn, and w, the part of the gradient of m that c and n do not account for:
 dm = dc c + dn n + w. Without a floor only the gradient of the final m makes a w.
 
-`Factors` are those of `backward.record`, (G, NC, L, NH, DH), wide. Optional arguments of a round, told apart by their
-number of axes, are the gradients of each token's operand of R, (NH, G, NC, L, DH), and two masks: of each token, and of
-the token after it. With masks, a gradient of 0 stays 0 though the cell may hold NaN.
+`Factors` are those of `backward.record`, (7, G, NC, L, NH, DH), wide. Optional arguments of a round, told apart by
+their number of axes, are the gradients of each token's operand of R, (NH, G, NC, L, DH), and two masks: of each token,
+and of the token after it. With masks, a gradient of 0 stays 0 though the cell may hold NaN.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Token(NamedTuple):
 
 
 def backwards(
-    dh: Tensor, factors: Factors, c_before: Tensor, n_before: Tensor, rest: Sequence[Tensor], floor: float
+    dh: Tensor, factors: Factors, cells: Tensor, rest: Sequence[Tensor], floor: float
 ) -> Iterator[Token]:
-    """Go through the tokens of every chunk, the last first."""
+    """Go through the tokens of every chunk, the last first; cells: c, n, m before it, (3, G, NC, NH, DH)."""
     masks = [t for t in rest if t.dim() == 3]
     for t in reversed(range(dh.shape[2])):
         dy, pad, reset = dh[:, :, t], None, None
@@ -65,7 +65,7 @@ def backwards(
         if masks:
             pad, reset = is_(masks[0], t, PAD), is_(masks[0], t, RESET)
         f = Factors(*(factor[:, :, t] for factor in factors))
-        before = (factors.c[:, :, t - 1], factors.n[:, :, t - 1]) if t else (c_before, n_before)
+        before = (factors.c[:, :, t - 1], factors.n[:, :, t - 1]) if t else (cells[0], cells[1])
         if reset is not None and pad is not None:
             dy = torch.where(pad, 0.0, dy)
             before = torch.where(reset, 0.0, before[0]), torch.where(reset, 0.0, before[1])

@@ -11,11 +11,11 @@ from torch_xlstm_ops.maths.slstm.parallel.window import PAD
 
 
 def movement(found: Tensor, before: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how far a round moved what it found, and the size of that, as sums of squares over each chunk.
+    """Return how far a round moved what it found, and the size of that, as sums of squares over each chunk and head.
 
     found, before: what the last round stored and what the one before it did, (G, NC, L, NH, DH), or of four gates
     (G, NC, L, NH, 4, DH). rest, told apart by the number of axes: a mask (G, NC, L), whose padding does not count, and
-    `doubt` as `settle` returns it (G, NC, NH, DH), which is added. Returns (G, NC, NH, DH) each, wide.
+    `doubt` as `settle` returns it (G, NC, NH, DH), which is added. Returns (G, NC, NH) each, wide.
     This is compiled for itself: within the round, Inductor would compare with what is not yet rounded.
     """
     wide, by_axes = state_dtype(found.dtype), {t.dim(): t for t in rest}
@@ -25,9 +25,9 @@ def movement(found: Tensor, before: Tensor, *rest: Tensor) -> tuple[Tensor, Tens
     if 3 in by_axes:
         pad = (by_axes[3] == PAD).view(*by_axes[3].shape, *[1] * (now.dim() - 3))
         change, size = torch.where(pad, 0.0, change), torch.where(pad, 0.0, size)
-    over = (2, 4) if now.dim() == 6 else 2
+    over = (2, 4, 5) if now.dim() == 6 else (2, 4)
     moved, squares = (t.square().sum(over) for t in (change, size))
-    return moved + by_axes[4] if 4 in by_axes else moved, squares
+    return moved + by_axes[4].sum(-1) if 4 in by_axes else moved, squares
 
 
 def judge(
@@ -35,7 +35,7 @@ def judge(
 ) -> tuple[Tensor, Tensor]:
     """Return an estimate of the error and the residual, (), relative to the root mean square of each row and head.
 
-    change, before: (G, NC, NH, DH), of the last round and of the one before it; size: of the last.
+    change, before: (G, NC, NH), of the last round and of the one before it; size: of the last.
     Where rho is what a round leaves of the residual r of a row and head, further rounds remove r rho / (1 - rho), which
     is estimated for each of its chunks; the largest counts. It is infinite where a row's residual does not shrink, or
     where that of one chunk grows that is no small part of the tolerance; NaN where y is undecided. A residual below
@@ -43,14 +43,15 @@ def judge(
     unit: a rounding step of y, relative. A change d below it flips one element in unit / d by as much as the unit, so
     that the root mean square found, r, tells of d = r^2 / unit.
     """
-    scale = size.mean(-1).mean(1, keepdim=True).clamp(min=1e-30)  # (G, 1, NH)
-    chunks, chunks_before = (_unrounded(torch.sqrt(t.mean(-1) / scale), unit) for t in (change, before))
-    row, row_before = (_unrounded(torch.sqrt(t.mean(-1).mean(1, keepdim=True) / scale), unit) for t in (change, before))
+    scale = size.mean(1, keepdim=True).clamp(min=1e-30)  # (G, 1, NH)
+    chunks, chunks_before = (_unrounded(torch.sqrt(t / scale), unit) for t in (change, before))
+    row, row_before = (_unrounded(torch.sqrt(t.mean(1, keepdim=True) / scale), unit) for t in (change, before))
     rate = row / row_before
     error = torch.where(rate < 1, chunks * (rate / (1 - rate)), -NEG_INF)
     error = torch.where((chunks > tolerance / 4) & (chunks >= chunks_before), -NEG_INF, error)
     error = torch.where(chunks <= noise, chunks, torch.where(chunks.isnan(), chunks, error))
-    return error.amax(), chunks.amax()
+    # In two steps: on CUDA each row and head is a block of its own.
+    return error.amax(1).amax(), chunks.amax(1).amax()
 
 
 def _unrounded(r: Tensor, unit: float) -> Tensor:

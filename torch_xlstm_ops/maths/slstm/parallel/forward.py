@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_xlstm_ops.maths.decay import NEG_INF
 from torch_xlstm_ops.maths.slstm.parallel.scan import Cells, before_chunks
-from torch_xlstm_ops.maths.slstm.parallel.window import LEAST, PAD, RESET, Gates, Window, is_, walk
+from torch_xlstm_ops.maths.slstm.parallel.window import LEAST, PAD, RESET, Gates, Window, is_, join, walk
 
 CLOSED = -1e32  # the least logarithm of a forget gate: it forgets LEAST too, and sums of many are finite
 
@@ -41,7 +41,7 @@ def summarize(x: Tensor, b: Tensor, start: Tensor, *rest: Tensor, floor: float) 
                 torch.where(reset, new, old)
                 for new, old in zip(alone[1:], (M, dc, dn, least, beyond), strict=True)
             )
-    return (torch.stack([decay, M, dc, dn, least, beyond] if floor else [decay, M, dc, dn]),)
+    return (join([decay, M, dc, dn, least, beyond] if floor else [decay, M, dc, dn], 0),)
 
 
 def _token_summary(g: Gates, floor: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -53,67 +53,71 @@ def _token_summary(g: Gates, floor: float) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def emit(
-    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float,
-    dtype: torch.dtype,
+    x: Tensor, b: Tensor, start: Tensor, cells: Tensor, *rest: Tensor, floor: float, dtype: torch.dtype
 ) -> tuple[Tensor]:
-    """Return h (G, NC, L, NH, DH) by the recurrence within each chunk; c, n, m: before each, (G, NC, NH, DH).
+    """Return h (G, NC, L, NH, DH) by the recurrence within each chunk; cells: c, n, m before it, (3, G, NC, NH, DH).
 
     It is rounded to x's dtype, and returned in a dtype.
     """
-    steps = walk(Window.of(x, b, start, rest), (c, n, m), floor)
-    return (torch.stack([step.y.to(x.dtype).to(dtype) for step in steps], 2),)
+    return _emit(Window.of(x, b, start, rest), cells.unbind(), floor, dtype)
 
 
 def settle(
-    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, *rest: Tensor, floor: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """Run `emit` as a last round; return h, and (G, NC, NH, DH), wide, y, c, n, m after each chunk.
+    x: Tensor, b: Tensor, start: Tensor, cells: Tensor, *rest: Tensor, floor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Run `emit` as a last round; return h, and y, c, n, m after each chunk, (4 or 5, G, NC, NH, DH), wide.
 
-    With a floor also return doubt: infinite for a cell that the summary does not describe, so that no certificate may
+    With a floor there follows doubt: infinite for a cell that the summary does not describe, so that no certificate may
     be given, else 0.
     """
-    window, found_h = Window.of(x, b, start, rest), []
-    doubt = y = torch.zeros_like(c)
-    for t, step in enumerate(walk(window, (c, n, m), floor)):
+    return _settle(Window.of(x, b, start, rest), cells.unbind(), floor, dtype)
+
+
+def emit_across(
+    x: Tensor, b: Tensor, start: Tensor, cells: Tensor, chunks: Tensor, *rest: Tensor, floor: float, most: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor]:
+    """Run `emit` from summaries of the chunks, where that saves the launches of a scan.
+
+    cells, chunks, most: as of `before_chunks`. A chunk has an axis for its group, N, and one for its place in it, K:
+    x (G, N, K, L, 4, NH, DH); rest, told apart by the number of axes: groups as of `before_chunks` (5), products
+    (NH, G, N, K, L, 4, DH), mask (G, N, K, L).
+    """
+    return _emit(*_by_chunk(x, b, start, cells, chunks, rest, most, floor), floor, dtype)
+
+
+def settle_across(
+    x: Tensor, b: Tensor, start: Tensor, cells: Tensor, chunks: Tensor, *rest: Tensor, floor: float, most: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Run `settle` with arguments as of `emit_across`."""
+    return _settle(*_by_chunk(x, b, start, cells, chunks, rest, most, floor), floor, dtype)
+
+
+def _emit(window: Window, cells: Sequence[Tensor], floor: float, dtype: torch.dtype) -> tuple[Tensor]:
+    return (join([step.y.to(window.x.dtype).to(dtype) for step in walk(window, cells, floor)], 2),)
+
+
+def _settle(window: Window, cells: Sequence[Tensor], floor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    h, doubt, y = [], torch.zeros_like(cells[0]), torch.zeros_like(cells[0])
+    for t, step in enumerate(walk(window, cells, floor)):
         y_new, doubtful = step.y, (step.igate == NEG_INF) & ((step.n_before == 0) | (step.keep == 0))
         if window.mask is not None:
             pad = is_(window.mask, t, PAD)
             y_new, doubtful = torch.where(pad, y, step.y), doubtful & ~pad
         y, doubt = y_new, torch.where(doubtful, -NEG_INF, doubt)
-        found_h.append(step.y.to(x.dtype).to(dtype))
-    return torch.stack(found_h, 2), y, step.c, step.n, step.m, *((doubt,) if floor else ())
-
-
-def emit_across(
-    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, chunks: Tensor, *rest: Tensor, floor: float,
-    most: int, dtype: torch.dtype,
-) -> tuple[Tensor]:
-    """Run `emit` from summaries of the chunks, where that saves the launches of a scan.
-
-    c, n, m, chunks, most: as of `before_chunks`. A chunk has an axis for its group, N, and one for its place in it, K:
-    x (G, N, K, L, 4, NH, DH); rest, told apart by the number of axes: groups as of `before_chunks` (5), products
-    (NH, G, N, K, L, 4, DH), mask (G, N, K, L).
-    """
-    return emit(*_by_chunk(x, b, start, (c, n, m), chunks, rest, most, floor), floor=floor, dtype=dtype)
-
-
-def settle_across(
-    x: Tensor, b: Tensor, start: Tensor, c: Tensor, n: Tensor, m: Tensor, chunks: Tensor, *rest: Tensor, floor: float,
-    most: int, dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """Run `settle` with arguments as of `emit_across`."""
-    return settle(*_by_chunk(x, b, start, (c, n, m), chunks, rest, most, floor), floor=floor, dtype=dtype)
+        h.append(step.y.to(window.x.dtype).to(dtype))
+    return join(h, 2), join([y, step.c, step.n, step.m, *([doubt] if floor else [])], 0)
 
 
 def _by_chunk(
-    x: Tensor, b: Tensor, start: Tensor, cells: Cells, chunks: Tensor, rest: Sequence[Tensor], most: int, floor: float
-) -> list[Tensor]:
-    """Return the arguments of `emit`, with one axis for all chunks."""
+    x: Tensor, b: Tensor, start: Tensor, cells: Tensor, chunks: Tensor, rest: Sequence[Tensor], most: int, floor: float
+) -> tuple[Window, Cells]:
+    """Return the tokens with one axis for all chunks, and c, n, m before each chunk."""
     by_axes = {t.dim(): t for t in rest}
     states = before_chunks(chunks, by_axes.get(5), cells, most, floor)
-    products, mask = ([by_axes[axes].flatten(at, at + 1)] if axes in by_axes else [] for axes, at in ((7, 2), (4, 1)))
-    return [x.flatten(1, 2), b, start, *states, *products, *mask]
+    products, mask = (by_axes[axes].flatten(at, at + 1) if axes in by_axes else None for axes, at in ((7, 2), (4, 1)))
+    return Window(x.flatten(1, 2), b, start, products, mask), states
 
 
 def products(h: Tensor, r: Tensor, out: torch.dtype) -> Tensor:

@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from torch_xlstm_ops.maths.decay import NEG_INF
-from torch_xlstm_ops.maths.slstm.parallel.window import LEAST
+from torch_xlstm_ops.maths.slstm.parallel.window import LEAST, join
 
 Cells = tuple[Tensor, Tensor, Tensor]  # c, n, m
 
 
-def group(summaries: Tensor, *out: Tensor, floor: float) -> tuple[()]:
-    """Reduce the summaries of K chunks each, (4 or 6, G, N, K, NH, DH), to those of them together.
-
-    out: where to write each part, (G, N, NH, DH). A result that joins the parts could be computed four times.
-    """
+def group(summaries: Tensor, *, floor: float) -> tuple[Tensor]:
+    """Reduce the summaries of K chunks each, (4 or 6, G, N, K, NH, DH), to those of them together (G, N, NH, DH)."""
     whole = [*summaries[:, :, :, 0].unbind()]
     for k in range(1, summaries.shape[3]):
         before, this = whole, summaries[:, :, :, k].unbind()
@@ -30,51 +27,42 @@ def group(summaries: Tensor, *out: Tensor, floor: float) -> tuple[()]:
             whole += [least, keep * before[5] + add * this[3]]
         afresh = this[0] == NEG_INF
         whole = [torch.where(afresh, new, old) for new, old in zip(this, whole, strict=True)]
-    for written, part in zip(out, whole, strict=True):
-        written.copy_(part)
-    return ()
+    return (join(whole, 0),)
 
 
-def across(summaries: Tensor, c: Tensor, n: Tensor, m: Tensor, *, floor: float) -> tuple[Tensor, ...]:
-    """Return c, n, m before each of K chunks, (G, N, K, NH, DH), and after the last, (G, N, NH, DH).
+def across(summaries: Tensor, cells: Tensor, *, floor: float) -> tuple[Tensor, Tensor]:
+    """Return c, n, m before each of K chunks, (3, G, N, K, NH, DH), and after the last, (3, G, N, NH, DH).
 
-    summaries: of `summarize` or `group`, (4 or 6, G, N, K, NH, DH); c, n, m before the first chunk, (G, N, NH, DH).
+    summaries: of `summarize` or `group`, (4 or 6, G, N, K, NH, DH). cells: before the first chunk, (3, G, N, NH, DH).
     """
-    states, cells = [], (c, n, m)
+    states = [_cells(cells)]
     for k in range(summaries.shape[3]):
-        states.append(cells)
-        cells = _advance(cells, summaries[:, :, :, k], floor)
-    return *(torch.stack(each, 2) for each in zip(*states, strict=True)), *cells
+        states.append(_advance(states[-1], summaries[:, :, :, k], floor))
+    *before, after = states
+    return join([join(each, 2) for each in zip(*before, strict=True)], 0), join(after, 0)
 
 
-def across_apart(summaries: Tensor, c: Tensor, n: Tensor, m: Tensor, *, floor: float, ends: bool) -> tuple[Tensor, ...]:
-    """Return c, n, m before each of K chunks, and with `ends` after the last too: (G, N, K or K + 1, NH, DH).
-
-    Arguments as of `across`. Each chunk walks by itself over those before it: three results, where `across` has three
-    for each chunk, more than a Metal kernel can write.
-    """
-    before = summaries.shape[3] - (not ends)
-    place = torch.arange(before + 1, device=c.device)[:, None, None]
-    parts = (summaries[:, :, :, k, None] for k in range(before))
-    return _walk((c[:, :, None], n[:, :, None], m[:, :, None]), parts, place, floor)
-
-
-def before_chunks(chunks: Tensor, groups: Tensor | None, cells: Cells, most: int, floor: float) -> Cells:
+def before_chunks(chunks: Tensor, groups: Tensor | None, cells: Tensor, most: int, floor: float) -> Cells:
     """Return c, n, m before each chunk, (G, N K, NH, DH); each chunk walks by itself over what is before it.
 
-    chunks: the summaries of `summarize`, (4 or 6, G, N, K, NH, DH). cells: before each group, (G, N, NH, DH); if groups
-    are given, before the first, (G, 1, NH, DH). groups: those of `group`, (4 or 6, G, N, NH, DH), at most `most`.
+    chunks: the summaries of `summarize`, (4 or 6, G, N, K, NH, DH). cells: before each group, (3, G, N, NH, DH); if
+    groups are given, before the first, (3, G, 1, NH, DH). groups: of `group`, (4 or 6, G, N, NH, DH), at most `most`.
     """
     N, K = chunks.shape[2:4]
     place = torch.arange(N * K, device=chunks.device)[:, None, None]
     if groups is None:
-        c, n, m = (_for_each_chunk(t, K) for t in cells)
+        c, n, m = _cells(_for_each_chunk(cells, K))
     else:
         # Where there is no group g, no chunk is after it.
         each = (groups[:, :, _least(g, N - 1), None] for g in range(most - 1))
-        c, n, m = _walk(cells, each, place // K, floor)
+        c, n, m = _walk(_cells(cells), each, place // K, floor)
     parts = (_for_each_chunk(chunks[:, :, :, k], K) for k in range(K - 1))
     return _walk((c, n, m), parts, place % K, floor)
+
+
+def _cells(cells: Tensor) -> Cells:
+    c, n, m = cells.unbind()
+    return c, n, m
 
 
 def _for_each_chunk(t: Tensor, K: int) -> Tensor:

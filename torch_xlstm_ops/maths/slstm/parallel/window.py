@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,3 +98,8 @@ def walk(window: Window, states: Sequence[Tensor], floor: float) -> Iterator[Ste
 def is_(mask: Tensor, t: int, code: int) -> Tensor:
     """Return where token t of a chunk is of a kind, to be broadcast over heads and channels."""
     return (mask[:, :, t] == code)[:, :, None, None]
+
+
+def join(tensors: Iterable[Tensor], dim: int) -> Tensor:
+    """Return what `torch.stack` does, written so that a compiler sees each tensor's place in the result."""
+    return torch.cat([t.unsqueeze(dim) for t in tensors], dim)
