@@ -139,7 +139,8 @@ def slstm_sequence(
     cu_seqlens: as of `mlstm_chunkwise`; documents of one length are one call.
     floor: least n, default 0.0; FlashRNN's is 1.0.
     schedule: auto, sequential or parallel; default the configured one. parallel computes all tokens at once, in rounds
-        that end when the result is the sequential one within the dtype's tolerance.
+        that end when the result is the sequential one within the dtype's tolerance. auto is parallel on CUDA from 512
+        tokens on, where the kernels for it are compiled already.
 
     Returns h (B, S, NH, DH) in x's dtype, and the state after the last token.
     Raises ValueError for shapes, devices and values, TypeError for dtypes, NotImplementedError for a schedule that

@@ -38,8 +38,9 @@ class Schedule(_Name):
 class SLSTMSchedule(_Name):
     """How an sLSTM sequence is executed.
 
-    auto: sequential. sequential: compiled steps, one after another. parallel: all
-    tokens at once, in rounds that end when the result is the sequential one within the dtype's tolerance.
+    auto: parallel on CUDA from 512 tokens on, where its kernels are compiled already, else sequential. sequential:
+    compiled steps, one after another. parallel: all tokens at once, in rounds that end when the result is the
+    sequential one within the dtype's tolerance.
     """
 
     AUTO = "auto"

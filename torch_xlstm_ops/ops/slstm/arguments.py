@@ -1,11 +1,11 @@
-"""The checks of the sLSTM operators' arguments."""
+"""The checks of the sLSTM operators' arguments, and the state where none is given."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from torch_xlstm_ops.maths import shapes
-from torch_xlstm_ops.maths.shapes import check_shape
+from torch_xlstm_ops.maths.shapes import check_shape, state_dtype
 
 State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # y, c, n, m (B, NH, DH)
 
@@ -28,6 +28,11 @@ def check_step(x: Tensor, r: Tensor, b: Tensor, state: State, floor: float) -> N
     sizes = {"B": B, "NH": NH, "DH": DH}
     check_shape("x", x, "B 4 NH DH", sizes)
     _check_rest(x, r, b, state, sizes, floor)
+
+
+def fresh_state(x: Tensor) -> list[Tensor]:
+    """Return y, c, n, m before the first token of x (B, S, 4, NH, DH)."""
+    return [*x.new_zeros(4, x.shape[0], *x.shape[3:], dtype=state_dtype(x.dtype)).unbind()]
 
 
 def check_gradients(dh: Tensor, dstate: tuple[Tensor, ...], x: Tensor, h: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch_xlstm_ops.config import SLSTMSchedule
 from torch_xlstm_ops.kernels.slstm import DEFAULTS, block_dtype, kernels, product_dtype, product_of
 from torch_xlstm_ops.maths import slstm
 from torch_xlstm_ops.maths.shapes import state_dtype
-from torch_xlstm_ops.ops.slstm.arguments import check_gradients, check_sequence
+from torch_xlstm_ops.ops.slstm.arguments import check_gradients, check_sequence, fresh_state
+from torch_xlstm_ops.ops.slstm.automatic import Automatic
 from torch_xlstm_ops.ops.slstm.parallel import Parallel, why_not
 from torch_xlstm_ops.runtime import compiler, devices
 from torch_xlstm_ops.runtime.cuda_graphs import CudaGraphs
@@ -34,16 +35,17 @@ def run(
     check_sequence(x, r, b, (y, c, n, m), reset, floor)
     chosen = _choose(x, schedule)
     with devices.submission(x.device):
-        state = _initial_state(x, (y, c, n, m))
+        given = [t for t in (y, c, n, m) if t is not None]
         if x.numel() == 0:
-            return x.new_empty(x[:, :, 0].shape), *(t.clone() for t in state)
-        forward = _forward if chosen is SLSTMSchedule.SEQUENTIAL else parallel.forward
-        if not trace.active():
-            return forward(x, r, b, state, reset, floor)
-        with trace.span(OP, schedule=str(chosen), device=x.device) as span:
-            results = forward(x, r, b, state, reset, floor)
-            _note_rounds(span, chosen)
-            return results
+            return x.new_empty(x[:, :, 0].shape), *_initial_state(x, given)
+
+        def in_parallel(only_ready: bool) -> Results:
+            return parallel.forward(x, r, b, given, reset, floor, only_ready)
+
+        def sequentially() -> Results:
+            return _forward(x, r, b, _initial_state(x, given), reset, floor)
+
+        return _run("forward", x, reset, floor, chosen, in_parallel, sequentially)
 
 
 def fake(
@@ -70,14 +72,15 @@ def run_backward(*tensors: Any, floor: float = 0.0, schedule: str | None = None)
         if x.numel() == 0:
             zeros = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, r, b)]
             return *zeros, *(t.clone(memory_format=torch.contiguous_format) for t in given)
-        state = _initial_state(x, before)
-        backward = _backward if chosen is SLSTMSchedule.SEQUENTIAL else parallel.backward
-        if not trace.active():
-            return backward(dh, given, x, r, b, state, h, reset, floor)
-        with trace.span(OP, schedule=str(chosen), phase="backward", device=x.device) as span:
-            found = backward(dh, given, x, r, b, state, h, reset, floor)
-            _note_rounds(span, chosen)
-            return found
+        state = [t for t in before if t is not None]
+
+        def in_parallel(only_ready: bool) -> Results:
+            return parallel.backward(dh, given, x, r, b, state, h, reset, floor, only_ready)
+
+        def sequentially() -> Results:
+            return _backward(dh, given, x, r, b, _initial_state(x, state), h, reset, floor)
+
+        return _run("backward", x, reset, floor, chosen, in_parallel, sequentially)
 
 
 def fake_backward(*tensors: Any, floor: float = 0.0, schedule: str | None = None) -> Results:
@@ -93,24 +96,47 @@ def save(args: Sequence[Any], results: Results) -> Sequence[Any]:
 
 
 def _choose(x: Tensor, schedule: str | None) -> SLSTMSchedule:
-    """Return how a call runs, sequential or parallel; raise NotImplementedError if it must be parallel and cannot.
+    """Return the schedule that is asked for; raise NotImplementedError if it is parallel and cannot be.
 
-    auto is sequential: the parallel functions take minutes to compile for each new head dimension.
+    auto is sequential where parallel cannot be.
     """
     asked = config.slstm_schedule(schedule)
-    if asked is not SLSTMSchedule.PARALLEL:
-        return SLSTMSchedule.SEQUENTIAL
-    reason = why_not(x)
-    if reason is not None:
+    reason = None if asked is SLSTMSchedule.SEQUENTIAL else why_not(x)
+    if reason is None:
+        return asked
+    if asked is SLSTMSchedule.PARALLEL:
         raise NotImplementedError(f"schedule must be auto or sequential here, got parallel ({reason})")
-    return asked
+    return SLSTMSchedule.SEQUENTIAL
 
 
-def _note_rounds(span: trace.Open, chosen: SLSTMSchedule) -> None:
+def _run(
+    what: str, x: Tensor, reset: Tensor | None, floor: float, chosen: SLSTMSchedule,
+    in_parallel: Callable[[bool], Results], sequentially: Callable[[], Results],
+) -> Results:
+    """Run a call by the schedule that is asked for."""
+    def parallel_in_time(only_ready: bool) -> Results:
+        return _traced(SLSTMSchedule.PARALLEL, what, x.device, lambda: in_parallel(only_ready))
+
+    found = None
     if chosen is SLSTMSchedule.PARALLEL:
-        report = parallel.report
-        span.note(f"rounds {report.rounds}, estimated error {report.error:.1e}, residual {report.residual:.1e}, "
-                  f"{report.fell_back} of {report.windows} windows sequential")
+        found = parallel_in_time(False)
+    elif chosen is SLSTMSchedule.AUTO:
+        masked = reset is not None
+        found = automatic.run(what, x, masked, floor, lambda: parallel_in_time(True), lambda: parallel.report)
+    return _traced(SLSTMSchedule.SEQUENTIAL, what, x.device, sequentially) if found is None else found
+
+
+def _traced(schedule: SLSTMSchedule, what: str, device: torch.device, run: Callable[[], Results]) -> Results:
+    """Return ``run()``, with a span in the trace, and how its rounds went."""
+    if not trace.active():
+        return run()
+    with trace.span(OP, schedule=str(schedule), phase=what, device=device) as span:
+        found = run()
+        if schedule is SLSTMSchedule.PARALLEL:
+            report = parallel.report
+            span.note(f"rounds {report.rounds}, estimated error {report.error:.1e}, residual {report.residual:.1e}, "
+                      f"{report.fell_back} of {report.windows} windows sequential")
+        return found
 
 
 def _check_backward(tensors: Sequence[Any], floor: float) -> None:
@@ -156,15 +182,9 @@ def _backward(
     return dgates.permute(2, 1, 0, 3, 4).contiguous(), dr.to(r.dtype), db.to(b.dtype), *dstate
 
 
-def _initial_state(x: Tensor, state: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return y, c, n, m (B, NH, DH), each contiguous: copies of `state`, or zeros."""
-    size = (x.shape[0], *x.shape[3:])
-    if all(t is None for t in state):
-        return [*x.new_zeros(4, *size, dtype=state_dtype(x.dtype)).unbind()]
-    return [
-        x.new_zeros(size, dtype=state_dtype(x.dtype)) if t is None else t.clone(memory_format=torch.contiguous_format)
-        for t in state
-    ]
+def _initial_state(x: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
+    """Return y, c, n, m (B, NH, DH), each contiguous: copies of those given, or zeros."""
+    return [t.clone(memory_format=torch.contiguous_format) for t in given] or fresh_state(x)
 
 
 def _time_first(reset: Tensor | None, at: slice) -> tuple[Tensor, ...]:
@@ -172,3 +192,4 @@ def _time_first(reset: Tensor | None, at: slice) -> tuple[Tensor, ...]:
 
 
 parallel = Parallel(_forward, _backward)
+automatic = Automatic()
