@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -123,6 +124,11 @@ def _recorded(backward: Backward) -> Callable[[Call, Sequence[Any], dict[str, An
 _ALIGNED = 64  # elements, at a multiple of which each part of a tensor begins: kernels may rely on 16 bytes
 
 
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Return the strides of a contiguous tensor."""
+    return [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
+
+
 def _filled(given: Sequence[Tensor | None], results: Sequence[Any], like: Tensor) -> Sequence[Tensor]:
     """Return gradients of results, with zeros in place of None, which one kernel fills for all of a dtype.
 
@@ -135,7 +141,8 @@ def _filled(given: Sequence[Tensor | None], results: Sequence[Any], like: Tensor
     else:
         for dtype in {dtype for _, dtype in missing.values()}:
             shapes = {at: shape for at, (shape, of_dtype) in missing.items() if of_dtype == dtype}
-            sizes = [-(-math.prod(shape) // _ALIGNED) * _ALIGNED for shape in shapes.values()]
-            parts = torch.split(like.new_zeros(sum(sizes), dtype=dtype), sizes)
-            zeros |= {at: part[:math.prod(shapes[at])].view(shapes[at]) for at, part in zip(shapes, parts, strict=True)}
+            starts = [0, *accumulate(-(-math.prod(shape) // _ALIGNED) * _ALIGNED for shape in shapes.values())]
+            whole = like.new_zeros(starts[-1], dtype=dtype)
+            for (at, shape), start in zip(shapes.items(), starts, strict=False):
+                zeros[at] = whole.as_strided(shape, _strides(shape), start)  # one call for each part
     return [zeros[at] if gradient is None else gradient for at, gradient in enumerate(given)]

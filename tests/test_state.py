@@ -44,6 +44,7 @@ EXEMPT = {
     "runtime.compiler:_compiling_thread": "the thread that compiles now",
     "runtime.compiler:_forked_from_compiling": "how this process began",
     "runtime.compiler:_has_compiled": "modules stay imported",
+    "maths.shapes:_split": PURE,
     "runtime.compiler:_split": PURE,
     "runtime.cuda_graphs:_fixed": "the objects that exist",
     "runtime.torch_internals.modes:_active": "the modes that are entered now",

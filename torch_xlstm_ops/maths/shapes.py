@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -54,9 +55,9 @@ def check_rank(name: str, tensor: Tensor, axes: str) -> None:
 
 def check_shape(name: str, tensor: Tensor, axes: str, sizes: Mapping[str, int]) -> None:
     """Raise ValueError unless `tensor` has exactly the sizes that `axes` name (a digit is a literal size)."""
-    names = axes.split()
-    wanted = tuple(int(a) if a.isdigit() else sizes[a] for a in names)
-    if tensor.dim() != len(wanted) or any(a != b for a, b in zip(tensor.shape, wanted, strict=True)):
+    names = _split(axes)
+    wanted = [sizes[a] if a in sizes else int(a) for a in names]
+    if [*tensor.shape] != wanted:
         raise ValueError(f"{name} must be ({', '.join(names)}) = {_tuple(wanted)}, got {_tuple(tensor.shape)}")
 
 
@@ -165,6 +166,11 @@ def _check_mlstm_rest(
         check_shape("m", m, "B NH 1", sizes)
         check_state_dtype(q.dtype, **state)
     check_device(q=q, k=k, v=v, igate=igate, fgate=fgate, **state)
+
+
+@functools.cache
+def _split(axes: str) -> tuple[str, ...]:
+    return tuple(axes.split())
 
 
 def _tuple(sizes: Iterable[int]) -> str:
