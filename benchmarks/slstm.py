@@ -5,7 +5,8 @@
 
 Every contender is compared with the float64 recurrence before it is timed; one that is missing or wrong is reported
 with the reason. The others take turns call by call, so that other load of the machine affects all of them. On CUDA ours
-also runs without graphs, with the other product by R, and parallel in time, to show the effect of each.
+also runs step by step, that without graphs and with the other product by R, and parallel in time, to show the effect of
+each; `auto` is parallel here, as what that needs is compiled.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # 
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 SHAPES = {"cpu": ["4,4,64,256"], "cuda": ["8,4,64,1024", "8,4,128,1024", "8,3,256,1024", "1,4,64,1024"],
           "mps": ["8,4,64,1024"]}
-OURS, PARALLEL = "ours", "ours parallel in time"
+OURS, STEPS, PARALLEL = "ours", "ours sequential", "ours parallel in time"
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (B, S, 4, NH, DH), r, b -> h (B, S, NH, DH)
 
@@ -103,8 +104,10 @@ def contenders(device: torch.device) -> dict[str, Contender]:
     if device.type == "cuda":
         without, by_matmul = CudaGraphs(capacity=0), CudaGraphs()
         some |= {f"flashrnn {name}": Contender(flashrnn(name)) for name in ("cuda", "triton_fused")}
-        some["ours without graphs"] = Contender(ours, lambda: operators_with(without))
-        some["ours by matmul"] = Contender(ours, lambda: operators_with(by_matmul, fused_bytes=0))
+        steps = partial(ours, schedule="sequential")
+        some[STEPS] = Contender(steps)
+        some[f"{STEPS} without graphs"] = Contender(steps, lambda: operators_with(without))
+        some[f"{STEPS} by matmul"] = Contender(steps, lambda: operators_with(by_matmul, fused_bytes=0))
         some[PARALLEL] = Contender(partial(ours, schedule="parallel"))
     return {OURS: Contender(ours), **some}
 

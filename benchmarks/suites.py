@@ -83,6 +83,8 @@ def _slstm(result: Result) -> Iterator[Row]:
             if case.get("parallel_in_time"):
                 rounds = case["parallel_in_time"][phase.rpartition("_")[2]]["rounds"]
                 found[f"{what}, schedule parallel"] = case[f"{phase}_ms"]["ours parallel in time"], f", {rounds} rounds"
+            if "ours sequential" in case[f"{phase}_ms"]:
+                found[f"{what}, schedule sequential"] = case[f"{phase}_ms"]["ours sequential"], ""
             for name, (ms, note) in found.items():
                 ratio = None if best is None else round(ms / medians[best], 3)
                 yield Row(name, f"{ms:.3f} ms{note}", peer, ratio, no_part=case["no_part"])
@@ -112,9 +114,12 @@ def _compiled(result: Result) -> Iterator[Row]:
 def _drop_ins(result: Result) -> Iterator[Row]:
     for name, case in result.items():
         if isinstance(case, Mapping) and "ratio" in case:
-            ms = case["ms"]
-            yield Row(name, f"{ms['patched']:.1f} ms", f"{ms['theirs']:.1f} ms, unpatched", case["ratio"]["patched"],
-                      sides=("patched", "unpatched"))
+            ms, named = case["ms"], {"patched": name, "sequential": f"{name}, schedule sequential",
+                                     "parallel": f"{name}, schedule parallel"}
+            for mode, what in named.items():
+                if mode in ms:
+                    yield Row(what, f"{ms[mode]:.1f} ms", f"{ms['theirs']:.1f} ms, unpatched", case["ratio"][mode],
+                              sides=("patched", "unpatched"))
 
 
 def _compile(result: Result) -> Iterator[Row]:
@@ -186,7 +191,7 @@ _ON_CUDA = [*_BF16, "--seconds", "4"]
 _LEFT_OUT = ["--without", "transformers native", "mlstm_kernels native",
              *(f"mlstm_kernels {name}" for name in ("xl_chunk 32", "limit_chunk 32", "limit_chunk 128",
                                                     "limit_chunk 256"))]
-_NO_LOOPS = ["--without", "xlstm vanilla", "flashrnn vanilla", "--seconds", "3"]  # loops take seconds a call there
+_NO_LOOPS = ["--without", "xlstm vanilla", "flashrnn vanilla", "flashrnn cuda", "--seconds", "3"]  # loops
 
 
 def _mlstm_part(kind: str, cuda: list[str], quick: str) -> Part:
@@ -220,7 +225,7 @@ SUITES: dict[str, list[Part]] = {
         Part("compiled_model", {"cpu": [], "cuda": ["--preset", "7b", "--kernel", "limit_chunk", "--seconds", "10"]},
              ["--hidden", "128", "--layers", "2", "--prompt", "64", "--seconds", "1"], _compiled),
     ],
-    "drop_ins": [Part("drop_ins", {"cpu": []}, ["flashrnn", "--seconds", "1"], _drop_ins)],
+    "drop_ins": [Part("drop_ins", {"cpu": [], "cuda": []}, ["flashrnn", "--seconds", "1"], _drop_ins)],
     "compile": [
         Part("compile_lengths", {"cpu": [], "cuda": []}, ["--lengths", "64", "96", "--hidden", "128", "--layers", "1"],
              _compile, curves.waits),
