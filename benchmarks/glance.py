@@ -36,8 +36,8 @@ SHOWN = (
     Shown("mlstm_train", "cuda.h200", "on an idle device, train (1, 8, 256, 512), S 2,048",
           "mLSTM training, 2,048 tokens, bfloat16, idle GPU"),
     Shown("slstm", "cuda.h200", "forward + backward (8, 4, 64)", "sLSTM training, 1,024 tokens, bfloat16"),
-    Shown("slstm", "cuda.h200", "forward + backward (8, 4, 64), S 1,024, bfloat16, schedule parallel",
-          "the same, schedule parallel"),
+    Shown("slstm", "cuda.h200", "forward + backward (8, 4, 64), S 1,024, bfloat16, schedule sequential",
+          "the same, schedule sequential"),
     Shown("training", "cuda.h200", "training step of 1 x 8,192 tokens, 4 layers of 4096, bfloat16, with checkpointing, "
           "backend xlstm", "4 blocks of xLSTM-7B, a training step, compiled"),
     Shown("model", "cuda", "prefill, patched", "transformers model, prompt of 63 tokens, patched"),
