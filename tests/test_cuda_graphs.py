@@ -99,7 +99,7 @@ def test_arguments_at_the_same_places_are_read_there(cuda_without_cuda):
         counts.append(len(calls))
     # One call without a graph, one that records it, and one that records another with the tensor that came often.
     assert counts == [1, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3]
-    (in_place,) = graphs._in_place._graphs.values()
+    ((in_place, _),) = graphs._in_place._graphs.values()
     assert in_place.inputs == []
     graphs.clear()
     assert not graphs._in_place._graphs
@@ -113,16 +113,38 @@ def test_graphs_in_place_are_few_and_need_contiguous_arguments(cuda_without_cuda
     assert len(calls) == 2
     assert not graphs._in_place._graphs
     tensors = [torch.ones(3).as_subclass(OnCuda) for _ in range(10)]
-    for t in tensors:
-        for _ in range(8):
+    for _ in range(8):  # as layers of a model, more than there is room for: the first stay
+        for t in tensors:
             graphs.run("a", computing(calls), [t])
-    assert len(calls) == 2 + 2 + 10
+    assert len(calls) == 2 + 2 + cuda_graphs._PLACES
     assert len(graphs._in_place._graphs) == cuda_graphs._PLACES
     few = CudaGraphs(most_bytes=30)  # two results of 12 bytes
     for t in tensors[:4]:
         for _ in range(8):
             few.run("a", computing(calls), [t])
     assert len(few._in_place._graphs) == 2
+
+
+def test_an_idle_graph_in_place_makes_room(cuda_without_cuda, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_IDLE", 10)
+    graphs, calls = CudaGraphs(capacity=1), []
+    tensors = [torch.ones(3).as_subclass(OnCuda) for _ in range(cuda_graphs._PLACES + 1)]
+    for t in tensors:
+        for _ in range(8):
+            graphs.run("a", computing(calls), [t])
+    places = [key[-1] for key in graphs._in_place._graphs]
+    assert places == [t.data_ptr() for t in tensors[1:]]
+
+
+def test_what_cannot_be_recorded_in_place_is_not_tried_again(cuda_without_cuda, monkeypatch):
+    graphs, calls, x = CudaGraphs(), [], torch.ones(3).as_subclass(OnCuda)
+    for _ in range(2):
+        graphs.run("a", computing(calls), [x])
+    tried = []
+    monkeypatch.setattr(cuda_graphs.cuda_graph, "record", lambda *args: tried.append(args))
+    for _ in range(10):
+        graphs.run("a", computing(calls), [x])
+    assert len(tried) == 1
 
 
 def test_graphs_are_recorded_after_the_first_calls(cuda_without_cuda):

@@ -16,6 +16,7 @@ from torch_xlstm_ops.runtime.cuda_graph import Graph, RawCompute, may_replay, po
 Compute = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 _SEEN = 256  # kinds of call whose number is known
 _PLACES, _CALLS_IN_PLACE = 4, 4  # graphs of arguments in place for each other one, and calls before one is recorded
+_IDLE = 1000  # calls without it, after which another graph may take the place of one of arguments in place
 _SHARE = 256  # of the device's memory, one part of which the arguments of a graph may take
 
 
@@ -109,32 +110,28 @@ class CudaGraphs:
 class _InPlace:
     """Graphs that read their arguments where they are. All of a stream's use the memory of its other graphs.
 
-    most: graphs kept, the oldest used leaves first; most_bytes: of the results of all.
+    Where there is no room for another one, it takes the place of one that was not used during the last _IDLE calls.
+    most: graphs kept; most_bytes: of the results of all.
     """
 
     def __init__(self, most: int, most_bytes: int) -> None:
         self.most, self.most_bytes = most, most_bytes
-        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
-        self._calls: BoundedCache[Hashable, int] = BoundedCache(_SEEN)
+        self._graphs: OrderedDict[Hashable, tuple[Graph, int]] = OrderedDict()  # with the number of its last call
+        self._calls: BoundedCache[Hashable, int | None] = BoundedCache(_SEEN)  # None: it cannot be recorded
+        self._number = 0  # of this call
 
     def find(self, key: Hashable, copying: Graph, compute: Compute, args: Sequence[Tensor]) -> Graph | None:
         """Return a graph for arguments at these places, or None where they have not been there often.
 
         copying: the graph with copies of the arguments.
         """
+        self._number += 1
         places = (key, *[t.data_ptr() for t in args])
-        graph = self._graphs.get(places)
-        if graph is None:
-            calls = self._calls[places] = self._calls.keep(places, 0) + 1
-            bound = copying.output_bytes <= self.most_bytes and all(t.is_contiguous() for t in args)
-            if calls != _CALLS_IN_PLACE or not bound or torch_internals.prepares_graph(args[0].device):
-                return None
-            graph = cuda_graph.record(compute, (), args, copying.stream, copying.graph.pool())
-            if graph is None:
-                return None
-            self._graphs[places] = graph
-            self._trim()
-        self._graphs.move_to_end(places)
+        known = self._graphs.get(places)
+        graph = self._recorded(places, copying, compute, args) if known is None else known[0]
+        if graph is not None:
+            self._graphs[places] = graph, self._number
+            self._graphs.move_to_end(places)
         return graph
 
     def clear(self) -> None:
@@ -143,13 +140,37 @@ class _InPlace:
             self._drop()
         self._calls.clear()
 
-    def _trim(self) -> None:
-        while len(self._graphs) > self.most or sum(g.output_bytes for g in self._graphs.values()) > self.most_bytes:
+    def _recorded(
+        self, places: Hashable, copying: Graph, compute: Compute, args: Sequence[Tensor]
+    ) -> Graph | None:
+        """Return a new graph if it is time for one and there is room."""
+        calls = self._calls.keep(places, 0)
+        if calls is None:
+            return None
+        calls = self._calls[places] = calls + 1
+        if calls < _CALLS_IN_PLACE or not all(t.is_contiguous() for t in args) or not self._has_room(copying):
+            return None
+        if torch_internals.prepares_graph(args[0].device):
+            return None
+        graph = cuda_graph.record(compute, (), args, copying.stream, copying.graph.pool())
+        if graph is None:
+            self._calls[places] = None
+        return graph
+
+    def _has_room(self, like: Graph) -> bool:
+        """Drop graphs that are idle as long as there is no room; return whether there is some."""
+        while len(self._graphs) >= self.most or self._bytes() + like.output_bytes > self.most_bytes:
+            oldest = next(iter(self._graphs.values()), None)
+            if oldest is None or self._number - oldest[1] <= _IDLE:
+                return False
             self._drop()
+        return True
+
+    def _bytes(self) -> int:
+        return sum(graph.output_bytes for graph, _ in self._graphs.values())
 
     def _drop(self) -> None:
-        places, graph = self._graphs.popitem(last=False)
-        self._calls.pop(places, None)
+        _, (graph, _) = self._graphs.popitem(last=False)
         graph.stream.synchronize()
 
 
