@@ -43,8 +43,8 @@ def _as_inductor_does() -> AbstractContextManager[object]:
 def steps_as_one_kernel() -> AbstractContextManager[object]:
     """Return a context in which Inductor compiles functions of this thread to one loop for each result.
 
-    A function must be elementwise but for views. What it returns are steps, all of the same shape, or steps joined by
-    `torch.cat` of `torch.unsqueeze`, which may be nested.
+    A function must be elementwise but for views. What it returns are steps, all of the same shape, or steps of one
+    dtype joined by `torch.cat` of `torch.unsqueeze`, which may be nested.
     """
     return _Steps().changed()
 
