@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -84,10 +86,10 @@ def test_functions_that_are_not_ready_are_not_compiled(monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_auto_is_parallel_once_its_functions_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_anywhere(
-        self: Automatic, what: str, x: torch.Tensor, *rest: object, original: object = Automatic.run
-    ) -> object:
-        return original(self, what, x.as_subclass(OnCuda), *rest)  # type: ignore[operator]
+    original = Automatic.run
+
+    def run_anywhere(self: Automatic, what: str, x: torch.Tensor, *rest: Any) -> Any:
+        return original(self, what, x.as_subclass(OnCuda), *rest)
 
     monkeypatch.setattr(Automatic, "run", run_anywhere)
     x, r, b = torch.randn(1, automatic.SHORTEST, 4, 1, 8), torch.randn(4, 1, 8, 8) * 0.1, torch.randn(4, 1, 8)
